@@ -1,0 +1,96 @@
+"""Configurations as frozen dataclasses that turn into JSON and back.
+
+A file names its `format_version`. A file of a newer format, with an unknown key or with a value of the wrong type is refused with an error
+that names the file, so that weights are never run by a rule that they were not trained for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_type_hints
+
+FORMAT_VERSION = 1
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkConfig:
+    """Shape of the optimizer network and the constants of the update rule that it was meta-trained with.
+
+    Args:
+        hidden_units: hidden units `H` of the coordinate-wise LSTM. Each weight of the optimizee keeps `2 H` numbers of LSTM state.
+        control_units: hidden units `C` of the per-tensor step-size controller.
+        momentum: decay per step of the gradient's running mean, in [0, 1).
+        second_moment: decay per step of the squared gradient's running mean, in [0, 1).
+        orthogonalize_steps: Newton-Schulz iterations for matrices; 0 leaves matrices to the RMS normalisation that vectors get.
+    """
+
+    hidden_units: int = 4
+    control_units: int = 16
+    momentum: float = 0.9
+    second_moment: float = 0.99
+    orthogonalize_steps: int = 5
+
+    def __post_init__(self) -> None:
+        if self.hidden_units < 1 or self.control_units < 1:
+            raise ValueError(f"hidden_units and control_units must be at least 1, got {self.hidden_units} and {self.control_units}")
+        for name in ("momentum", "second_moment"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.orthogonalize_steps < 0:
+            raise ValueError(f"orthogonalize_steps must not be negative, got {self.orthogonalize_steps}")
+
+
+def to_json(config: Any) -> str:
+    """The configuration as sorted, indented JSON that carries `format_version`."""
+    return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}, indent=2, sort_keys=True) + "\n"
+
+
+def from_json(cls: type[Config], text: str, source: str) -> Config:
+    """Reads what `to_json` wrote.
+
+    Args:
+        cls: the dataclass to build; keys that are missing take its defaults.
+        source: the file's name, for error messages.
+
+    Raises:
+        ValueError: the text is no JSON object, has a newer format, an unknown key, or a value of the wrong type.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} must hold a JSON object, got {type(values).__name__}")
+    version = values.pop("format_version", None)
+    if not isinstance(version, int):
+        raise ValueError(f"{source} has no format_version, so it was not written by learned_optim")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{source} has format_version {version}; this learned_optim reads up to {FORMAT_VERSION}. Upgrade with: pip install -U learned-optim"
+        )
+    return _build(cls, values, source)
+
+
+def _build(cls: type[Config], values: dict[str, Any], source: str) -> Config:
+    types = get_type_hints(cls)
+    unknown = sorted(values.keys() - types.keys())
+    if unknown:
+        raise ValueError(f"{source} has unknown keys {unknown}; {cls.__name__} knows {sorted(types)}")
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        kind = types[name]
+        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+            value = _build(kind, value, f"{source}, {name}")
+        elif kind is float and type(value) is int:
+            value = float(value)
+        elif isinstance(kind, type) and type(value) is not kind:
+            raise ValueError(f"{source}: {name} must be {kind.__name__}, got {value!r}")
+        arguments[name] = value
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
