@@ -1,44 +1,77 @@
 """What the optimizer network sees of a gradient: numbers without units.
 
-Every feature is unchanged when the loss is multiplied by a constant, so one network serves all losses.
+No feature changes when the loss is multiplied by a constant, so one network serves all losses.
 
-Shapes: `N` coordinates of one tensor.
+Shapes: `N` coordinates of `K` tensors laid end to end; `...` any leading dimensions (replicas of a model).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Floors of the second moment. The relative one is a share of the tensor's own mean, which keeps the rule scale-free; a coordinate whose
+# Floors of the second moment. The relative one is a share of the tensor's own mean, which keeps the rule scale-free: a coordinate whose
 # gradient is 1e-4 of its tensor's is damped, not amplified. The absolute one serves tensors that have seen no gradient at all, and is large
-# enough that the derivative of x ** -0.5 there stays finite in fp32.
+# enough for the derivative of x ** -0.5 there to stay finite in fp32.
 RELATIVE_FLOOR = 1e-8
 ABSOLUTE_FLOOR = 1e-20
 
 # Bound of the normalised gradient: one outlier batch must not drive the LSTM into saturation.
 GRADIENT_BOUND = 3.0
 
+ODD, EVEN, STATISTICS = 2, 3, 11  # how many features and statistics there are
+
+
+class Layout:
+    """Where each tensor lies among the coordinates, and what its shape says about it.
+
+    Torch keeps a layer's outputs in the first dimension: a weight of shape (fan_out, ...) is a matrix fan_out x fan_in, convolution kernels
+    flattened. A vector has a fan-in of 1. A *matrix* is what has both fans above 1.
+    """
+
+    def __init__(self, shapes: tuple[torch.Size, ...], device: torch.device) -> None:
+        self.shapes = shapes
+        self.sizes = [shape.numel() for shape in shapes]
+        self.fans = [(shape[0], math.prod(shape[1:])) if len(shape) > 1 else (shape.numel(), 1) for shape in shapes]
+        self.is_matrix = [min(fans) > 1 for fans in self.fans]
+        self.owner = torch.repeat_interleave(torch.tensor(self.sizes)).to(device)  # (N,): which tensor a coordinate belongs to
+        known = [[math.log(out) / 8, math.log(into) / 8, float(matrix)] for (out, into), matrix in zip(self.fans, self.is_matrix, strict=True)]
+        self.constants = torch.tensor(known, device=device)  # (K, 3), features for the controller
+        self.log_fan_in = 8 * self.constants[:, 1]
+
+    @staticmethod
+    @functools.lru_cache(maxsize=64)
+    def of(shapes: tuple[torch.Size, ...], device: torch.device) -> Layout:
+        """The layout of tensors of these shapes; the same object each time."""
+        return Layout(shapes, device)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over each tensor: (..., N) -> (..., K)."""
+        return torch.stack([part.mean(-1) for part in values.split(self.sizes, -1)], -1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Each tensor's value at each of its coordinates: (..., K) -> (..., N)."""
+        return values.index_select(-1, self.owner)
+
 
 class CoordinateFeatures(NamedTuple):
     """Inputs of the coordinate-wise LSTM, split by what a flip of the gradient's sign does to them."""
 
-    odd: Tensor  # (2, N): normalised momentum, normalised gradient; they change sign
-    even: Tensor  # (3, N): their sizes, and the coordinate's share of its tensor's second moment; they do not
+    odd: Tensor  # (2, ..., N): normalised momentum, normalised gradient; they change sign
+    even: Tensor  # (3, ..., N): their sizes, and the coordinate's share of its tensor's second moment; they do not
 
 
-def coordinate_features(grad: Tensor, momentum: Tensor, second_moment: Tensor) -> CoordinateFeatures:
+def coordinate_features(grad: Tensor, momentum: Tensor, second_moment: Tensor, mean: Tensor) -> CoordinateFeatures:
     """Features of each coordinate.
 
     Args:
-        grad: gradient, shape (N,).
-        momentum: bias-corrected running mean of the gradient, shape (N,).
-        second_moment: bias-corrected running mean of the squared gradient, shape (N,).
+        grad, momentum, second_moment: the gradient and the bias-corrected running means of it and of its square, (..., N).
+        mean: each tensor's mean of `second_moment` at its coordinates, (..., N).
     """
-    mean = second_moment.mean()
     variance = second_moment + RELATIVE_FLOOR * mean + ABSOLUTE_FLOOR
     scale = variance.rsqrt()
     slow = momentum * scale
@@ -48,56 +81,44 @@ def coordinate_features(grad: Tensor, momentum: Tensor, second_moment: Tensor) -
     return CoordinateFeatures(torch.stack([slow, fast]), torch.stack([slow.abs(), fast.abs(), share]))
 
 
-STATISTICS = 11
-
-
 def tensor_statistics(
+    layout: Layout,
     grad: Tensor,
     previous_momentum: Tensor,
-    features: CoordinateFeatures,
-    second_moment: Tensor,
+    slow: Tensor,
+    mean: Tensor,
     param: Tensor,
     step: Tensor,
     progress: Tensor,
     horizon_known: Tensor,
-    fans: tuple[int, int],
-    is_matrix: bool,
 ) -> Tensor:
-    """What the controller sees of one tensor, shape (STATISTICS,).
+    """What the controller sees of each tensor, (..., K, STATISTICS).
 
     Args:
-        grad: gradient, shape (N,).
-        previous_momentum: running mean of the gradients before this one, shape (N,). Its cosine with `grad` is the hypergradient of the step
-            size up to scale (Baydin et al. 2018, "Online Learning Rate Adaptation with Hypergradient Descent"): positive while the steps are
-            too short, negative once they overshoot.
-        second_moment: bias-corrected running mean of the squared gradient, shape (N,).
-        param: the tensor, shape (N,).
-        step: steps with a gradient so far, this one included, shape ().
-        progress: step / horizon in [0, 1], 0 where no horizon is known, shape ().
-        horizon_known: 1 or 0, shape ().
-        fans: fan-out and fan-in.
+        grad: gradient, (..., N).
+        previous_momentum: running mean of the gradients before this one, (..., N). Its cosine with `grad` is the hypergradient of the step
+            size up to scale (Baydin et al. 2018, "Online learning rate adaptation with hypergradient descent"): positive while the steps
+            are too short, negative once they overshoot.
+        slow: normalised momentum, (..., N); its size is the gradient's signal-to-noise ratio.
+        mean: mean of the bias-corrected second moment, (..., K).
+        param: the tensors, (..., N).
+        step: steps since the first gradient, this one included, (..., K).
+        progress: step / horizon in [0, 1], 0 where no horizon is known, (..., K).
+        horizon_known: 1 or 0, (..., K).
     """
-    grad_square = grad.square().mean()
-    mean = second_moment.mean()
-    momentum_square = previous_momentum.square().mean()
-    cosine = (grad * previous_momentum).mean() * ((grad_square + ABSOLUTE_FLOOR) * (momentum_square + ABSOLUTE_FLOOR)).rsqrt()
-    surprise = 0.5 * ((grad_square + ABSOLUTE_FLOOR) / (mean + ABSOLUTE_FLOOR)).log()
-    signal = 0.5 * (features.odd[0].square().mean() + 1e-4).log()
-    fan_out, fan_in = fans
-    size = 0.5 * (param.square().mean() * fan_in + 1e-6).log()
-    one = torch.ones_like(step)
-    return torch.stack(
-        [
-            cosine,
-            surprise.clamp(-3, 3),
-            signal,
-            size / 4,
-            torch.log1p(step) / 8,
-            torch.exp(-step / 10),
-            progress,
-            horizon_known,
-            one * (math.log(fan_out) / 8),
-            one * (math.log(fan_in) / 8),
-            one * float(is_matrix),
-        ]
-    )
+    products = torch.stack([grad.square(), previous_momentum.square(), grad * previous_momentum, slow.square(), param.square()])
+    grad_square, momentum_square, product, signal, param_square = layout.mean(products)
+    cosine = product * (grad_square + ABSOLUTE_FLOOR).rsqrt() * (momentum_square + ABSOLUTE_FLOOR).rsqrt()
+    surprise = 0.5 * ((grad_square + ABSOLUTE_FLOOR).log() - (mean + ABSOLUTE_FLOOR).log())
+    measured = [
+        cosine,
+        surprise.clamp(-3, 3),
+        0.5 * (signal + 1e-4).log(),
+        0.125 * ((param_square + 1e-8).log() + layout.log_fan_in),
+        torch.log1p(step) / 8,
+        torch.exp(-step / 10),
+        progress,
+        horizon_known,
+    ]
+    constants = layout.constants.to(grad.dtype).expand(*step.shape, -1)
+    return torch.cat([torch.stack(measured, -1), constants], -1)

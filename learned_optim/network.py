@@ -1,20 +1,19 @@
 """The optimizer network: a coordinate-wise LSTM for directions and a per-tensor LSTM for step sizes.
 
-Shapes: `N` coordinates of one tensor, `H` hidden units of the coordinate-wise LSTM, `K` tensors, `C` hidden units of the controller, `S`
-statistics of a tensor.
+Shapes: `N` coordinates of `K` tensors laid end to end, `H` hidden units of the coordinate-wise LSTM, `C` hidden units of the controller, `S`
+statistics of a tensor, `...` any leading dimensions.
 """
 
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor, nn
 
 from .config import NetworkConfig
-from .features import STATISTICS, CoordinateFeatures
-
-ODD, EVEN = 2, 3  # features of `features.CoordinateFeatures`
+from .features import EVEN, ODD, STATISTICS, CoordinateFeatures
 
 
 class CoordinateLSTM(nn.Module):
@@ -49,16 +48,24 @@ class CoordinateLSTM(nn.Module):
             self.gate_bias.copy_(torch.cat([-forget, forget, torch.zeros(hidden_units)]))
 
     def forward(self, features: CoordinateFeatures, context: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Args: features of N coordinates; context (3 H,), added to the gates' bias; hidden and cell (H, N).
+        """Runs one step.
 
-        Returns: direction (N,), new hidden (H, N), new cell (H, N).
+        Args:
+            features: of every coordinate, (ODD, ..., N) and (EVEN, ..., N).
+            context: added to the gates' bias, (3 H, ..., N).
+            hidden, cell: the LSTM's state, (H, ..., N).
+
+        Returns:
+            direction (..., N), new hidden and new cell (H, ..., N).
         """
-        gates = self.gate_weight @ torch.cat([features.even, hidden.abs()]) + (self.gate_bias + context).unsqueeze(-1)
+        bias = self.gate_bias.reshape(-1, *[1] * (context.ndim - 1))
+        gates = torch.tensordot(self.gate_weight, torch.cat([features.even, hidden.abs()]), 1) + context + bias
         gate_in, gate_forget, gate_out = gates.sigmoid().chunk(3)
-        candidate = torch.tanh(self.candidate_weight @ torch.cat([features.odd, hidden]))
+        candidate = torch.tanh(torch.tensordot(self.candidate_weight, torch.cat([features.odd, hidden]), 1))
         cell = gate_forget * cell + gate_in * candidate
         hidden = gate_out * cell.tanh()
-        return self.skip @ features.odd + self.out @ hidden, hidden, cell
+        direction = torch.tensordot(torch.cat([self.skip, self.out]), torch.cat([features.odd, hidden]), 1)
+        return direction, hidden, cell
 
 
 class Controller(nn.Module):
@@ -80,18 +87,23 @@ class Controller(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, statistics: Tensor, control: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Args: statistics (K, S); control (K, 2, C), the hidden state and cell.
+        """Runs one step.
 
-        Returns: log step-size correction (K,), context (K, 3 H), new control (K, 2, C).
+        Args:
+            statistics: of every tensor, (..., K, S).
+            control: the controller's hidden state and cell, (..., K, 2, C).
+
+        Returns:
+            logarithm of the step-size correction (..., K), context (..., K, 3 H), new control (..., K, 2, C).
         """
-        hidden, cell = control.unbind(1)
-        everywhere = statistics.mean(0).expand_as(statistics)
-        gates = self.input(torch.cat([statistics, everywhere, hidden], dim=-1))
-        gate_in, gate_forget, gate_out, candidate = gates.chunk(4, dim=-1)
+        hidden, cell = control.unbind(-2)
+        everywhere = statistics.mean(-2, keepdim=True).expand_as(statistics)
+        gates = self.input(torch.cat([statistics, everywhere, hidden], -1))
+        gate_in, gate_forget, gate_out, candidate = gates.chunk(4, -1)
         cell = gate_forget.sigmoid() * cell + gate_in.sigmoid() * candidate.tanh()
         hidden = gate_out.sigmoid() * cell.tanh()
         output = self.output(hidden)
-        return 3 * torch.tanh(output[:, 0] / 3), output[:, 1:], torch.stack([hidden, cell], dim=1)
+        return 3 * torch.tanh(output[..., 0] / 3), output[..., 1:], torch.stack([hidden, cell], -2)
 
 
 class OptimizerNetwork(nn.Module):
@@ -106,6 +118,52 @@ class OptimizerNetwork(nn.Module):
         self.config = config
         self.coordinate = CoordinateLSTM(config.hidden_units)
         self.controller = Controller(config.control_units, config.hidden_units)
-        # Logarithms of the prior step size with a known horizon and without, and of the vectors' step over the matrices'.
-        self.log_step_size = nn.Parameter(torch.tensor([math.log(0.04), math.log(0.08)]))
+        # Logarithms of the prior step size, and of what is a vector's update RMS where a matrix has a spectral norm of sqrt(fan_out / fan_in).
+        self.log_step_size = nn.Parameter(torch.tensor(math.log(0.04)))
         self.log_vector_gain = nn.Parameter(torch.tensor(math.log(0.15)))
+
+    # Not huggingface_hub's PyTorchModelHubMixin: it loads wrong names and a missing config without an error, takes config and weights
+    # from two requests, and would be imported with the package. `weights` imports this module, hence the imports inside.
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], revision: str | None = None) -> OptimizerNetwork:
+        """Loads a bundled set, a local folder or a Hub repository; see `learned_optim.load_network`."""
+        from .weights import load_network
+
+        return load_network(source, revision=revision)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `config.json` and `model.safetensors` to a folder that `from_pretrained` reads.
+
+        Raises:
+            ValueError: a weight is NaN or infinite.
+        """
+        from .weights import save_network
+
+        save_network(self, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str = "Upload optimizer network",
+        token: str | None = None,
+    ) -> str:
+        """Uploads `config.json`, `model.safetensors` and, where the repository has none, a model card to the Hugging Face Hub.
+
+        Args:
+            repo_id: "user/name"; made if it does not exist.
+            private: who may read a repository that is made here; None leaves it to the account's setting.
+            token: access token; None takes the one of `hf auth login` or HF_TOKEN.
+
+        Returns:
+            the commit, to load exactly these weights by: `from_pretrained(repo_id, revision=commit)`.
+
+        Raises:
+            ValueError: a weight is NaN or infinite.
+            OSError: the Hub refused; the message is huggingface_hub's.
+        """
+        from .weights import push_to_hub
+
+        return push_to_hub(self, repo_id, private=private, commit_message=commit_message, token=token)

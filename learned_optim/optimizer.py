@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -11,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .config import NetworkConfig
+from .features import Layout
 from .network import OptimizerNetwork
-from .rule import init_state, update
+from .rule import State, update
 from .weights import fingerprint, load_network
 
 # AdamW's updates have a root mean square of 0.2 to 0.4 times its learning rate (Liu et al. 2025, "Muon is scalable for LLM training",
@@ -31,7 +35,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Args:
         params: parameters, named parameters or groups of them, as for every torch optimizer.
         pretrained: which weights to use: the name of a bundled set, a local folder, an id on the Hugging Face Hub ("user/name"), or an
-            `OptimizerNetwork`.
+            `OptimizerNetwork`, which is copied.
         lr: multiplier of the whole update, dimensionless. 1.0 is what the weights were meta-trained for; a scheduler may change it.
         weight_decay: decoupled weight decay. Each step shrinks a parameter by the share `lr * weight_decay * a`, where `a` is the learned step
             size expressed as the learning rate that gives AdamW steps of that size; so values that suit AdamW suit here.
@@ -53,9 +57,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         total_steps: int | None = None,
         revision: str | None = None,
     ) -> None:
-        network = pretrained if isinstance(pretrained, OptimizerNetwork) else load_network(pretrained, revision=revision)
-        self.network = network.requires_grad_(False)
-        defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "weights": fingerprint(network)}
+        network = copy.deepcopy(pretrained) if isinstance(pretrained, OptimizerNetwork) else load_network(pretrained, revision=revision)
+        self.network = network.float().requires_grad_(False)
+        defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "weights": fingerprint(self.network)}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -87,47 +91,54 @@ class LearnedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        by_device: dict[torch.device, list[tuple[Tensor, dict[str, Any]]]] = {}
-        found = False
+        # Each parameter with its group; a dict, so that a parameter named twice moves once.
+        by_device: dict[torch.device, dict[Tensor, dict[str, Any]]] = {}
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                if param.grad.is_sparse:
+                if param.grad.layout != torch.strided:
                     raise RuntimeError(
                         f"LearnedOptimizer does not support sparse gradients, and a parameter of shape {tuple(param.shape)} has one. "
                         "Build its embedding with sparse=False, or give it to torch.optim.SparseAdam."
                     )
-                found = True
-                if param.numel():
-                    by_device.setdefault(param.device, []).append((param, group))
-        if not found:
+                by_device.setdefault(param.device, {})[param] = group
+        if not by_device:
             warnings.warn(
                 "LearnedOptimizer.step() found no gradient on any of its parameters, so it changed nothing. Call loss.backward() first, and check "
                 "that the optimizer was built from the parameters of the model that is being trained.",
-                stacklevel=2,
+                stacklevel=4,  # the caller of `step`, behind two wrappers of torch
             )
         for device, members in by_device.items():
             self._step_device(device, members)
         return loss
 
-    def _step_device(self, device: torch.device, members: list[tuple[Tensor, dict[str, Any]]]) -> None:
+    def _step_device(self, device: torch.device, members: dict[Tensor, dict[str, Any]]) -> None:
+        """Runs the rule for all parameters of a device at once: lays them end to end, steps, and writes the results back in place."""
         network = self.network.to(device)
-        params = [param for param, _ in members]
-        states = []
-        for param in params:
+        for param in members:
             if not self.state[param]:
                 self.state[param] = init_state(param, network.config)
-            states.append(self.state[param])
-        horizons = [group["total_steps"] for _, group in members]
-        updates, new_states = update(network, [param.grad for param in params], params, states, horizons)
-        for (param, group), change, state, new_state in zip(members, updates, states, new_states, strict=True):
-            if group["weight_decay"] != 0:
-                rate = change.square().mean().sqrt() / ADAMW_UPDATE_RMS
-                param.mul_(1 - group["lr"] * group["weight_decay"] * rate)
-            param.add_((group["lr"] * change).to(param.dtype))
-            for key, value in new_state.items():
-                state[key].copy_(value)
+        params = [param for param in members if param.numel()]
+        if not params:
+            return
+        states = [self.state[param] for param in params]
+        layout = Layout.of(tuple(param.shape for param in params), device)
+        horizons = torch.tensor([members[param]["total_steps"] or math.inf for param in params], dtype=torch.float32, device=device)
+        grads = flatten([param.grad for param in params])
+        with torch.autocast(device.type, enabled=False):
+            change, new_state = update(network, layout, grads, flatten(params), join(states), horizons)
+        changes = change.split(layout.sizes)
+        rates = (layout.mean(change.square()).sqrt() / ADAMW_UPDATE_RMS).unbind()
+        for param, part, rate in zip(params, changes, rates, strict=True):
+            lr, weight_decay = members[param]["lr"], members[param]["weight_decay"]
+            part = part.view(param.shape)
+            if weight_decay != 0:
+                part = part - weight_decay * rate * param
+            param.add_((lr.reshape(()) if isinstance(lr, Tensor) else lr) * part)
+        for state, new in zip(states, split(new_state, layout), strict=True):
+            for key, value in state.items():
+                value.copy_(new[key].view(value.shape))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "network": self.network}
@@ -142,26 +153,79 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the groups do not match, or the state belongs to other weights.
         """
-        mine = fingerprint(self.network)
-        for group in state_dict["param_groups"]:
-            theirs = group.get("weights", mine)
-            if theirs != mine:
-                raise ValueError(
-                    f"this state was made with optimizer weights {theirs}, but the optimizer runs {mine}; its hidden state would mean something "
-                    "else. Build LearnedOptimizer with the weights (and the revision) that the checkpoint was made with."
-                )
-        super().load_state_dict(state_dict)
-        params = [param for group in self.param_groups for param in group["params"]]
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for param, index in zip(params, indices, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                self.state[param][key] = value.to(param.device, copy=True)
+        saved: dict[str, Any] = {}
+
+        def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            _check_weights(state_dict, fingerprint(self.network))
+            saved.update(state_dict)
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            params = [param for group in self.param_groups for param in group["params"]]
+            indices = [index for group in saved["param_groups"] for index in group["params"]]
+            for param, index in zip(params, indices, strict=True):
+                for key, value in saved["state"].get(index, {}).items():
+                    self.state[param][key] = value.to(param.device, copy=True)
+
+        # Between the user's hooks: one of theirs may replace the dict before, and those after find the state as it was saved.
+        hooks = [self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(restore, prepend=True)]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def init_state(param: Tensor, config: NetworkConfig) -> State:
+    """The state of a parameter that has seen no gradient, in fp32.
+
+    What belongs to coordinates is made by `zeros_like`, so that it is placed and sharded like the parameter: `momentum` and `second_moment`
+    have its shape, `hidden` and `cell` are (H, *shape). `control` is (2, C), and `step`, the tensor's clock in steps, ().
+    """
+    zeros = torch.zeros_like(param, dtype=torch.float32, memory_format=torch.contiguous_format)
+    units = torch.stack([zeros] * config.hidden_units)
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=param.device),
+        "control": torch.zeros(2, config.control_units, dtype=torch.float32, device=param.device),
+        "momentum": zeros,
+        "second_moment": zeros.clone(),
+        "hidden": units,
+        "cell": units.clone(),
+    }
+
+
+def flatten(tensors: list[Tensor]) -> Tensor:
+    """Tensors laid end to end in fp32, (N,)."""
+    return torch.cat([tensor.reshape(-1).float() for tensor in tensors])
+
+
+def join(states: list[State]) -> State:
+    """The states of `K` parameters as the rule takes them, see `rule.init_state`."""
+    joined = {key: torch.stack([state[key] for state in states]) for key in ("step", "control")}
+    joined |= {key: flatten([state[key] for state in states]) for key in ("momentum", "second_moment")}
+    return joined | {key: torch.cat([state[key].reshape(len(state[key]), -1) for state in states], 1) for key in ("hidden", "cell")}
+
+
+def split(state: State, layout: Layout) -> list[State]:
+    """The inverse of `join`, with the coordinates flat."""
+    parts = {key: value.unbind() if key in ("step", "control") else value.split(layout.sizes, -1) for key, value in state.items()}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+
+
+def _check_weights(state_dict: dict[str, Any], mine: str) -> None:
+    for group in state_dict["param_groups"]:
+        if "weights" not in group:
+            raise ValueError("this state was not saved by a LearnedOptimizer; continue with the optimizer that saved it, or start without it")
+        if group["weights"] != mine:
+            raise ValueError(
+                f"this state was made with optimizer weights {group['weights']}, but the optimizer runs {mine}; its hidden state would mean "
+                "something else. Build LearnedOptimizer with the weights (and the revision) that the checkpoint was made with."
+            )
 
 
 def _check_group(group: dict[str, Any]) -> None:
     lr, weight_decay, total_steps = group["lr"], group["weight_decay"], group["total_steps"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr as a tensor must have 1 element, got shape {tuple(lr.shape)}")
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
     if not lr >= 0:
         raise ValueError(f"lr multiplies the learned update and must not be negative, got {lr}; 1.0 is the default")
     if not weight_decay >= 0:

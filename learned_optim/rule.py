@@ -1,40 +1,39 @@
 r"""The update rule: gradient -> features -> LSTM -> direction -> update.
 
-This file is the only definition of the rule. It is pure (it changes none of its arguments) and differentiable; the optimizer runs it without
+This file is the only definition of the rule. It is pure (it changes none of its arguments) and differentiable: the optimizer runs it without
 gradients, meta-training differentiates it, and every kernel is compared with it.
 
 Method
 ------
-For each tensor :math:`\theta` with `N` coordinates and gradient :math:`g_t`, at its step `t`:
+For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its step `t`:
 
-1. Moments (Adam, Kingma & Ba 2015): :math:`m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t` and :math:`v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2`,
-   used bias-corrected.
-2. Statistics of the tensor (`features.tensor_statistics`) go to the controller, which returns a step-size correction
-   :math:`e^{\kappa_t}` and a bias for the LSTM's gates.
-3. Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise LSTM, which
-   returns a direction :math:`d_t`. Untrained, :math:`d_t = m_t / \sqrt{v_t}`.
-4. The direction loses its length, so that the LSTM cannot change the step size by accident. A matrix (of shape fan_out x fan_in;
-   convolution kernels flattened) is orthogonalised by Newton-Schulz (Muon, Jordan et al. 2024) and scaled to a spectral norm of
-   :math:`\sqrt{fan_{out}/fan_{in}}` (Bernstein & Newhouse 2024, "Modular duality"; that size transfers over widths). Any other tensor is
-   divided by its root mean square and scaled by a learned constant.
-5. The update is :math:`-\eta_0 \, s(t) \, e^{\kappa_t} \, d_t`, with :math:`s` half a cosine where the horizon `T` is known and
-   :math:`1/\sqrt{1 + t/100}` where it is not.
+1. **Moments** as in Adam (Kingma & Ba 2015): :math:`m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t`,
+   :math:`v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2`, used bias-corrected.
+2. **Step size.** Statistics of the tensor (`features.tensor_statistics`) go to the controller, a small LSTM with one state per tensor. It
+   returns a correction :math:`e^{\kappa_t}` of the prior step size, and a bias for the gates of the next LSTM.
+3. **Direction.** Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise
+   LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`.
+4. **Length.** The direction loses its length, so that the LSTM cannot change the step size by accident. A matrix (fan_out x fan_in;
+   convolution kernels flattened) is orthogonalised by Newton-Schulz (Muon, Jordan et al. 2024) and given a spectral norm of
+   :math:`\sqrt{fan_{out}/fan_{in}}`, the size that transfers over widths (Bernstein & Newhouse 2024, "Modular duality in deep learning").
+   Any other tensor is divided by its root mean square and scaled by a learned constant.
+5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t} \, d_t`, where the schedule :math:`s` is half a cosine if the
+   horizon `T` is known, else :math:`1/\sqrt{1 + t/100}`.
 
-A tensor's clock `t` starts with its first non-zero gradient: until then its state stays as it was made and its update is zero.
+A tensor's clock `t` starts with its first non-zero gradient. Until then its state stays as it was made and its update is zero.
 
-Shapes: `K` tensors, `N` coordinates of one tensor, `H` hidden units, `C` control units.
+Shapes: `N` coordinates of `K` tensors laid end to end, `H` hidden units, `C` control units, `...` any leading dimensions (replicas).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .config import NetworkConfig
-from .features import coordinate_features, tensor_statistics
+from .features import Layout, coordinate_features, tensor_statistics
 from .network import OptimizerNetwork
 
 State = dict[str, Tensor]
@@ -42,144 +41,102 @@ State = dict[str, Tensor]
 # Newton-Schulz coefficients of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): singular values end within about [0.7, 1.2].
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
-DECAY_STEPS = 100.0  # time constant of the step size's decay without a horizon, in steps
+DECAY_STEPS = 100.0  # time constant of the prior step size's decay without a horizon, in steps
 EPSILON = 1e-12
 
 
-def init_state(param: Tensor, config: NetworkConfig) -> State:
-    """The state of a tensor that has seen no gradient.
+def init_state(layout: Layout, config: NetworkConfig, leading: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> State:
+    """The state of tensors that have seen no gradient: zeros.
 
-    Every per-coordinate entry is made from `param` by `zeros_like`, so that it is placed and sharded like it: `momentum` and `second_moment`
-    have its shape, `hidden` and `cell` (H, *shape). `control` is (2, C) and `step`, the tensor's clock in steps, is ().
+    `step`, each tensor's clock, is (..., K) and `control` (..., K, 2, C); `momentum` and `second_moment` are (..., N), `hidden` and `cell`
+    (H, ..., N).
     """
-    zeros = torch.zeros_like(param, dtype=torch.float32, memory_format=torch.contiguous_format)
-    units = torch.stack([zeros] * config.hidden_units)
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=param.device),
-        "momentum": zeros,
-        "second_moment": zeros.clone(),
-        "hidden": units,
-        "cell": units.clone(),
-        "control": torch.zeros(2, config.control_units, dtype=torch.float32, device=param.device),
+    device, count, size = layout.owner.device, len(layout.sizes), sum(layout.sizes)
+    shapes = {
+        "step": (*leading, count),
+        "control": (*leading, count, 2, config.control_units),
+        "momentum": (*leading, size),
+        "second_moment": (*leading, size),
+        "hidden": (config.hidden_units, *leading, size),
+        "cell": (config.hidden_units, *leading, size),
     }
+    return {key: torch.zeros(shape, dtype=dtype, device=device) for key, shape in shapes.items()}
 
 
 def update(
-    network: OptimizerNetwork,
-    grads: Sequence[Tensor],
-    params: Sequence[Tensor],
-    states: Sequence[State],
-    total_steps: Sequence[float | Tensor | None],
-) -> tuple[list[Tensor], list[State]]:
-    """One step of the rule for `K` tensors on one device, in the network's dtype.
+    network: OptimizerNetwork, layout: Layout, grad: Tensor, param: Tensor, state: State, total_steps: Tensor
+) -> tuple[Tensor, State]:
+    """One step of the rule for all tensors at once.
 
     Args:
-        grads: gradients, each of its parameter's shape.
-        params: the optimizee's parameters.
-        states: the tensors' states, see `init_state`.
-        total_steps: each tensor's horizon in steps; None where it is not known.
+        layout: the tensors' shapes.
+        grad, param: gradients and parameters, (..., N), in the network's dtype.
+        state: see `init_state`.
+        total_steps: each tensor's horizon in steps, (..., K); infinite where it is not known.
 
     Returns:
-        updates to add to the parameters, of their shapes, and the new states.
+        what to add to the parameters, (..., N), and the new state.
     """
     config = network.config
-    dtype = network.log_step_size.dtype
-    clocks, moments, features, statistics = [], [], [], []
-    for grad, param, state, horizon in zip(grads, params, states, total_steps, strict=True):
-        grad = grad.reshape(-1).to(dtype)
-        previous = state["momentum"].reshape(-1)
-        momentum = torch.lerp(grad, previous, config.momentum)
-        second_moment = torch.lerp(grad.square(), state["second_moment"].reshape(-1), config.second_moment)
-        step = state["step"] + (second_moment.amax() > 0).to(dtype)
-        age = step.clamp(min=1)
-        second_hat = second_moment / (1 - config.second_moment**age)
-        seen = coordinate_features(grad, momentum / (1 - config.momentum**age), second_hat)
-        progress, known = _progress(step, horizon)
-        clocks.append((step, progress, known))
-        moments.append((momentum, second_moment))
-        features.append(seen)
-        statistics.append(
-            tensor_statistics(
-                grad,
-                previous,
-                seen,
-                second_hat,
-                param.reshape(-1).to(dtype),
-                step,
-                progress,
-                known,
-                fans(param.shape),
-                is_matrix(param.shape),
-            )
-        )
+    # 1. Moments
+    momentum = torch.lerp(grad, state["momentum"], config.momentum)
+    second_moment = torch.lerp(grad.square(), state["second_moment"], config.second_moment)
+    mean = layout.mean(second_moment)
+    started = (mean > 0).to(grad.dtype)
+    step = state["step"] + started
+    age = step.clamp(min=1)
+    mean = mean / (1 - config.second_moment**age)
+    correction1, correction2 = layout.spread(torch.stack([1 - config.momentum**age, 1 - config.second_moment**age]))
+    features = coordinate_features(grad, momentum / correction1, second_moment / correction2, layout.spread(mean))
 
-    correction, context, control = network.controller(torch.stack(statistics), torch.stack([state["control"] for state in states]))
+    # 2. Step size
+    known = total_steps.isfinite().to(grad.dtype)
+    progress = ((age - 1) / total_steps).clamp(max=1)
+    statistics = tensor_statistics(layout, grad, state["momentum"], features.odd[0], mean, param, step, progress, known)
+    log_correction, context, control = network.controller(statistics, state["control"])
+    annealed = 0.5 + 0.5 * torch.cos(math.pi * progress)
+    decayed = (1 + step / DECAY_STEPS).rsqrt()
+    step_size = (network.log_step_size + log_correction).exp() * torch.where(known > 0, annealed, decayed) * started
 
-    updates, new_states = [], []
-    for k, (param, state) in enumerate(zip(params, states, strict=True)):
-        step, progress, known = clocks[k]
-        units = (config.hidden_units, -1)
-        direction, hidden, cell = network.coordinate(features[k], context[k], state["hidden"].reshape(units), state["cell"].reshape(units))
-        direction = normalize(direction.reshape(param.shape), network)
-        started = (step > 0).to(dtype)
-        updates.append(direction * (-started * _step_size(network, step, progress, known) * correction[k].exp()))
-        new_states.append(
-            {
-                "step": step,
-                "momentum": moments[k][0].reshape(param.shape),
-                "second_moment": moments[k][1].reshape(param.shape),
-                "hidden": hidden.reshape(state["hidden"].shape),
-                "cell": cell.reshape(state["cell"].shape),
-                "control": control[k] * started,
-            }
-        )
-    return updates, new_states
+    # 3. Direction
+    direction, hidden, cell = network.coordinate(features, layout.spread(context.movedim(-1, 0)), state["hidden"], state["cell"])
+
+    # 4. Length, 5. Update
+    change = -layout.spread(step_size) * normalize(direction, layout, network)
+    control = control * started[..., None, None]
+    return change, {"step": step, "momentum": momentum, "second_moment": second_moment, "hidden": hidden, "cell": cell, "control": control}
 
 
-def _progress(step: Tensor, horizon: float | Tensor | None) -> tuple[Tensor, Tensor]:
-    """Share of the horizon that lies behind, in [0, 1], and whether there is one."""
-    if horizon is None:
-        return torch.zeros_like(step), torch.zeros_like(step)
-    return ((step - 1).clamp(min=0) / horizon).clamp(max=1), torch.ones_like(step)
-
-
-def _step_size(network: OptimizerNetwork, step: Tensor, progress: Tensor, known: Tensor) -> Tensor:
-    """The prior step size: what the controller corrects."""
-    with_horizon = network.log_step_size[0].exp() * (0.5 + 0.5 * torch.cos(math.pi * progress))
-    without = network.log_step_size[1].exp() * (1 + step / DECAY_STEPS).rsqrt()
-    return torch.where(known > 0, with_horizon, without)
-
-
-def normalize(direction: Tensor, network: OptimizerNetwork) -> Tensor:
-    """The direction with the length that its shape calls for (step 4 of the method)."""
-    if is_matrix(direction.shape) and network.config.orthogonalize_steps > 0:
-        fan_out, fan_in = fans(direction.shape)
-        matrix = orthogonalize(direction.reshape(fan_out, fan_in), network.config.orthogonalize_steps)
-        return matrix.reshape(direction.shape) * math.sqrt(fan_out / fan_in)
-    return direction * ((direction.square().mean() + EPSILON).rsqrt() * network.log_vector_gain.exp())
+def normalize(direction: Tensor, layout: Layout, network: OptimizerNetwork) -> Tensor:
+    """Directions (..., N) with the length that each tensor's shape calls for (step 4 of the method)."""
+    orthogonal = network.config.orthogonalize_steps > 0
+    groups: dict[tuple[int, int], list[int]] = {}  # matrices of one shape are orthogonalised together
+    parts = list(direction.split(layout.sizes, -1))
+    for k, part in enumerate(parts):
+        if orthogonal and layout.is_matrix[k]:
+            groups.setdefault(layout.fans[k], []).append(k)
+        else:
+            parts[k] = part * ((part.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * network.log_vector_gain.exp())
+    for (fan_out, fan_in), members in groups.items():
+        matrices = torch.stack([parts[k].unflatten(-1, (fan_out, fan_in)) for k in members])
+        matrices = math.sqrt(fan_out / fan_in) * orthogonalize(matrices, network.config.orthogonalize_steps)
+        for k, matrix in zip(members, matrices.flatten(-2).unbind(), strict=True):
+            parts[k] = matrix
+    return torch.cat(parts, -1)
 
 
 def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
     """The nearest semi-orthogonal matrix, approximately: Newton-Schulz iteration on the singular values.
 
     Args:
-        matrix: shape (fan_out, fan_in).
+        matrix: (..., fan_out, fan_in).
         steps: iterations; 5 bring singular values above 1e-3 of the Frobenius norm to within about [0.7, 1.2].
     """
     a, b, c = NEWTON_SCHULZ
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-    wide = wide * (wide.square().sum() + EPSILON).rsqrt()
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    wide = matrix.mT if tall else matrix
+    wide = wide * (wide.square().sum((-2, -1), keepdim=True) + EPSILON).rsqrt()
     for _ in range(steps):
         gram = wide @ wide.mT
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
-    return wide if matrix.shape[0] <= matrix.shape[1] else wide.mT
-
-
-def fans(shape: torch.Size) -> tuple[int, int]:
-    """Fan-out and fan-in of a tensor: torch keeps outputs in the first dimension. A vector or scalar has a fan-in of 1."""
-    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (math.prod(shape), 1)
-
-
-def is_matrix(shape: torch.Size) -> bool:
-    """Whether the tensor maps vectors to vectors, so that its update should be orthogonal."""
-    return min(fans(shape)) > 1
+    return wide.mT if tall else wide

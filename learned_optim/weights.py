@@ -1,6 +1,207 @@
-def fingerprint(n):
-    return "x"
+"""Where optimizer networks come from and go to: bundled sets, local folders and the Hugging Face Hub.
+
+A set of weights is a folder with `config.json` (a `NetworkConfig`) and `model.safetensors` (every tensor in fp32). Reading is strict:
+nothing is filled in, cast or replaced, since weights that almost fit would train a model badly without any error. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from .config import NetworkConfig, from_json, to_json
+from .network import OptimizerNetwork
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+MODEL_CARD = """\
+---
+license: apache-2.0
+library_name: learned-optim
+tags: [learned-optimizer, meta-learning, optimizer, pytorch]
+---
+
+# {repo_id}
+
+A learned optimizer for PyTorch: an LSTM that takes the place of AdamW, with no learning rate to choose.
+
+    optimizer = learned_optim.LearnedOptimizer(model.parameters(), "{repo_id}")
+"""
 
 
-def load_network(*a, **k):
-    raise NotImplementedError
+def load_network(source: str | os.PathLike[str], *, revision: str | None = None) -> OptimizerNetwork:
+    """Loads an optimizer network, on the CPU and in fp32.
+
+    Args:
+        source: the name of a bundled set, else a local folder, else an id on the Hugging Face Hub ("user/name"): the first that exists.
+            The first two need no network access. A path object always means a folder.
+        revision: branch, tag or commit of the Hub repository; None means its main branch. Config and weights come from one commit. While
+            the Hub cannot be reached, that is the commit which the cache saw last.
+
+    Raises:
+        ValueError: the files are damaged, of a newer format, of other shapes or not finite; or `revision` is given for another source
+            than the Hub.
+        OSError: there is no such source (FileNotFoundError), access must be asked for (PermissionError), or the Hub failed.
+    """
+    name = os.fspath(source)
+    if isinstance(source, str) and source in bundled_names():
+        folder, kind = _bundled() / source, "bundled set"
+    elif os.path.isdir(source):
+        folder, kind = Path(source), "local folder"
+    elif isinstance(source, str) and source.count("/") == 1 and not os.path.exists(source):
+        return _read(_download(source, revision))
+    else:
+        raise _no_such_source(name)
+    if revision is not None:
+        raise ValueError(f"revision applies only to the Hub, and {name!r} is a {kind}; leave revision={revision!r} out")
+    return _read(folder)
+
+
+def bundled_names() -> list[str]:
+    """Names of the sets of weights that ship with the package."""
+    return sorted(path.parent.name for path in _bundled().glob(f"*/{CONFIG}"))
+
+
+def _bundled() -> Path:
+    return Path(str(importlib.resources.files("learned_optim.pretrained")))
+
+
+def _no_such_source(name: str) -> FileNotFoundError:
+    if os.path.isfile(name):
+        return FileNotFoundError(f"{name!r} is a file; pass the folder that holds {CONFIG} and {WEIGHTS}")
+    return FileNotFoundError(f'{name!r} is no bundled set (there are {bundled_names()}), no local folder and no Hub id ("user/name")')
+
+
+def _read(folder: Path) -> OptimizerNetwork:
+    config_file, weights_file = folder / CONFIG, folder / WEIGHTS
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} has no {file.name}; save_pretrained writes {CONFIG} and {WEIGHTS} to a folder")
+    try:
+        config = from_json(NetworkConfig, config_file.read_text(encoding="utf-8"), str(config_file))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config_file} is not valid JSON: {error}") from None
+    try:
+        tensors = load(weights_file.read_bytes())
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
+        raise ValueError(f"{weights_file} is damaged, or no safetensors file ({error}); fetch or save it again") from error
+    # On the meta device a config of absurd size allocates nothing, and torch's random numbers are left alone.
+    with torch.device("meta"):
+        network = OptimizerNetwork(config)
+    if problems := _misfits(tensors, network.state_dict()):
+        raise ValueError(f"{weights_file} does not fit the network that its {CONFIG} describes: {'; '.join(problems)}")
+    _check_finite(tensors, str(weights_file))
+    network.load_state_dict(tensors, assign=True)
+    return network
+
+
+def _misfits(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    problems = []
+    if missing := sorted(expected.keys() - tensors.keys()):
+        problems.append(f"missing {missing}")
+    if unexpected := sorted(tensors.keys() - expected.keys()):
+        problems.append(f"unexpected {unexpected}")
+    for name in sorted(expected.keys() & tensors.keys()):
+        if tensors[name].shape != expected[name].shape:
+            problems.append(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}")
+        elif tensors[name].dtype != torch.float32:
+            problems.append(f"{name} has dtype {tensors[name].dtype}, not torch.float32")
+    return problems
+
+
+def _check_finite(tensors: dict[str, Tensor], where: str) -> None:
+    if bad := sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all()):
+        raise ValueError(f"{where} has NaN or infinite weights in {bad}: meta-training diverged; use an earlier set")
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    commit = revision
+    for name in (CONFIG, WEIGHTS):
+        try:
+            path = Path(hf_hub_download(repo_id, name, revision=commit, library_name="learned-optim"))
+        except HFValidationError:
+            raise _no_such_source(repo_id) from None
+        except OSError as error:
+            raise _hub_error(error, repo_id, f"{name} of Hub repository {repo_id!r} at {revision or 'main'!r}") from error
+        # The cache keeps snapshots/COMMIT/NAME. The weights come from the config's commit, even if the branch has moved since.
+        commit = path.parent.name
+    return path.parent
+
+
+def _hub_error(error: OSError, repo_id: str, what: str) -> OSError:
+    from huggingface_hub import errors
+
+    log_in = "log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, errors.GatedRepoError):
+        return PermissionError(f"{what} is gated: ask for access on the repository's page, then {log_in}")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return FileNotFoundError(f"{_no_such_source(repo_id)} that you may read. Check the spelling; if it is private, {log_in}")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return FileNotFoundError(f"{what} does not exist: the repository has no such branch, tag or commit")
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        reason = error.__cause__ or error
+        return FileNotFoundError(f"{what} is not cached, and the Hub was not reached: {reason}. Go online, or use {bundled_names()}")
+    if isinstance(error, errors.EntryNotFoundError):
+        return FileNotFoundError(f"{what} does not exist; push_to_hub uploads {CONFIG} and {WEIGHTS}")
+    return OSError(f"{what} could not be fetched: {error}")
+
+
+def save_network(network: OptimizerNetwork, folder: str | os.PathLike[str]) -> None:
+    """Writes `config.json` and `model.safetensors` (in fp32), the same bytes for the same network. Makes the folder if need be.
+
+    Both files are complete before either takes its place, so a full disk or an interrupted write leaves an earlier set as it was.
+
+    Raises:
+        ValueError: a weight is NaN or infinite.
+    """
+    files = _files(network)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+        for name, content in files.items():
+            Path(scratch, name).write_bytes(content)
+        for name in files:
+            os.replace(Path(scratch, name), Path(folder, name))
+
+
+def push_to_hub(network: OptimizerNetwork, repo_id: str, *, private: bool | None, commit_message: str, token: str | None) -> str:
+    """See `OptimizerNetwork.push_to_hub`."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    files = _files(network)
+    api = HfApi(token=token, library_name="learned-optim")
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if not api.file_exists(repo_id, "README.md"):  # a model card that somebody wrote is worth more than this one
+        files["README.md"] = MODEL_CARD.format(repo_id=repo_id).encode()
+    # One commit (upload_folder may make several), so that no revision has the config of one network and the weights of another.
+    additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
+    return api.create_commit(repo_id, additions, commit_message=commit_message).oid
+
+
+def fingerprint(network: OptimizerNetwork) -> str:
+    """A short hash of the config and of every tensor's name, shape and fp32 bytes: equal for equal networks, on any device."""
+    digest = hashlib.sha256(to_json(network.config).encode())
+    for name, tensor in _tensors(network).items():
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().astype("<f4", copy=False).tobytes())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _files(network: OptimizerNetwork) -> dict[str, bytes]:
+    tensors = _tensors(network)
+    _check_finite(tensors, "the network")
+    return {CONFIG: to_json(network.config).encode(), WEIGHTS: save(tensors, metadata={"format": "pt"})}
+
+
+def _tensors(network: OptimizerNetwork) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in sorted(network.state_dict().items())}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def sampler(inputs: Tensor, targets: Tensor, size: int) -> Callable[[Generator],
 
 def mlp_module(sizes: Sequence[int], activation: Callable[[], nn.Module], norm: bool = False) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for fan_in, fan_out in itertools.pairwise(sizes[:-1]):
         layers += [nn.Linear(fan_in, fan_out), *([nn.LayerNorm(fan_out)] if norm else []), activation()]
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
@@ -212,7 +213,7 @@ class Recurrence(nn.Module):
 
 def transformer(generator: Generator) -> Task:
     """Next-character prediction by a small transformer."""
-    width, depth, length = choose(generator, (24, 32, 48)), choose(generator, (1, 2)), choose(generator, (16, 24))
+    width, depth, length = choose(generator, (16, 24, 32)), choose(generator, (1, 2)), choose(generator, (12, 16))
     tied = choose(generator, (False, True))
     build = lambda: TextModel(width, [Block(width, 4) for _ in range(depth)], length, tied)  # noqa: E731
     return ModuleTask(build, text_sampler(generator, length, choose(generator, (8, 16))), token_loss)
@@ -220,7 +221,7 @@ def transformer(generator: Generator) -> Task:
 
 def recurrent(generator: Generator) -> Task:
     """Next-character prediction by a small recurrent net."""
-    width, length = choose(generator, (24, 32, 48)), choose(generator, (8, 12))
+    width, length = choose(generator, (16, 24, 32)), choose(generator, (8, 12))
     tied = choose(generator, (False, True))
     build = lambda: TextModel(width, [Recurrence(width)], 0, tied)  # noqa: E731
     return ModuleTask(build, text_sampler(generator, length, choose(generator, (8, 16))), token_loss)

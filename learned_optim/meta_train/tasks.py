@@ -6,6 +6,7 @@ that is handed in, so a task is made again from its seed alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -19,6 +20,11 @@ Batch = tuple[Tensor, ...]
 
 class Task(Protocol):
     """One training problem. `loss` must be pure, so that `torch.func.vmap` can run many optimizees of one task at once."""
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The parameters' names and shapes, in the order of `init`."""
+        ...
 
     def init(self, generator: Generator) -> Params:
         """Fresh parameters of one optimizee, by name."""
@@ -52,6 +58,7 @@ class ModuleTask:
     ) -> None:
         self.build = build
         self.module = build()
+        self.shapes = {name: param.shape for name, param in self.module.named_parameters()}
         self.sample = sample
         self.criterion = criterion
         buffers = [name for name, _ in self.module.named_buffers()]
@@ -82,8 +89,8 @@ class Reparametrized:
 
     def __init__(self, task: Task, generator: Generator, spread: float) -> None:
         self.task = task
-        names = task.init(generator).keys()
-        self.scales = {name: (spread * torch.randn((), generator=generator)).exp() for name in names}
+        self.shapes = task.shapes
+        self.scales = {name: math.exp(spread * float(torch.randn((), generator=generator))) for name in task.shapes}
 
     def init(self, generator: Generator) -> Params:
         return {name: param / self.scales[name] for name, param in self.task.init(generator).items()}
@@ -92,7 +99,7 @@ class Reparametrized:
         return self.task.batch(generator)
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        return self.task.loss({name: param * self.scales[name].item() for name, param in params.items()}, batch)
+        return self.task.loss({name: param * self.scales[name] for name, param in params.items()}, batch)
 
 
 def draw_seed(generator: Generator) -> int:

@@ -1,6 +1,7 @@
 """Training runs that the meta-gradient flows through.
 
-Shapes: `R` optimizees (replicas) of one task, trained side by side by `vmap`; `T` steps of a truncation.
+Shapes: `R` optimizees (replicas) of one task, trained side by side; `K` tensors of one optimizee, with `N` coordinates laid end to end; `T`
+steps of a truncation.
 """
 
 from __future__ import annotations
@@ -12,33 +13,40 @@ import torch
 from torch import Generator, Tensor
 from torch.func import vmap
 
+from ..features import Layout
 from ..network import OptimizerNetwork
 from ..rule import State, init_state, update
-from .tasks import Batch, Params, Task
+from .tasks import Batch, Task
 
 
 @dataclass
 class Unroll:
-    """`R` optimizees of one task, part-way through their training. Every tensor of `params` and `states` leads with R."""
+    """`R` optimizees of one task, part-way through their training."""
 
     task: Task
-    params: Params
-    states: list[State]
+    params: Tensor  # (R, N)
+    state: State
     step: int  # optimizee steps done
     horizon: int  # optimizee steps in all
     horizon_known: bool  # whether the optimizer network is told
     first_loss: Tensor  # (R,), at the start of training
 
 
-def start(task: Task, network: OptimizerNetwork, replicas: int, horizon: int, horizon_known: bool, generator: Generator) -> Unroll:
-    """Fresh optimizees with fresh optimizer state, on the network's device."""
-    device = network.log_step_size.device
+def initial_params(task: Task, replicas: int, generator: Generator) -> Tensor:
+    """Fresh parameters of `R` optimizees, (R, N)."""
     inits = [task.init(generator) for _ in range(replicas)]
-    params = {name: torch.stack([init[name] for init in inits]).to(device) for name in inits[0]}
-    states = [vmap(lambda param: init_state(param, network.config))(param) for param in params.values()]
+    return torch.stack([torch.cat([param.flatten() for param in init.values()]) for init in inits])
+
+
+def start(task: Task, network: OptimizerNetwork, params: Tensor, horizon: int, horizon_known: bool, generator: Generator) -> Unroll:
+    """Optimizees with the given parameters, (R, N), and fresh optimizer state, on the network's device."""
+    device = network.log_step_size.device
+    params = params.to(device)
+    layout = Layout.of(tuple(task.shapes.values()), device)
+    state = init_state(layout, network.config, (len(params),), network.log_step_size.dtype)
     with torch.no_grad():
-        first_loss = vmap(task.loss)(params, draw(task, replicas, generator, device))
-    return Unroll(task, params, states, 0, horizon, horizon_known, first_loss)
+        first_loss = losses(task, params, draw(task, len(params), generator, device))
+    return Unroll(task, params, state, 0, horizon, horizon_known, first_loss)
 
 
 def draw(task: Task, replicas: int, generator: Generator, device: torch.device) -> Batch:
@@ -47,46 +55,40 @@ def draw(task: Task, replicas: int, generator: Generator, device: torch.device) 
     return tuple(torch.stack(parts).to(device) for parts in zip(*batches, strict=True))
 
 
-def advance(
-    network: OptimizerNetwork, unroll: Unroll, batches: Sequence[Batch], *, first_order: bool, keep_graph: bool
-) -> tuple[Unroll, Tensor]:
-    """Trains the optimizees for `T = len(batches)` steps and keeps the graph from their losses to the network's weights.
+def losses(task: Task, params: Tensor, batch: Batch) -> Tensor:
+    """Training loss of each replica, (R,)."""
+    parts = params.split([shape.numel() for shape in task.shapes.values()], -1)
+    named = {name: part.unflatten(-1, shape) if shape else part[..., 0] for (name, shape), part in zip(task.shapes.items(), parts, strict=True)}
+    return vmap(task.loss)(named, batch)
 
-    The loss before each step is measured on a batch that the optimizee has not yet been trained on; the last one, after the last step, on
-    the first batch of the stretch.
+
+def advance(network: OptimizerNetwork, unroll: Unroll, batches: Sequence[Batch], *, first_order: bool) -> tuple[Unroll, Tensor]:
+    """Trains the optimizees for `T` steps and keeps the graph from their losses to the network's weights.
+
+    Each loss is measured on a batch that the optimizee has not been trained on yet.
 
     Args:
-        batches: one a step, tensors (R, ...).
+        batches: T + 1 batches, tensors (R, ...); the last one is for measuring alone.
         first_order: take the optimizees' gradients as constants (Andrychowicz et al. 2016); else differentiate through them too.
-        keep_graph: False for a forward run alone.
 
     Returns:
         the advanced unroll, without graph, and the losses after each step, (T, R).
     """
-    params, states = unroll.params, unroll.states
-    names = list(params)
-    horizon = float(unroll.horizon) if unroll.horizon_known else None
-    losses = vmap(unroll.task.loss)
-
-    def rule(grads: list[Tensor], params: list[Tensor], states: list[State]) -> tuple[list[Tensor], list[State]]:
-        return update(network, grads, params, states, [horizon] * len(params))
+    params, state = unroll.params, unroll.state
+    layout = Layout.of(tuple(unroll.task.shapes.values()), params.device)
+    total_steps = torch.full_like(state["step"], unroll.horizon if unroll.horizon_known else torch.inf)
 
     measured = []
-    with torch.enable_grad():
-        for step, batch in enumerate(batches):
-            if not params[names[0]].requires_grad:
-                params = {name: param.detach().requires_grad_() for name, param in params.items()}
-            loss = losses(params, batch)
-            measured.append(loss if keep_graph else loss.detach())
-            exact = keep_graph and not first_order
-            grads = torch.autograd.grad(loss.sum(), list(params.values()), create_graph=exact, retain_graph=keep_graph)
-            with torch.set_grad_enabled(keep_graph):
-                updates, states = vmap(rule)(list(grads), list(params.values()), states)
-                params = {name: param + change for (name, param), change in zip(params.items(), updates, strict=True)}
-        with torch.set_grad_enabled(keep_graph):
-            measured.append(losses(params, batches[0]))
+    params = params.detach().requires_grad_()
+    for batch in batches[:-1]:
+        loss = losses(unroll.task, params, batch)
+        measured.append(loss)
+        (grad,) = torch.autograd.grad(loss.sum(), params, create_graph=not first_order, retain_graph=True)
+        change, state = update(network, layout, grad, params, state, total_steps)
+        params = params + change
+    measured.append(losses(unroll.task, params, batches[-1]))
 
-    detached = {name: param.detach() for name, param in params.items()}
-    states = [{key: value.detach() for key, value in state.items()} for state in states]
-    advanced = Unroll(unroll.task, detached, states, unroll.step + len(batches), unroll.horizon, unroll.horizon_known, unroll.first_loss)
+    detached = {key: value.detach() for key, value in state.items()}
+    step = unroll.step + len(batches) - 1
+    advanced = Unroll(unroll.task, params.detach(), detached, step, unroll.horizon, unroll.horizon_known, unroll.first_loss)
     return advanced, torch.stack(measured[1:])

@@ -1,0 +1,32 @@
+# Everything runs in .venv, which is made with PYTHON where it does not exist. A target installs only what changed since it last ran.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+
+demo: $(VENV)/demo.stamp ## train a small model with the learned optimizer and with AdamW, and plot both
+	$(BIN)/learned-optim demo
+
+test: $(VENV)/test.stamp ## run the tests
+	$(BIN)/pytest
+
+lint: $(VENV)/test.stamp ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# constraints.txt pins torch too: left to itself, pip would take the newest one.
+$(VENV)/%.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV); the first time, PyTorch takes a few minutes."
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS_$*)]"
+	@touch $@
+
+EXTRAS_demo := demo
+EXTRAS_test := demo,test
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)

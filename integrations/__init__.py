@@ -1,0 +1,1 @@
+"""Adapters that plug `LearnedOptimizer` into training frameworks. They use the public API only."""

@@ -1,0 +1,117 @@
+"""The `learned-optim` command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .network import OptimizerNetwork
+from .weights import bundled_names, fingerprint, load_network
+
+
+class CommandError(Exception):
+    """A mistake of the user's, told in one line without a traceback."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """A subcommand.
+
+    Args:
+        summary: one line for `--help`.
+        arguments: adds the command's arguments to its parser.
+        run: does it.
+    """
+
+    summary: str
+    arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns: the exit status, 2 for a mistake of the user's."""
+    parser = ArgumentParser(prog="learned-optim", description="A learned optimizer for PyTorch.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.summary, description=command.summary)
+        command.arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except CommandError as error:
+        print(f"learned-optim: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _load(name: str) -> OptimizerNetwork:
+    try:
+        return load_network(name)
+    except (ValueError, OSError) as error:
+        raise CommandError(error) from error
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _demo_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of demo.png and demo.json (%(default)s)")
+    parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs of every optimizer on every task (%(default)s)")
+    parser.add_argument("--workers", type=_positive, default=2, metavar="N", help="processes of one thread each (%(default)s)")
+    parser.add_argument(
+        "--pretrained", default="default", metavar="NAME", help="weights: a bundled name, a folder or a Hub id (%(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help="one seed and a few steps: checks that the demo runs, compares nothing")
+
+
+def _demo(args: Namespace) -> None:
+    for module in ("matplotlib", "sklearn", "tqdm"):
+        if importlib.util.find_spec(module) is None:
+            raise CommandError(f'the demo needs {module}; install it with: pip install "learned-optim[demo]"')
+    from . import demo
+
+    network = _load(args.pretrained)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"--out must be a folder, or one that can be made: {error}") from error
+    seeds, steps_scale = (1, 0.01) if args.quick else (args.seeds, 1.0)
+    print(demo.run(network, args.out, seeds=seeds, workers=args.workers, steps_scale=steps_scale))
+
+
+def _list(_: Namespace) -> None:
+    print("\n".join(bundled_names()))
+
+
+def _info_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("pretrained", metavar="NAME_OR_FOLDER_OR_HUB_ID")
+
+
+def _info(args: Namespace) -> None:
+    network = _load(args.pretrained)
+    facts = {
+        **asdict(network.config),
+        "parameters": sum(param.numel() for param in network.parameters()),
+        "fingerprint": fingerprint(network),
+    }
+    for name, value in facts.items():
+        print(f"{name:20} {value}")
+
+
+COMMANDS = {
+    "demo": Command(
+        summary="train two small models beside AdamW, and print and plot who wins (about 3 minutes)", arguments=_demo_arguments, run=_demo
+    ),
+    "list": Command(summary="names of the bundled weights", arguments=lambda parser: None, run=_list),
+    "info": Command(summary="configuration, size and fingerprint of a set of weights", arguments=_info_arguments, run=_info),
+}

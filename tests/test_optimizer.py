@@ -1,0 +1,798 @@
+"""`LearnedOptimizer` as torch, its schedulers, its scalers and its checkpoints use an optimizer."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from learned_optim import rule
+from learned_optim.config import NetworkConfig
+from learned_optim.features import Layout
+from learned_optim.network import OptimizerNetwork
+from learned_optim.optimizer import ADAMW_UPDATE_RMS, LearnedOptimizer, init_state
+from learned_optim.weights import fingerprint
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")]
+
+
+def acting_network(seed: int = 0) -> OptimizerNetwork:
+    """A network in which everything acts: an untrained one has zeros where the LSTM and the controller speak."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = OptimizerNetwork(NetworkConfig())
+        with torch.no_grad():
+            for param in network.parameters():
+                param.add_(torch.randn_like(param), alpha=0.2)
+    return network
+
+
+@pytest.fixture
+def network() -> OptimizerNetwork:
+    return acting_network()
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Model(nn.Module):
+    """A matrix, vectors, a scalar and a parameter without elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 3)
+        self.gain = nn.Parameter(torch.tensor(1.0))
+        self.empty = nn.Parameter(torch.zeros(0, 4))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.gain * self.second(self.first(inputs).tanh()) + self.empty.sum()
+
+
+def make_model(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Model:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Model().to(device, dtype)
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    """The loss on the batch of that step."""
+    param = next(model.parameters())
+    generator = torch.Generator().manual_seed(step)
+    inputs = torch.randn(16, 6, generator=generator)
+    targets = torch.stack([inputs[:, 0], inputs[:, 1] * inputs[:, 2], inputs.sum(1).sin()], dim=1)
+    return (model(inputs.to(param)) - targets.to(param)).float().square().mean()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, scheduler: Any = None) -> list[float]:
+    losses = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss = loss_of(model, step)
+        loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        losses.append(loss.item())
+    return losses
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Equal to the last bit, in nested lists and dicts too."""
+    if isinstance(expected, Tensor):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    elif isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_same(actual[key], value)
+    elif isinstance(expected, list | tuple):
+        for one, other in zip(actual, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert actual == expected
+
+
+def save_and_load(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# The rule, driven in place
+
+
+def test_step_is_the_rule(network: OptimizerNetwork) -> None:
+    """Several steps over two groups, each with its own lr, weight decay and horizon, are the pure rule to the last bit."""
+    model = make_model()
+    params = [param for param in model.parameters() if param.numel()]
+    groups = [{"params": params[:2], "lr": 0.5, "weight_decay": 0.1, "total_steps": 9}, {"params": params[2:]}]
+    optimizer = LearnedOptimizer(groups, network)
+    layout = Layout.of(tuple(param.shape for param in params), torch.device("cpu"))
+    state = rule.init_state(layout, network.config)
+    horizons = torch.tensor([9.0, 9.0, *[torch.inf] * 3])
+    for step in range(5):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        before = [param.detach().clone() for param in params]
+        grad, flat = (torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in ([param.grad for param in params], before))
+        with torch.no_grad():
+            change, state = rule.update(network, layout, grad, flat, state, horizons)
+        optimizer.step()
+        for k, (param, part) in enumerate(zip(params, change.split(layout.sizes), strict=True)):
+            lr, weight_decay = (0.5, 0.1) if k < 2 else (1.0, 0.0)
+            share = lr * weight_decay * part.square().mean().sqrt() / ADAMW_UPDATE_RMS
+            torch.testing.assert_close(param.detach(), before[k] * (1 - share) + lr * part.view(param.shape), rtol=1e-5, atol=1e-7)
+            own = optimizer.state[param]
+            assert_same([own["step"], own["control"]], [state["step"][k], state["control"][k]])
+            for key in ("momentum", "second_moment", "hidden", "cell"):
+                assert_same(own[key].flatten(-param.dim() or own[key].dim()), state[key].split(layout.sizes, -1)[k])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_loss_falls_and_state_is_fp32(network: OptimizerNetwork, dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    optimizer = LearnedOptimizer(model.parameters(), network, total_steps=40)
+    losses = train(model, optimizer, range(40))
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert {param.dtype for param in model.parameters()} == {dtype}
+    assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
+
+
+def test_step_touches_nothing_else(network: OptimizerNetwork) -> None:
+    """Not the gradients, not the network, not the parameters' place in autograd."""
+    model = make_model()
+    optimizer = LearnedOptimizer(model.parameters(), network)
+    weights = copy.deepcopy(network.state_dict())
+    train(model, optimizer, range(2))
+    loss_of(model, 2).backward(create_graph=True)
+    gradients = [param.grad.detach().clone() for param in model.parameters()]
+    optimizer.step()
+    assert_same([param.grad.detach() for param in model.parameters()], gradients)
+    assert_same(dict(network.state_dict()), dict(weights))
+    assert all(param.is_leaf and param.requires_grad for param in model.parameters())
+    assert not any(value.requires_grad for state in optimizer.state.values() for value in state.values())
+
+
+def test_network_of_the_caller_stays_trainable(network: OptimizerNetwork) -> None:
+    """The optimizer takes a copy: meta-training may go on with the original, and does not change a running optimizer."""
+    model, other = make_model(), make_model()
+    optimizer, reference = LearnedOptimizer(model.parameters(), network), LearnedOptimizer(other.parameters(), acting_network())
+    assert all(param.requires_grad for param in network.parameters())
+    train(model, optimizer, range(2))
+    with torch.no_grad():
+        network.coordinate.skip.mul_(-1)
+    train(model, optimizer, range(2, 4))
+    train(other, reference, range(4))
+    assert_same(values(model), values(other))
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.25, 4.0])
+def test_lr_multiplies_the_whole_update(network: OptimizerNetwork, lr: float) -> None:
+    """Weight decay included, exactly: float64 parameters keep every bit of the fp32 update."""
+    moves = {}
+    for factor in (1.0, lr):
+        model = make_model(torch.float64)
+        before = values(model)
+        optimizer = LearnedOptimizer(model.parameters(), network, lr=factor, weight_decay=0.1)
+        train(model, optimizer, range(1))
+        moves[factor] = {name: param - before[name] for name, param in values(model).items()}
+    assert moves[1.0]["gain"] != 0
+    torch.testing.assert_close(moves[lr], {name: lr * move for name, move in moves[1.0].items()}, rtol=1e-6, atol=1e-12)
+
+
+def test_lr_zero_moves_nothing(network: OptimizerNetwork) -> None:
+    model = make_model()
+    before = values(model)
+    train(model, LearnedOptimizer(model.parameters(), network, lr=0.0, weight_decay=0.1), range(3))
+    assert_same(values(model), before)
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.5])
+def test_weight_decay_is_decoupled(network: OptimizerNetwork, lr: float) -> None:
+    """It shrinks the parameter by the documented share and does not enter the gradient, so the state is the same without it."""
+    plain, decayed = make_model(torch.float64), make_model(torch.float64)
+    without = LearnedOptimizer(plain.parameters(), network, lr=lr)
+    with_decay = LearnedOptimizer(decayed.parameters(), network, lr=lr, weight_decay=0.3)
+    before = values(plain)
+    train(plain, without, range(1))
+    train(decayed, with_decay, range(1))
+    for name, param in decayed.named_parameters():
+        if param.numel():
+            move = (dict(plain.named_parameters())[name] - before[name]).detach()
+            rate = move.square().mean().sqrt() / lr / ADAMW_UPDATE_RMS
+            torch.testing.assert_close(param.detach(), before[name] * (1 - lr * 0.3 * rate) + move, rtol=1e-6, atol=1e-12)
+    assert_same(with_decay.state_dict()["state"], without.state_dict()["state"])
+
+
+# Closures and gradient modes
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+@pytest.mark.parametrize("outside", [torch.no_grad, torch.enable_grad])
+def test_closure(network: OptimizerNetwork, keyword: bool, outside: Callable[[], Any]) -> None:
+    """It is called once, with grad enabled, before the step; its loss is returned."""
+    model, other = make_model(), make_model()
+    optimizer, reference = LearnedOptimizer(model.parameters(), network), LearnedOptimizer(other.parameters(), network)
+    calls = []
+
+    def closure() -> Tensor:
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        loss.backward()
+        calls.append(loss)
+        return loss
+
+    with outside():
+        result = optimizer.step(closure=closure) if keyword else optimizer.step(closure)
+    assert len(calls) == 1
+    assert result is calls[0]
+    train(other, reference, range(1))
+    assert_same(values(model), values(other))
+
+
+def test_step_without_closure_returns_none(network: OptimizerNetwork) -> None:
+    model = make_model()
+    optimizer = LearnedOptimizer(model.parameters(), network)
+    loss_of(model, 0).backward()
+    assert optimizer.step() is None
+    assert optimizer.step(None) is None
+
+
+def test_step_inside_autocast_is_the_same(network: OptimizerNetwork) -> None:
+    """A loop that runs wholly under autocast must not run the rule in bf16."""
+    model, other = make_model(), make_model()
+    optimizer, reference = LearnedOptimizer(model.parameters(), network), LearnedOptimizer(other.parameters(), network)
+    for step in range(3):
+        for each in (model, other):
+            each.zero_grad()
+            loss_of(each, step).backward()
+        reference.step()
+        with torch.autocast("cpu", torch.bfloat16):
+            optimizer.step()
+        assert_same(values(model), values(other))
+
+
+def test_default_dtype_does_not_matter(network: OptimizerNetwork) -> None:
+    """Someone who works in float64 throughout gets the same fp32 rule."""
+    model = make_model(torch.float64)
+    reference = make_model(torch.float64)
+    train(reference, LearnedOptimizer(reference.parameters(), network), range(3))
+    torch.set_default_dtype(torch.float64)
+    try:
+        optimizer = LearnedOptimizer(model.parameters(), copy.deepcopy(network).double())
+        for step in range(3):
+            torch.set_default_dtype(torch.float32)
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            torch.set_default_dtype(torch.float64)
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
+    assert_same(values(model), values(reference))
+
+
+# Parameter groups
+
+
+def test_add_param_group_while_training(network: OptimizerNetwork) -> None:
+    """Its parameters count from their own first step, and the others go on."""
+    model = make_model()
+    optimizer = LearnedOptimizer(model.first.parameters(), network, total_steps=10)
+    train(model, optimizer, range(3))
+    optimizer.add_param_group({"params": list(model.second.parameters()), "lr": 0.5, "total_steps": 20})
+    before = values(model)
+    train(model, optimizer, range(3, 5))
+    assert {key: optimizer.param_groups[1][key] for key in ("lr", "weight_decay", "total_steps")} == {
+        "lr": 0.5,
+        "weight_decay": 0.0,
+        "total_steps": 20,
+    }
+    assert [optimizer.state[param]["step"].item() for param in model.first.parameters()] == [5, 5]
+    assert [optimizer.state[param]["step"].item() for param in model.second.parameters()] == [2, 2]
+    assert not torch.equal(model.second.weight, before["second.weight"])
+
+
+BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"lr": -0.1}, "must not be negative, got -0.1"),
+    ({"lr": float("nan")}, "must not be negative, got nan"),
+    ({"lr": torch.tensor([0.1, 0.2])}, "Tensor lr must be 1-element"),
+    ({"weight_decay": -1.0}, "weight_decay must not be negative, got -1.0"),
+    ({"total_steps": 0}, "total_steps must be a positive number of optimizer steps.*got 0"),
+    ({"total_steps": 10.5}, "total_steps must be a positive number of optimizer steps.*got 10.5"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=str)
+def test_constructor_refuses_bad_options(network: OptimizerNetwork, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LearnedOptimizer([nn.Parameter(torch.ones(2))], network, **options)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        *(({"params": [torch.ones(2)], **options}, message) for options, message in BAD_OPTIONS),
+        ({"params": [torch.ones(2, dtype=torch.int64)]}, "got one of dtype torch.int64"),
+        ({"params": [torch.ones(2), torch.ones(2, dtype=torch.complex64)]}, "got one of dtype torch.complex64"),
+    ],
+    ids=str,
+)
+def test_bad_group_leaves_the_optimizer_as_it_was(network: OptimizerNetwork, group: dict[str, Any], message: str) -> None:
+    model = make_model()
+    optimizer = LearnedOptimizer(model.parameters(), network)
+    train(model, optimizer, range(1))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(dict(group))
+    assert_same(optimizer.state_dict(), before)
+    train(model, optimizer, range(1, 2))
+
+
+def test_complex_parameters_are_refused(network: OptimizerNetwork) -> None:
+    with pytest.raises(ValueError, match="real floating-point parameters, got one of dtype torch.complex64"):
+        LearnedOptimizer([nn.Parameter(torch.ones(2, dtype=torch.complex64))], network)
+
+
+# Learning rate schedulers
+
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "LambdaLR": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "CosineAnnealingLR": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=6),
+    "LinearLR": lambda optimizer: lr_scheduler.LinearLR(optimizer, start_factor=0.2, total_iters=4),
+    "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=1.5, total_steps=8, cycle_momentum=False),
+    "ReduceLROnPlateau": lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("kind", ["float", "0-d", "1-d"])
+def test_schedulers(network: OptimizerNetwork, name: str, kind: str) -> None:
+    """Training under a scheduler is training with the lr of each step put in by hand."""
+    lr = {"float": 1.0, "0-d": torch.tensor(1.0), "1-d": torch.tensor([1.0])}[kind]
+    model, other = make_model(), make_model()
+    optimizer = LearnedOptimizer(model.parameters(), network, lr=lr, weight_decay=0.1)
+    reference = LearnedOptimizer(other.parameters(), network, weight_decay=0.1)
+    scheduler = SCHEDULERS[name](optimizer)
+    used = []
+    for step in range(5):
+        used.append(float(optimizer.param_groups[0]["lr"]))
+        reference.param_groups[0]["lr"] = used[-1]
+        train(model, optimizer, range(step, step + 1))
+        train(other, reference, range(step, step + 1))
+        scheduler.step(*[1.0] if name == "ReduceLROnPlateau" else [])
+    torch.testing.assert_close(values(model), values(other), rtol=1e-5, atol=1e-6)
+    assert len(set(used)) > 2
+    assert isinstance(optimizer.param_groups[0]["lr"], float if kind == "float" else Tensor)
+
+
+# Copies
+
+
+@pytest.mark.parametrize("method", ["deepcopy", "pickle"])
+def test_copies_train_on_identically(network: OptimizerNetwork, method: str) -> None:
+    """A copy of model and optimizer keeps the network, shares nothing, and is free of the scheduler that patched `step`."""
+    model = make_model()
+    optimizer = LearnedOptimizer(model.parameters(), network, total_steps=8)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    train(model, optimizer, range(3), scheduler)
+    assert "step" in vars(optimizer)
+    pair = (model, optimizer)
+    other_model, other = copy.deepcopy(pair) if method == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    assert isinstance(other, LearnedOptimizer)
+    assert "step" not in vars(other)
+    assert_same(dict(other.network.state_dict()), dict(optimizer.network.state_dict()))
+    assert other.network is not optimizer.network
+    before = values(model)
+    train(other_model, other, range(3, 8))
+    assert_same(values(model), before)
+    train(model, optimizer, range(3, 8))
+    assert_same(values(other_model), values(model))
+    assert scheduler.last_epoch == 3
+
+
+# State dicts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_resume_is_bit_identical(network: OptimizerNetwork, dtype: torch.dtype) -> None:
+    """Through a file read with `weights_only=True`, as Trainer and accelerate read it."""
+    model = make_model(dtype)
+    optimizer = LearnedOptimizer(model.parameters(), network, weight_decay=0.1, total_steps=8)
+    train(model, optimizer, range(4))
+    saved = save_and_load({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    train(model, optimizer, range(4, 8))
+
+    resumed = make_model(dtype)
+    resumed.load_state_dict(saved["model"])
+    other = LearnedOptimizer(resumed.parameters(), network)
+    other.load_state_dict(state_dict=saved["optimizer"])
+    assert_same(other.state_dict(), saved["optimizer"])
+    train(resumed, other, range(4, 8))
+    assert_same(values(resumed), values(model))
+    assert_same(other.state_dict(), optimizer.state_dict())
+
+
+def test_loaded_state_is_a_copy(network: OptimizerNetwork) -> None:
+    """Two optimizers that load one dict share nothing with it or with each other."""
+    model = make_model()
+    optimizer = LearnedOptimizer(model.parameters(), network)
+    train(model, optimizer, range(3))
+    saved = optimizer.state_dict()
+    before = copy.deepcopy(saved)
+    first, second = (LearnedOptimizer(make_model().parameters(), network) for _ in range(2))
+    for other in (first, second):
+        other.load_state_dict(saved)
+    for state in first.state.values():
+        for value in state.values():
+            value.fill_(7)
+    assert_same(saved, before)
+    assert_same(second.state_dict(), before)
+
+
+def test_state_of_another_parameter_dtype_stays_fp32(network: OptimizerNetwork) -> None:
+    model = make_model()
+    optimizer = LearnedOptimizer(model.parameters(), network)
+    train(model, optimizer, range(3))
+    halved = make_model(torch.bfloat16)
+    other = LearnedOptimizer(halved.parameters(), network)
+    other.load_state_dict(optimizer.state_dict())
+    assert_same(other.state_dict()["state"], optimizer.state_dict()["state"])
+    train(halved, other, range(3, 4))
+
+
+def test_load_hooks_see_what_was_saved(network: OptimizerNetwork) -> None:
+    """A pre-hook may replace the dict that is loaded; a post-hook finds the state as it was saved, on bf16 parameters too."""
+    model = make_model(torch.bfloat16)
+    optimizer = LearnedOptimizer(model.parameters(), network)
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = LearnedOptimizer(make_model(torch.bfloat16).parameters(), network)
+    seen = []
+    other.register_load_state_dict_pre_hook(lambda _, __: copy.deepcopy(saved))
+    other.register_load_state_dict_post_hook(lambda self: seen.append(copy.deepcopy(self.state_dict())))
+    empty = LearnedOptimizer(make_model(torch.bfloat16).parameters(), network).state_dict()
+    other.load_state_dict(empty)
+    assert_same(other.state_dict(), saved)
+    assert_same(seen, [saved])
+
+
+def test_load_refuses_other_weights(network: OptimizerNetwork) -> None:
+    model = make_model()
+    optimizer = LearnedOptimizer(model.parameters(), network)
+    train(model, optimizer, range(2))
+    stranger = acting_network(seed=1)
+    assert fingerprint(stranger) != fingerprint(network)
+    other = LearnedOptimizer(make_model().parameters(), stranger, lr=0.5)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="other|weights") as error:
+        other.load_state_dict(optimizer.state_dict())
+    assert fingerprint(stranger) in str(error.value)
+    assert fingerprint(network) in str(error.value)
+    assert_same(other.state_dict(), before)
+
+
+def test_load_refuses_other_optimizers(network: OptimizerNetwork) -> None:
+    """The state of an AdamW would load and only fail later, in `step`."""
+    model = make_model()
+    adamw = torch.optim.AdamW(model.parameters())
+    train(model, adamw, range(2))
+    optimizer = LearnedOptimizer(model.parameters(), network)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="not saved by a LearnedOptimizer"):
+        optimizer.load_state_dict(adamw.state_dict())
+    assert_same(optimizer.state_dict(), before)
+
+
+def test_load_refuses_other_groups(network: OptimizerNetwork) -> None:
+    model = make_model()
+    optimizer = LearnedOptimizer(model.parameters(), network)
+    train(model, optimizer, range(2))
+    other = LearnedOptimizer(model.first.parameters(), network)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="parameter group"):
+        other.load_state_dict(optimizer.state_dict())
+    assert_same(other.state_dict(), before)
+
+
+# Distributed checkpoints, in one process
+
+
+def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(network: OptimizerNetwork) -> None:
+    """Torch makes the state by a step with zero gradients and lr=0. Training afterwards is as if it had never been asked."""
+    model, other = make_model(), make_model()
+    optimizer = LearnedOptimizer(model.parameters(), network, weight_decay=0.1, total_steps=6)
+    reference = LearnedOptimizer(other.parameters(), network, weight_decay=0.1, total_steps=6)
+    before = values(model)
+    asked = get_optimizer_state_dict(model, optimizer)
+    assert asked["state"].keys() == dict(model.named_parameters()).keys()
+    assert_same(values(model), before)
+    train(model, optimizer, range(6))
+    train(other, reference, range(6))
+    assert_same(values(model), values(other))
+    assert_same(optimizer.state_dict(), reference.state_dict())
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("cpu_offload", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_distributed_state_dict_round_trip(
+    network: OptimizerNetwork, process_group: None, dtype: torch.dtype, full: bool, cpu_offload: bool, flat: bool
+) -> None:
+    options = StateDictOptions(full_state_dict=full, cpu_offload=cpu_offload, flatten_optimizer_state_dict=flat)
+
+    def make(model: nn.Module) -> LearnedOptimizer:
+        names, params = zip(*model.named_parameters(), strict=True)
+        groups = [{"params": params[:2], "weight_decay": 0.1}, {"params": params[2:], "lr": 0.5}]
+        return LearnedOptimizer(groups, network, total_steps=8)
+
+    model = make_model(dtype)
+    optimizer = make(model)
+    train(model, optimizer, range(4))
+    saved = save_and_load(get_optimizer_state_dict(model, optimizer, options=options))
+    resumed = make_model(dtype)
+    resumed.load_state_dict(model.state_dict())
+    other = make(resumed)
+    set_optimizer_state_dict(resumed, other, saved, options=options)
+    assert_same(values(resumed), values(model))
+    assert_same(other.state_dict(), optimizer.state_dict())
+    train(model, optimizer, range(4, 8))
+    train(resumed, other, range(4, 8))
+    assert_same(values(resumed), values(model))
+
+
+@pytest.mark.parametrize(("placement", "shifted"), [(Shard(0), Shard(1)), (Shard(1), Shard(2)), (Replicate(), Replicate())], ids=str)
+def test_state_is_placed_like_the_parameter(process_group: None, placement: Any, shifted: Any) -> None:
+    """The LSTM's units stand in front, so a sharded dimension moves up by one."""
+    mesh = init_device_mesh("cpu", (1,))
+    param = nn.Parameter(distribute_tensor(torch.ones(4, 6, dtype=torch.bfloat16), mesh, [placement]))
+    state = init_state(param, NetworkConfig(hidden_units=3))
+    for key, shape, expected in [
+        ("momentum", (4, 6), placement),
+        ("second_moment", (4, 6), placement),
+        ("hidden", (3, 4, 6), shifted),
+        ("cell", (3, 4, 6), shifted),
+    ]:
+        value = state[key]
+        assert isinstance(value, DTensor), key
+        assert value.device_mesh == mesh
+        assert value.placements == (expected,), key
+        assert value.shape == shape
+        assert value.dtype == torch.float32
+
+
+# Gradient scaling
+
+
+def test_grad_scaler_skips_infinite_gradients(network: OptimizerNetwork) -> None:
+    """Parameters and state stay as they are; finite gradients arrive unscaled."""
+    model, other = make_model(), make_model()
+    optimizer, reference = LearnedOptimizer(model.parameters(), network), LearnedOptimizer(other.parameters(), network)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(4):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        if step == 2:
+            model.first.weight.grad[0, 0] = torch.inf
+            before = copy.deepcopy((values(model), optimizer.state_dict()))
+            scaler.step(optimizer)
+            assert_same((values(model), optimizer.state_dict()), before)
+        else:
+            scaler.step(optimizer)
+            train(other, reference, range(step, step + 1))
+        scaler.update()
+    assert scaler.get_scale() == 512.0
+    assert_same(values(model), values(other))
+
+
+# Missing, zero and unusual gradients
+
+
+def test_parameters_without_gradient_are_left_out(network: OptimizerNetwork) -> None:
+    model, other = make_model(), make_model()
+    optimizer = LearnedOptimizer(model.parameters(), network, weight_decay=0.1)
+    reference = LearnedOptimizer(other.first.parameters(), network, weight_decay=0.1)
+    before = values(model)
+    for step in range(3):
+        for each in (model, other):
+            each.zero_grad()
+            loss_of(each, step).backward()
+        for name, param in model.named_parameters():
+            if not name.startswith("first"):
+                param.grad = None
+        optimizer.step()
+        reference.step()
+    assert_same(values(model.first), values(other.first))
+    assert_same(values(model.second), {name: before[f"second.{name}"] for name in ("weight", "bias")})
+    assert set(optimizer.state) == set(model.first.parameters())
+
+
+def test_zero_gradients_before_the_first_change_nothing(network: OptimizerNetwork) -> None:
+    model, other = make_model(), make_model()
+    optimizer = LearnedOptimizer(model.parameters(), network, weight_decay=0.1, total_steps=5)
+    reference = LearnedOptimizer(other.parameters(), network, weight_decay=0.1, total_steps=5)
+    before = values(model)
+    for _ in range(3):
+        for param in model.parameters():
+            param.grad = torch.zeros_like(param)
+        optimizer.step()
+    assert_same(values(model), before)
+    assert not any(value.any() for state in optimizer.state.values() for value in state.values())
+    train(model, optimizer, range(5))
+    train(other, reference, range(5))
+    assert_same(values(model), values(other))
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_no_gradient_at_all_warns(network: OptimizerNetwork, scheduled: bool) -> None:
+    """With the line that called `step`, so that Python shows it once per such line."""
+    model = make_model()
+    optimizer = LearnedOptimizer(model.parameters(), network)
+    if scheduled:
+        lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    before = values(model)
+    with pytest.warns(UserWarning, match="found no gradient on any of its parameters") as record:
+        optimizer.step()
+    assert scheduled or record[0].filename == __file__
+    assert_same(values(model), before)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+def test_sparse_gradients_are_refused(network: OptimizerNetwork, layout: torch.layout) -> None:
+    """By name, and before any other parameter has moved."""
+    dense, embedding = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4, 2))
+    optimizer = LearnedOptimizer([dense, embedding], network)
+    dense.grad, embedding.grad = torch.ones(3), torch.eye(4)[:, :2].to_sparse(layout=layout)
+    with pytest.raises(RuntimeError, match=r"does not support sparse gradients.*shape \(4, 2\)"):
+        optimizer.step()
+    assert_same([dense.detach(), embedding.detach()], [torch.ones(3), torch.ones(4, 2)])
+
+
+def test_sparse_embedding_is_refused(network: OptimizerNetwork) -> None:
+    embedding = nn.Embedding(5, 2, sparse=True)
+    optimizer = LearnedOptimizer(embedding.parameters(), network)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("layout", ["transposed", "channels_last", "strided", "expanded grad"])
+def test_memory_layout_does_not_matter(network: OptimizerNetwork, layout: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    plain = torch.randn(4, 3, 2, 2, generator=generator)
+    grads = [torch.randn(4, 3, 2, 2, generator=generator) for _ in range(3)]
+
+    def arrange(tensor: Tensor) -> Tensor:
+        match layout:
+            case "transposed":
+                return tensor.transpose(0, 3).contiguous().transpose(0, 3)
+            case "channels_last":
+                return tensor.contiguous(memory_format=torch.channels_last)
+            case "strided":
+                return tensor.repeat_interleave(2, dim=-1)[..., ::2]
+        return tensor
+
+    if layout == "expanded grad":
+        grads = [torch.full((4, 3, 2, 2), 0.3), torch.full((4, 3, 2, 2), -0.1)]
+    param, other = nn.Parameter(arrange(plain.clone())), nn.Parameter(plain.clone())
+    optimizer, reference = (LearnedOptimizer([each], network, weight_decay=0.1) for each in (param, other))
+    for grad in grads:
+        other.grad = grad
+        param.grad = grad.flatten()[0].expand(4, 3, 2, 2) if layout == "expanded grad" else arrange(grad)
+        assert layout == "expanded grad" or not param.is_contiguous()
+        optimizer.step()
+        reference.step()
+    assert_same(param.detach(), other.detach())
+    assert_same(optimizer.state_dict(), reference.state_dict())
+
+
+def test_shared_parameters_are_one(network: OptimizerNetwork) -> None:
+    """Tied embeddings: one state, one move a step, with the sum of the gradients."""
+    embedding, head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+    head.weight = embedding.weight
+    model = nn.Sequential(embedding, head)
+    single = nn.Parameter(embedding.weight.detach().clone())
+    optimizer, reference = LearnedOptimizer(model.parameters(), network), LearnedOptimizer([single], network)
+    words = torch.tensor([0, 3, 3, 6])
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(words), words).backward()
+        reference.zero_grad()
+        nn.functional.cross_entropy(nn.functional.linear(nn.functional.embedding(words, single), single), words).backward()
+        optimizer.step()
+        reference.step()
+    assert_same(embedding.weight.detach(), single.detach())
+    assert len(optimizer.state) == 1
+    assert len(optimizer.state_dict()["state"]) == 1
+
+
+def test_parameter_named_twice_moves_once(network: OptimizerNetwork) -> None:
+    """Torch only warns of a list that names a parameter twice, such as the parameters of two tied layers one after the other."""
+    param, other = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = LearnedOptimizer([param, param], network)
+    reference = LearnedOptimizer([other], network)
+    param.grad = other.grad = torch.arange(6.0).reshape(3, 2)
+    optimizer.step()
+    reference.step()
+    assert_same(param.detach(), other.detach())
+
+
+def test_parameters_may_be_swapped_before_the_first_step(network: OptimizerNetwork) -> None:
+    """FSDP and accelerate replace the parameters after the optimizer was built."""
+    model, other = make_model(), make_model()
+    optimizer, reference = LearnedOptimizer(model.parameters(), network), LearnedOptimizer(other.parameters(), network)
+    assert not optimizer.state
+    replacements = make_model()
+    optimizer.param_groups[0]["params"] = list(replacements.parameters())
+    before = values(model)
+    train(replacements, optimizer, range(3))
+    train(other, reference, range(3))
+    assert_same(values(replacements), values(other))
+    assert_same(values(model), before)
+    assert set(optimizer.state) == set(replacements.parameters())
+
+
+# Hooks
+
+
+def test_step_hooks(network: OptimizerNetwork) -> None:
+    """Before and after the update, global ones too, with the arguments of `step`."""
+    model = make_model()
+    optimizer = LearnedOptimizer(model.parameters(), network)
+    loss_of(model, 0).backward()
+    start, seen = values(model), []
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda self, args, kwargs: seen.append((name, self is optimizer, args[1:], kwargs, torch.equal(model.gain, start["gain"])))
+
+    handles = [
+        optimizer.register_step_pre_hook(hook("pre")),
+        optimizer.register_step_post_hook(hook("post")),
+        register_optimizer_step_pre_hook(hook("global pre")),
+        register_optimizer_step_post_hook(hook("global post")),
+    ]
+    try:
+        optimizer.step(None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    optimizer.step()
+    assert seen == [(name, True, (None,), {}, "pre" in name) for name in ("global pre", "pre", "post", "global post")]
+
+
+# CUDA
+
+
+@pytest.mark.parametrize("marks", [pytest.param(None, marks=gpu)])
+def test_cuda_matches_cpu(network: OptimizerNetwork, marks: None) -> None:
+    model, other = make_model(device="cuda"), make_model()
+    optimizer, reference = LearnedOptimizer(model.parameters(), network), LearnedOptimizer(other.parameters(), network)
+    train(model, optimizer, range(3))
+    train(other, reference, range(3))
+    torch.testing.assert_close({name: param.cpu() for name, param in values(model).items()}, values(other), rtol=1e-3, atol=1e-4)
+    assert {value.device.type for state in optimizer.state.values() for value in state.values()} == {"cuda"}

@@ -1,0 +1,447 @@
+"""Properties that the update rule must have whatever its weights are, and the derivatives that meta-training takes of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from learned_optim.config import NetworkConfig
+from learned_optim.features import Layout
+from learned_optim.network import OptimizerNetwork
+from learned_optim.rule import State, init_state, orthogonalize, update
+
+SHAPES = [(), (1,), (7,), (1, 6), (5, 3), (6, 1), (3, 8), (4, 3, 2, 2), (4, 12), (8, 3)]  # the last three have one kind of fans twice
+MATRICES = [(16, 16), (32, 8), (8, 32), (12, 3, 3, 3)]
+VECTORS = [(9,), (1, 9), (9, 1)]
+
+
+def acting_network(dtype: torch.dtype = torch.float32, **config: float) -> OptimizerNetwork:
+    """A network in which everything acts: an untrained one has zeros where the LSTM and the controller speak."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = OptimizerNetwork(NetworkConfig(**config))
+        with torch.no_grad():
+            for param in network.parameters():
+                param.add_(torch.randn_like(param), alpha=0.2)
+    return network.to(dtype)
+
+
+@pytest.fixture
+def network() -> OptimizerNetwork:
+    return acting_network().requires_grad_(False)
+
+
+@pytest.fixture
+def untrained() -> OptimizerNetwork:
+    return OptimizerNetwork(NetworkConfig()).requires_grad_(False)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def draw(shapes: Sequence[tuple[int, ...]], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+def layout_of(tensors: Sequence[Tensor]) -> Layout:
+    return Layout.of(tuple(tensor.shape for tensor in tensors), torch.device("cpu"))
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def fresh(params: Sequence[Tensor], network: OptimizerNetwork) -> State:
+    return init_state(layout_of(params), network.config, dtype=network.log_step_size.dtype)
+
+
+def step(
+    network: OptimizerNetwork, params: Sequence[Tensor], grads: Sequence[Tensor], state: State, total_steps: float | Sequence[float] = math.inf
+) -> tuple[list[Tensor], State]:
+    """One step of the rule, with the tensors in their shapes."""
+    horizons = torch.tensor(total_steps, dtype=network.log_step_size.dtype).expand(len(params))
+    change, state = update(network, layout_of(params), flat(grads), flat(params), state, horizons)
+    parts = change.split([param.numel() for param in params])
+    return [part.view(param.shape) for part, param in zip(parts, params, strict=True)], state
+
+
+def run(
+    network: OptimizerNetwork, params: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], total_steps: float | Sequence[float] = math.inf
+) -> tuple[list[list[Tensor]], State]:
+    """The updates of each step and the last state; the parameters stay where they are."""
+    state, history = fresh(params, network), []
+    for grads in gradients:
+        updates, state = step(network, params, grads, state, total_steps)
+        history.append(updates)
+    return history, state
+
+
+def assert_updates_close(actual: list[list[Tensor]], expected: list[list[Tensor]], rtol: float) -> None:
+    """Within a share of each update's largest entry: small entries of an orthogonalised matrix are differences of large ones."""
+    for step in range(len(expected)):
+        for one, other in zip(actual[step], expected[step], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=rtol * other.abs().max().item())
+
+
+def rms(tensor: Tensor) -> float:
+    return tensor.square().mean().sqrt().item()
+
+
+def test_layout() -> None:
+    layout = layout_of([torch.ones(shape) for shape in SHAPES])
+    assert layout.fans == [(1, 1), (1, 1), (7, 1), (1, 6), (5, 3), (6, 1), (3, 8), (4, 12), (4, 12), (8, 3)]
+    assert layout.is_matrix == [False] * 4 + [True, False] + [True] * 4
+    values = torch.arange(len(SHAPES), dtype=torch.float32).expand(2, -1)
+    spread = layout.spread(values)
+    assert [part.unique().tolist() for part in spread.split(layout.sizes, -1)] == [[k] for k in range(len(SHAPES))]
+    torch.testing.assert_close(layout.mean(spread), values)
+
+
+def test_init_state() -> None:
+    layout = layout_of([torch.ones(shape) for shape in [(3,), (), (2, 4)]])
+    state = init_state(layout, NetworkConfig(hidden_units=3, control_units=5), (6,), torch.float64)
+    assert {key: tuple(value.shape) for key, value in state.items()} == {
+        "step": (6, 3),
+        "control": (6, 3, 2, 5),
+        "momentum": (6, 12),
+        "second_moment": (6, 12),
+        "hidden": (3, 6, 12),
+        "cell": (3, 6, 12),
+    }
+    assert all(value.dtype == torch.float64 and not value.any() for value in state.values())
+
+
+def test_update_is_pure(network: OptimizerNetwork, generator: torch.Generator) -> None:
+    """It leaves its arguments as they were, and what it returns shares no memory with them, so the caller may write to it."""
+    params, grads = draw(SHAPES, generator), draw(SHAPES, generator)
+    _, state = run(network, params, [grads])
+    weights = copy.deepcopy(network.state_dict())
+    arguments = (flat(grads), flat(params), state, torch.full((len(SHAPES),), 10.0))
+    before = copy.deepcopy(arguments)
+    change, new_state = update(network, layout_of(params), *arguments)
+    for result in [change, *new_state.values()]:
+        result.fill_(math.nan)
+    torch.testing.assert_close(arguments, before, rtol=0, atol=0)
+    torch.testing.assert_close(dict(network.state_dict()), dict(weights), rtol=0, atol=0)
+
+
+def test_update_is_deterministic(network: OptimizerNetwork, generator: torch.Generator) -> None:
+    params, gradients = draw(SHAPES, generator), [draw(SHAPES, generator) for _ in range(3)]
+    torch.testing.assert_close(run(network, params, gradients), run(network, params, gradients), rtol=0, atol=0)
+
+
+def test_default_dtype_does_not_matter(network: OptimizerNetwork, generator: torch.Generator) -> None:
+    """Whoever works in float64 by default gets the same fp32 rule, also after someone else used a layout of these shapes."""
+    params, gradients = draw([(13,), (7, 5)], generator), [draw([(13,), (7, 5)], generator)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        state = fresh(params, network)
+        change, _ = update(network, layout_of(params), flat(gradients[0]), flat(params), state, torch.full((2,), 9.0, dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert change.dtype == torch.float32
+    torch.testing.assert_close(change, flat(run(network, params, gradients, total_steps=9.0)[0][0]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1e2, 1e4])
+def test_scale_of_the_loss_does_not_matter(network: OptimizerNetwork, generator: torch.Generator, scale: float) -> None:
+    params, gradients = draw(SHAPES, generator), [draw(SHAPES, generator) for _ in range(6)]
+    scaled = [[grad * scale for grad in grads] for grads in gradients]
+    assert_updates_close(run(network, params, scaled)[0], run(network, params, gradients)[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_untrained_rule_needs_no_learning_rate(untrained: OptimizerNetwork, generator: torch.Generator, scale: float) -> None:
+    """A badly scaled regression is learned at every scale of its loss with the same weights."""
+    inputs = torch.randn(64, 6, generator=generator) * torch.logspace(-1, 1, 6)
+    target = (inputs @ torch.randn(6, 2, generator=generator)).tanh()
+    params = [0.3 * param for param in draw([(16, 6), (16,), (2, 16), (2,)], generator)]
+    state, losses = fresh(params, untrained), []
+    for _ in range(60):
+        params = [param.detach().requires_grad_() for param in params]
+        hidden = nn.functional.linear(inputs, params[0], params[1]).tanh()
+        loss = scale * (nn.functional.linear(hidden, params[2], params[3]) - target).square().mean()
+        losses.append(loss.item() / scale)
+        grads = torch.autograd.grad(loss, params)
+        updates, state = step(untrained, params, grads, state, total_steps=60.0)
+        params = [param + change for param, change in zip(params, updates, strict=True)]
+    assert losses[-1] < 0.15 * losses[0]
+
+
+def test_flipped_gradients_flip_the_updates(network: OptimizerNetwork, generator: torch.Generator) -> None:
+    params, gradients = draw(SHAPES, generator), [draw(SHAPES, generator) for _ in range(6)]
+    flipped = [[-grad for grad in grads] for grads in gradients]
+    expected = [[-change for change in updates] for updates in run(network, params, gradients)[0]]
+    assert_updates_close(run(network, params, flipped)[0], expected, rtol=1e-5)
+
+
+def test_order_of_tensors_does_not_matter(network: OptimizerNetwork, generator: torch.Generator) -> None:
+    params, gradients = draw(SHAPES, generator), [draw(SHAPES, generator) for _ in range(4)]
+    horizons = [10.0 + k for k in range(len(SHAPES))]
+    backwards = run(network, params[::-1], [grads[::-1] for grads in gradients], horizons[::-1])[0]
+    assert_updates_close([updates[::-1] for updates in backwards], run(network, params, gradients, horizons)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(11,), (6, 5), (5, 9)], ids=str)
+def test_order_of_coordinates_does_not_matter(network: OptimizerNetwork, generator: torch.Generator, shape: tuple[int, ...]) -> None:
+    """A vector's coordinates, and a matrix's rows and columns, may be numbered in any order."""
+    params, gradients = draw([shape], generator), [draw([shape], generator) for _ in range(6)]
+    orders = [torch.randperm(size, generator=generator) for size in shape]
+
+    def permute(tensor: Tensor) -> Tensor:
+        for dim, order in enumerate(orders):
+            tensor = tensor.index_select(dim, order)
+        return tensor
+
+    permuted = run(network, [permute(params[0])], [[permute(grads[0])] for grads in gradients])[0]
+    expected = [[permute(updates[0])] for updates in run(network, params, gradients)[0]]
+    assert_updates_close(permuted, expected, rtol=1e-4)
+
+
+def test_convolution_kernel_counts_as_its_flattened_matrix(network: OptimizerNetwork, generator: torch.Generator) -> None:
+    params, gradients = draw([(4, 3, 2, 2)], generator), [draw([(4, 3, 2, 2)], generator) for _ in range(4)]
+    flat = run(network, [params[0].reshape(4, 12)], [[grads[0].reshape(4, 12)] for grads in gradients])[0]
+    assert_updates_close([[updates[0].reshape(4, 12)] for updates in run(network, params, gradients)[0]], flat, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
+def test_spectral_norm_of_matrix_updates(untrained: OptimizerNetwork, generator: torch.Generator, shape: tuple[int, ...]) -> None:
+    """sqrt(fan_out / fan_in) times the step size, to the accuracy of the Newton-Schulz iteration."""
+    params, gradients = draw([shape], generator), [draw([shape], generator)]
+    change = run(untrained, params, gradients, total_steps=1000.0)[0][0][0].flatten(1)
+    fan_out, fan_in = change.shape
+    expected = untrained.log_step_size.exp().item() * math.sqrt(fan_out / fan_in)
+    assert 0.6 < torch.linalg.matrix_norm(change, 2).item() / expected < 1.3
+
+
+@pytest.mark.parametrize("shape", [*VECTORS, ()], ids=str)
+def test_size_of_vector_updates(untrained: OptimizerNetwork, generator: torch.Generator, shape: tuple[int, ...]) -> None:
+    """The root mean square is the step size times the learned gain, exactly."""
+    params, gradients = draw([shape], generator), [draw([shape], generator)]
+    change = run(untrained, params, gradients, total_steps=1000.0)[0][0][0]
+    expected = (untrained.log_step_size + untrained.log_vector_gain).exp().item()
+    assert rms(change) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [*VECTORS, *MATRICES], ids=str)
+def test_length_of_the_direction_does_not_matter(network: OptimizerNetwork, generator: torch.Generator, shape: tuple[int, ...]) -> None:
+    """The LSTM chooses where to go, never how far."""
+    params, gradients = draw([shape], generator), [draw([shape], generator) for _ in range(4)]
+    louder = copy.deepcopy(network)
+    louder.coordinate.out.mul_(8)
+    louder.coordinate.skip.mul_(8)
+    assert_updates_close(run(louder, params, gradients)[0], run(network, params, gradients)[0], rtol=1e-4)
+
+
+def test_matrices_without_orthogonalisation_are_sized_as_vectors(generator: torch.Generator) -> None:
+    plain = OptimizerNetwork(NetworkConfig(orthogonalize_steps=0)).requires_grad_(False)
+    change = run(plain, draw([(6, 5)], generator), [draw([(6, 5)], generator)], total_steps=1000.0)[0][0][0]
+    assert rms(change) == pytest.approx((plain.log_step_size + plain.log_vector_gain).exp().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (20, 7), (7, 20)], ids=str)
+def test_orthogonalize_keeps_the_singular_vectors(generator: torch.Generator, shape: tuple[int, int]) -> None:
+    left, _, right = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
+    spread = torch.logspace(-2, 0, left.shape[1], dtype=torch.float64)
+    result = orthogonalize((left * spread) @ right, 5)
+    inner = left.mT @ result @ right.mT
+    torch.testing.assert_close(inner - inner.diagonal().diag(), torch.zeros_like(inner), rtol=0, atol=1e-9)
+    assert 0.6 < inner.diagonal().min()
+    assert inner.diagonal().max() < 1.3
+    torch.testing.assert_close(orthogonalize(((left * spread) @ right).mT, 5), result.mT, rtol=0, atol=1e-9)
+
+
+def test_step_size_anneals_to_a_known_horizon(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
+    """It falls all the way, ends near zero, and does not come back after the horizon."""
+    params, gradients = draw([(9,)], generator), [draw([(9,)], generator) for _ in range(50)]
+    sizes = [rms(updates[0]) for updates in run(untrained, params, gradients, total_steps=40.0)[0]]
+    assert all(later < earlier for earlier, later in zip(sizes[:40], sizes[1:40], strict=False))
+    assert sizes[39] < 0.02 * sizes[0]
+    assert all(size <= sizes[39] for size in sizes[40:])
+
+
+def test_step_size_decays_slowly_without_a_horizon(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
+    params, gradients = draw([(9,)], generator), [draw([(9,)], generator) for _ in range(40)]
+    sizes = [rms(updates[0]) for updates in run(untrained, params, gradients)[0]]
+    assert all(later < earlier for earlier, later in zip(sizes, sizes[1:], strict=False))
+    assert sizes[-1] > 0.7 * sizes[0]
+
+
+def test_horizon_may_differ_between_tensors(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
+    params, gradients = draw([(9,)] * 3, generator), [draw([(9,)] * 3, generator) for _ in range(10)]
+    short, long, unknown = map(rms, run(untrained, params, gradients, [10.0, 100.0, math.inf])[0][-1])
+    assert short < 0.1 * long
+    assert short < 0.1 * unknown
+
+
+def test_coordinates_without_gradient_never_move(network: OptimizerNetwork, generator: torch.Generator) -> None:
+    """Rows and columns of a matrix (an embedding's unused words), and single coordinates of a vector."""
+    shapes = [(8,), (6, 5), (5, 6)]
+    params = draw(shapes, generator)
+    masks = [torch.ones(shape) for shape in shapes]
+    masks[0][[1, 4]] = 0
+    masks[1][2] = 0
+    masks[2][:, 3] = 0
+    gradients = [[grad * mask for grad, mask in zip(draw(shapes, generator), masks, strict=True)] for _ in range(8)]
+    history, state = run(network, params, gradients)
+    for updates in history:
+        for change, mask in zip(updates, masks, strict=True):
+            assert torch.equal(change != 0, mask != 0)
+    for key in ("momentum", "second_moment", "hidden", "cell"):
+        assert not (state[key] * (1 - flat(masks))).any()
+
+
+def test_clock_starts_with_the_first_gradient(network: OptimizerNetwork, generator: torch.Generator) -> None:
+    """Zero gradients before it change nothing at all: neither the parameters, nor the state, nor anything that follows."""
+    params, gradients = draw(SHAPES, generator), [draw(SHAPES, generator) for _ in range(4)]
+    zeros = [[torch.zeros_like(param) for param in params]] * 3
+    waiting, state = run(network, params, zeros)
+    assert not any(change.any() for updates in waiting for change in updates)
+    torch.testing.assert_close(state, fresh(params, network), rtol=0, atol=0)
+    late, late_state = run(network, params, [*zeros, *gradients], total_steps=4.0)
+    history, state = run(network, params, gradients, total_steps=4.0)
+    torch.testing.assert_close(late[3:], history, rtol=0, atol=0)
+    torch.testing.assert_close(late_state, state, rtol=0, atol=0)
+
+
+def test_clocks_are_per_tensor(network: OptimizerNetwork, generator: torch.Generator) -> None:
+    params = draw([(4,), (3, 2)], generator)
+    gradients = [[draw([(4,)], generator)[0], torch.zeros(3, 2)] for _ in range(3)] + [draw([(4,), (3, 2)], generator)]
+    history, state = run(network, params, gradients)
+    assert state["step"].tolist() == [4, 1]
+    assert not any(updates[1].any() for updates in history[:3])
+
+
+def test_clock_runs_through_later_zero_gradients(network: OptimizerNetwork, generator: torch.Generator) -> None:
+    """Once started, a step without gradient still follows the momentum, as in every optimizer with momentum."""
+    params = draw([(4,)], generator)
+    history, state = run(network, params, [draw([(4,)], generator), [torch.zeros(4)]])
+    assert state["step"].item() == 2
+    assert history[1][0].abs().min() > 0
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e-9, 1e9, 1e15])
+def test_extreme_gradients_stay_finite(network: OptimizerNetwork, generator: torch.Generator, size: float) -> None:
+    params, gradients = draw(SHAPES, generator), [draw(SHAPES, generator) for _ in range(4)]
+    gradients[2] = [grad * size for grad in gradients[2]]
+    history, state = run(network, params, gradients)
+    assert all(change.isfinite().all() for updates in history for change in updates)
+    assert all(value.isfinite().all() for value in state.values())
+
+
+@pytest.mark.parametrize("total_steps", [math.inf, 6.0])
+def test_replicas_side_by_side_are_a_loop(network: OptimizerNetwork, generator: torch.Generator, total_steps: float) -> None:
+    """Leading dimensions are separate models: none sees another."""
+    replicas = [(draw(SHAPES, generator), [draw(SHAPES, generator) for _ in range(3)]) for _ in range(4)]
+    replicas[2][1][0][3].zero_()  # one replica's tensor starts later than the others'
+    params = torch.stack([flat(params) for params, _ in replicas])
+    layout = layout_of(replicas[0][0])
+    state = init_state(layout, network.config, (4,))
+    for step in range(3):
+        grads = torch.stack([flat(gradients[step]) for _, gradients in replicas])
+        change, state = update(network, layout, grads, params, state, torch.full((4, len(SHAPES)), total_steps))
+    for replica, (own, gradients) in enumerate(replicas):
+        history, own_state = run(network, own, gradients, total_steps)
+        torch.testing.assert_close(change[replica], flat(history[-1]), rtol=1e-4, atol=1e-5)
+        mine = {key: value[:, replica] if key in ("hidden", "cell") else value[replica] for key, value in state.items()}
+        torch.testing.assert_close(mine, own_state, rtol=1e-4, atol=1e-5)
+
+
+class Optimizee:
+    """A small regression in float64 whose losses are summed over a short unroll."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.inputs, self.targets = draw([(6, 4), (6, 2)], generator, torch.float64)
+        self.start = [0.5 * param for param in draw([(5, 4), (5,), (2, 5), ()], generator, torch.float64)]
+
+    def loss(self, params: Sequence[Tensor]) -> Tensor:
+        hidden = nn.functional.linear(self.inputs, params[0], params[1]).tanh()
+        return (params[3] + nn.functional.linear(hidden, params[2]) - self.targets).square().mean()
+
+    def meta_loss(self, network: OptimizerNetwork, total_steps: float, *, exact: bool = True) -> Tensor:
+        """Losses after 1, 2 and 3 steps; not `exact` leaves out the optimizee's second derivatives."""
+        params = [param.clone().requires_grad_() for param in self.start]
+        state = fresh(params, network)
+        total = torch.zeros((), dtype=torch.float64)
+        for _ in range(3):
+            grads = torch.autograd.grad(self.loss(params), params, create_graph=True)
+            grads = [grad if exact else grad.detach() for grad in grads]
+            updates, state = step(network, params, grads, state, total_steps)
+            params = [param + change for param, change in zip(params, updates, strict=True)]
+            total = total + self.loss(params)
+        return total
+
+
+@pytest.mark.parametrize("total_steps", [math.inf, 5.0])
+def test_meta_gradient_matches_finite_differences(generator: torch.Generator, total_steps: float) -> None:
+    """In every tensor of the network, along a random direction, through the optimizee's second derivatives too."""
+    network, optimizee = acting_network(torch.float64), Optimizee(generator)
+    weights = dict(network.named_parameters())
+    gradients = torch.autograd.grad(optimizee.meta_loss(network, total_steps), list(weights.values()))
+    width = 1e-6
+    for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+        direction = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        values = []
+        for sign in (1, -2):
+            with torch.no_grad():
+                weight.add_(direction, alpha=sign * width)
+            values.append(optimizee.meta_loss(network, total_steps).item())
+        with torch.no_grad():
+            weight.add_(direction, alpha=width)
+        slope = (gradient * direction).sum().item()
+        assert slope != 0, name
+        assert (values[0] - values[1]) / (2 * width) == pytest.approx(slope, rel=1e-4, abs=1e-8), name
+
+
+def test_meta_gradient_sees_second_derivatives(generator: torch.Generator) -> None:
+    """The exact gradient differs from the first-order one, so the path through the optimizee's gradient is really there."""
+    network, optimizee = acting_network(torch.float64), Optimizee(generator)
+    exact, first_order = (
+        torch.autograd.grad(optimizee.meta_loss(network, math.inf, exact=flag), network.coordinate.skip)[0] for flag in (True, False)
+    )
+    assert (exact - first_order).norm() > 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2)], ids=str)
+def test_update_passes_gradcheck(generator: torch.Generator, shape: tuple[int, ...]) -> None:
+    """With respect to the gradient, the parameter and the state."""
+    network = acting_network(torch.float64, hidden_units=2, control_units=3).requires_grad_(False)
+    params = draw([shape], generator, torch.float64)
+    _, state = run(network, params, [draw([shape], generator, torch.float64) for _ in range(2)])
+    clock = state.pop("step")
+
+    def function(grad: Tensor, param: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        updates, new_state = step(network, [param], [grad], {"step": clock, **dict(zip(state, values, strict=True))})
+        return (*updates, *new_state.values())
+
+    arguments = [*draw([shape], generator, torch.float64), *params, *state.values()]
+    assert torch.autograd.gradcheck(function, [argument.clone().requires_grad_() for argument in arguments])
+
+
+@pytest.mark.parametrize("dead", ["everywhere", "one tensor", "some coordinates", "vanishing"])
+def test_derivatives_are_finite_at_zero_second_moments(generator: torch.Generator, dead: str) -> None:
+    """Dead units have exact zeros; one NaN there would end a meta-training run."""
+    network, params = acting_network(), [param.requires_grad_() for param in draw(SHAPES, generator)]
+    state, total = fresh(params, network), torch.zeros(())
+    leaves = []
+    for _ in range(3):
+        grads = draw(SHAPES, generator)
+        for k, grad in enumerate(grads):
+            if dead == "everywhere" or (dead == "one tensor" and k == 4):
+                grad.zero_()
+            elif dead == "some coordinates" and grad.dim():
+                grad[0] = 0
+            elif dead == "vanishing":
+                grad.mul_(1e-18)
+            leaves.append(grad.requires_grad_())
+        updates, state = step(network, params, grads, state)
+        total = total + sum(change.square().sum() + change.sum() for change in updates)
+    for gradient in torch.autograd.grad(total, [*network.parameters(), *params, *leaves], allow_unused=True):
+        assert gradient is None or gradient.isfinite().all()
