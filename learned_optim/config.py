@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 FORMAT_VERSION = 1
 
@@ -87,6 +87,8 @@ def _build(cls: type[Config], values: dict[str, Any], source: str) -> Config:
             value = _build(kind, value, f"{source}, {name}")
         elif kind is float and type(value) is int:
             value = float(value)
+        elif get_origin(kind) is tuple and isinstance(value, list):
+            value = tuple(value)
         elif isinstance(kind, type) and type(value) is not kind:
             raise ValueError(f"{source}: {name} must be {kind.__name__}, got {value!r}")
         arguments[name] = value

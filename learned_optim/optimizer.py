@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
@@ -37,10 +37,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         pretrained: which weights to use: the name of a bundled set, a local folder, an id on the Hugging Face Hub ("user/name"), or an
             `OptimizerNetwork`, which is copied.
         lr: multiplier of the whole update, dimensionless. 1.0 is what the weights were meta-trained for; a scheduler may change it.
-        weight_decay: decoupled weight decay. Each step shrinks a parameter by the share `lr * weight_decay * a`, where `a` is the learned step
-            size expressed as the learning rate that gives AdamW steps of that size; so values that suit AdamW suit here.
-        total_steps: the number of optimizer steps that the parameters will be trained for, where it is known: the rule then anneals its step
-            size towards the end. None, the default, works without that knowledge. A group that is added later counts from its own first step.
+        weight_decay: decoupled weight decay. Each step shrinks a parameter by the share `lr * weight_decay * a`, where `a` is the learned
+            step size expressed as the learning rate that gives AdamW steps of that size; so values that suit AdamW suit here.
+        total_steps: the number of optimizer steps that the parameters will be trained for, where it is known: the rule then anneals its
+            step size towards the end. None, the default, works without that knowledge. A group that is added later counts from its own
+            first step.
         revision: branch, tag or commit of a Hub repository.
 
     Raises:
@@ -97,7 +98,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                if param.grad.layout != torch.strided:
+                if param.grad.is_sparse:
                     raise RuntimeError(
                         f"LearnedOptimizer does not support sparse gradients, and a parameter of shape {tuple(param.shape)} has one. "
                         "Build its embedding with sparse=False, or give it to torch.optim.SparseAdam."
@@ -105,8 +106,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 by_device.setdefault(param.device, {})[param] = group
         if not by_device:
             warnings.warn(
-                "LearnedOptimizer.step() found no gradient on any of its parameters, so it changed nothing. Call loss.backward() first, and check "
-                "that the optimizer was built from the parameters of the model that is being trained.",
+                "LearnedOptimizer.step() found no gradient on any of its parameters, so it changed nothing. Call loss.backward() first, and "
+                "check that the optimizer was built from the parameters of the model that is being trained.",
                 stacklevel=4,  # the caller of `step`, behind two wrappers of torch
             )
         for device, members in by_device.items():
@@ -125,10 +126,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         states = [self.state[param] for param in params]
         layout = Layout.of(tuple(param.shape for param in params), device)
         horizons = torch.tensor([members[param]["total_steps"] or math.inf for param in params], dtype=torch.float32, device=device)
-        grads = flatten([param.grad for param in params])
+        grads = flatten([param.grad for param in params if param.grad is not None])
         with torch.autocast(device.type, enabled=False):
             change, new_state = update(network, layout, grads, flatten(params), join(states), horizons)
-        changes = change.split(layout.sizes)
+        changes = torch.split(change, layout.sizes)
         rates = (layout.mean(change.square()).sqrt() / ADAMW_UPDATE_RMS).unbind()
         for param, part, rate in zip(params, changes, rates, strict=True):
             lr, weight_decay = members[param]["lr"], members[param]["weight_decay"]
@@ -147,8 +148,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned; the optimizer must run the same weights.
 
-        Torch casts floating-point state to the parameter's dtype here, which would round the LSTM's state of a bf16 parameter. This restores
-        each tensor as it was saved.
+        Torch casts floating-point state to the parameter's dtype here, which would round the LSTM's state of a bf16 parameter. This
+        restores each tensor as it was saved.
 
         Raises:
             ValueError: the groups do not match, or the state belongs to other weights.
@@ -207,18 +208,18 @@ def join(states: list[State]) -> State:
 
 def split(state: State, layout: Layout) -> list[State]:
     """The inverse of `join`, with the coordinates flat."""
-    parts = {key: value.unbind() if key in ("step", "control") else value.split(layout.sizes, -1) for key, value in state.items()}
+    parts = {key: value.unbind() if key in ("step", "control") else torch.split(value, layout.sizes, -1) for key, value in state.items()}
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
 def _check_weights(state_dict: dict[str, Any], mine: str) -> None:
     for group in state_dict["param_groups"]:
         if "weights" not in group:
-            raise ValueError("this state was not saved by a LearnedOptimizer; continue with the optimizer that saved it, or start without it")
+            raise ValueError("this state was not saved by a LearnedOptimizer; go on with the optimizer that saved it, or start without it")
         if group["weights"] != mine:
             raise ValueError(
-                f"this state was made with optimizer weights {group['weights']}, but the optimizer runs {mine}; its hidden state would mean "
-                "something else. Build LearnedOptimizer with the weights (and the revision) that the checkpoint was made with."
+                f"this state was made with optimizer weights {group['weights']}, but the optimizer runs {mine}; its hidden state would "
+                "mean something else. Build LearnedOptimizer with the weights (and the revision) that the checkpoint was made with."
             )
 
 

@@ -25,7 +25,7 @@ from learned_optim.network import OptimizerNetwork
 from learned_optim.optimizer import ADAMW_UPDATE_RMS, LearnedOptimizer, init_state
 from learned_optim.weights import fingerprint
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
 
 
 def acting_network(seed: int = 0) -> OptimizerNetwork:
@@ -146,7 +146,8 @@ def test_step_is_the_rule(network: OptimizerNetwork) -> None:
             own = optimizer.state[param]
             assert_same([own["step"], own["control"]], [state["step"][k], state["control"][k]])
             for key in ("momentum", "second_moment", "hidden", "cell"):
-                assert_same(own[key].flatten(-param.dim() or own[key].dim()), state[key].split(layout.sizes, -1)[k])
+                expected = state[key].split(layout.sizes, -1)[k]
+                assert_same(own[key].reshape(expected.shape), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -165,8 +166,11 @@ def test_step_touches_nothing_else(network: OptimizerNetwork) -> None:
     optimizer = LearnedOptimizer(model.parameters(), network)
     weights = copy.deepcopy(network.state_dict())
     train(model, optimizer, range(2))
-    loss_of(model, 2).backward(create_graph=True)
-    gradients = [param.grad.detach().clone() for param in model.parameters()]
+    params = list(model.parameters())
+    for param, grad in zip(params, torch.autograd.grad(loss_of(model, 2), params, create_graph=True), strict=True):
+        param.grad = grad
+    assert model.first.weight.grad.requires_grad
+    gradients = [param.grad.detach().clone() for param in params]
     optimizer.step()
     assert_same([param.grad.detach() for param in model.parameters()], gradients)
     assert_same(dict(network.state_dict()), dict(weights))
@@ -275,7 +279,7 @@ def test_step_inside_autocast_is_the_same(network: OptimizerNetwork) -> None:
 
 
 def test_default_dtype_does_not_matter(network: OptimizerNetwork) -> None:
-    """Someone who works in float64 throughout gets the same fp32 rule."""
+    """Whoever works in float64 throughout gets the same fp32 rule."""
     model = make_model(torch.float64)
     reference = make_model(torch.float64)
     train(reference, LearnedOptimizer(reference.parameters(), network), range(3))
@@ -352,7 +356,7 @@ def test_bad_group_leaves_the_optimizer_as_it_was(network: OptimizerNetwork, gro
 
 
 def test_complex_parameters_are_refused(network: OptimizerNetwork) -> None:
-    with pytest.raises(ValueError, match="real floating-point parameters, got one of dtype torch.complex64"):
+    with pytest.raises(ValueError, match=r"real floating-point parameters, got one of dtype torch\.complex64"):
         LearnedOptimizer([nn.Parameter(torch.ones(2, dtype=torch.complex64))], network)
 
 
@@ -487,7 +491,7 @@ def test_load_refuses_other_weights(network: OptimizerNetwork) -> None:
     assert fingerprint(stranger) != fingerprint(network)
     other = LearnedOptimizer(make_model().parameters(), stranger, lr=0.5)
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match="other|weights") as error:
+    with pytest.raises(ValueError, match="was made with optimizer weights") as error:
         other.load_state_dict(optimizer.state_dict())
     assert fingerprint(stranger) in str(error.value)
     assert fingerprint(network) in str(error.value)
@@ -535,28 +539,30 @@ def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(network: Optimiz
     assert_same(optimizer.state_dict(), reference.state_dict())
 
 
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("cpu_offload", [False, True])
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [(), ("full_state_dict",), ("cpu_offload",), ("full_state_dict", "cpu_offload"), ("flatten_optimizer_state_dict",)],
+    ids=" ".join,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_distributed_state_dict_round_trip(
-    network: OptimizerNetwork, process_group: None, dtype: torch.dtype, full: bool, cpu_offload: bool, flat: bool
-) -> None:
-    options = StateDictOptions(full_state_dict=full, cpu_offload=cpu_offload, flatten_optimizer_state_dict=flat)
+@pytest.mark.usefixtures("process_group")
+def test_distributed_state_dict_round_trip(network: OptimizerNetwork, dtype: torch.dtype, options: tuple[str, ...]) -> None:
+    """With torch's options, which flatten and rebuild the dict; full and flat at once fails in torch, with AdamW too."""
+    how = StateDictOptions(**dict.fromkeys(options, True))
 
     def make(model: nn.Module) -> LearnedOptimizer:
-        names, params = zip(*model.named_parameters(), strict=True)
+        params = list(model.parameters())
         groups = [{"params": params[:2], "weight_decay": 0.1}, {"params": params[2:], "lr": 0.5}]
         return LearnedOptimizer(groups, network, total_steps=8)
 
     model = make_model(dtype)
     optimizer = make(model)
     train(model, optimizer, range(4))
-    saved = save_and_load(get_optimizer_state_dict(model, optimizer, options=options))
+    saved = save_and_load(get_optimizer_state_dict(model, optimizer, options=how))
     resumed = make_model(dtype)
     resumed.load_state_dict(model.state_dict())
     other = make(resumed)
-    set_optimizer_state_dict(resumed, other, saved, options=options)
+    set_optimizer_state_dict(resumed, other, saved, options=how)
     assert_same(values(resumed), values(model))
     assert_same(other.state_dict(), optimizer.state_dict())
     train(model, optimizer, range(4, 8))
@@ -565,7 +571,8 @@ def test_distributed_state_dict_round_trip(
 
 
 @pytest.mark.parametrize(("placement", "shifted"), [(Shard(0), Shard(1)), (Shard(1), Shard(2)), (Replicate(), Replicate())], ids=str)
-def test_state_is_placed_like_the_parameter(process_group: None, placement: Any, shifted: Any) -> None:
+@pytest.mark.usefixtures("process_group")
+def test_state_is_placed_like_the_parameter(placement: Any, shifted: Any) -> None:
     """The LSTM's units stand in front, so a sharded dimension moves up by one."""
     mesh = init_device_mesh("cpu", (1,))
     param = nn.Parameter(distribute_tensor(torch.ones(4, 6, dtype=torch.bfloat16), mesh, [placement]))
@@ -661,12 +668,11 @@ def test_no_gradient_at_all_warns(network: OptimizerNetwork, scheduled: bool) ->
     assert not optimizer.state
 
 
-@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
-def test_sparse_gradients_are_refused(network: OptimizerNetwork, layout: torch.layout) -> None:
+def test_sparse_gradients_are_refused(network: OptimizerNetwork) -> None:
     """By name, and before any other parameter has moved."""
     dense, embedding = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4, 2))
     optimizer = LearnedOptimizer([dense, embedding], network)
-    dense.grad, embedding.grad = torch.ones(3), torch.eye(4)[:, :2].to_sparse(layout=layout)
+    dense.grad, embedding.grad = torch.ones(3), torch.eye(4)[:, :2].to_sparse()
     with pytest.raises(RuntimeError, match=r"does not support sparse gradients.*shape \(4, 2\)"):
         optimizer.step()
     assert_same([dense.detach(), embedding.detach()], [torch.ones(3), torch.ones(4, 2)])
@@ -788,11 +794,42 @@ def test_step_hooks(network: OptimizerNetwork) -> None:
 # CUDA
 
 
-@pytest.mark.parametrize("marks", [pytest.param(None, marks=gpu)])
-def test_cuda_matches_cpu(network: OptimizerNetwork, marks: None) -> None:
+@pytest.mark.gpu
+@needs_cuda
+def test_cuda_matches_cpu(network: OptimizerNetwork) -> None:
     model, other = make_model(device="cuda"), make_model()
     optimizer, reference = LearnedOptimizer(model.parameters(), network), LearnedOptimizer(other.parameters(), network)
     train(model, optimizer, range(3))
     train(other, reference, range(3))
     torch.testing.assert_close({name: param.cpu() for name, param in values(model).items()}, values(other), rtol=1e-3, atol=1e-4)
     assert {value.device.type for state in optimizer.state.values() for value in state.values()} == {"cuda"}
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_resumes_from_a_checkpoint_read_to_the_cpu(network: OptimizerNetwork, dtype: torch.dtype) -> None:
+    model = make_model(dtype, "cuda")
+    optimizer = LearnedOptimizer(model.parameters(), network)
+    train(model, optimizer, range(3))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other = LearnedOptimizer(make_model(dtype, "cuda").parameters(), network)
+    other.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    assert_same(other.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_parameters_on_two_devices(network: OptimizerNetwork) -> None:
+    """The rule runs once a device; a tensor lr may live on either."""
+    model = make_model()
+    model.second.to("cuda")
+    for device in ("cpu", "cuda"):
+        optimizer = LearnedOptimizer(model.parameters(), network, lr=torch.tensor(0.5, device=device))
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        before = values(model)
+        optimizer.step()
+        assert all(not torch.equal(param, before[name]) for name, param in values(model).items() if param.numel())

@@ -1,0 +1,15 @@
+"""Meta-training: learns an optimizer network by back-propagating a meta-loss through training runs of small models.
+
+    result = meta_train({"mine": my_family}, MetaTrainConfig(meta_steps=500))
+    optimizer = LearnedOptimizer(model.parameters(), result.network)
+
+`loop.py` holds the loop, `unroll.py` what the meta-gradient flows through, `tasks.py` what can be trained on, `families.py` the tasks that
+come along. From the shell: `python -m learned_optim.meta_train --help`.
+"""
+
+from .config import MetaTrainConfig
+from .families import FAMILIES
+from .loop import MetaTrainResult, meta_train
+from .tasks import Batch, Family, ModuleTask, Params, Task
+
+__all__ = ["FAMILIES", "Batch", "Family", "MetaTrainConfig", "MetaTrainResult", "ModuleTask", "Params", "Task", "meta_train"]

@@ -20,6 +20,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..network import OptimizerNetwork
+from ..weights import save_network
 from . import checkpoint
 from .config import MetaTrainConfig
 from .tasks import Family, Reparametrized, Task
@@ -64,7 +65,8 @@ def meta_train(
     Args:
         families: what to train on, by name.
         config: how.
-        folder: where to keep the checkpoint and the log (`log.jsonl`); a run that finds its checkpoint there resumes from it.
+        folder: where the finished weights go, and until then the checkpoint and the log (`log.jsonl`); a run that finds its checkpoint there
+            resumes from it.
         device: where to run, "cpu" or "cuda".
         network: the weights to start from; fresh ones by default.
         progress: called after each meta-step with its number and its figures.
@@ -130,6 +132,8 @@ def meta_train(
             if folder is not None and (done % config.checkpoint_every == 0 or done == config.meta_steps):
                 saved_slots = [save(slot) for slot in slots]
                 checkpoint.save(folder, config, network, meta_optimizer, norms=norms, history=history, dropped=dropped, slots=saved_slots)
+    if folder is not None:
+        save_network(network, folder)
     return MetaTrainResult(network.requires_grad_(False), history, dropped)
 
 
