@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
 
-demo: $(VENV)/demo.stamp ## train a small model with the learned optimizer and with AdamW, and plot both
+demo: $(VENV)/demo.stamp ## compare the learned optimizer with tuned AdamW on small tasks
 	$(BIN)/learned-optim demo
 
 test: $(VENV)/test.stamp ## run the tests

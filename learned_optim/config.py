@@ -70,7 +70,8 @@ def from_json(cls: type[Config], text: str, source: str) -> Config:
         raise ValueError(f"{source} has no format_version, so it was not written by learned_optim")
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"{source} has format_version {version}; this learned_optim reads up to {FORMAT_VERSION}. Upgrade with: pip install -U learned-optim"
+            f"{source} has format_version {version}; this learned_optim reads up to {FORMAT_VERSION}. "
+            "Upgrade with: pip install -U learned-optim"
         )
     return _build(cls, values, source)
 
@@ -83,7 +84,7 @@ def _build(cls: type[Config], values: dict[str, Any], source: str) -> Config:
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         kind = types[name]
-        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
             value = _build(kind, value, f"{source}, {name}")
         elif kind is float and type(value) is int:
             value = float(value)

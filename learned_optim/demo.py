@@ -35,7 +35,7 @@ LEARNED = "LearnedOptimizer"
 LEARNED_HORIZON = "LearnedOptimizer, total_steps"
 ADAMW_DEFAULT = "AdamW lr=0.001"
 # AdamW's grid: name -> (learning rate, whether it falls to zero along a cosine).
-ADAMW_GRID = {f"AdamW lr={lr:g}{', cosine' * cosine}": (lr, cosine) for lr in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2) for cosine in (False, True)}
+ADAMW_GRID = {f"AdamW lr={lr:g}{', cosine' * cosine}": (lr, cosine) for lr in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1) for cosine in (False, True)}
 OPTIMIZERS = (LEARNED, LEARNED_HORIZON, *ADAMW_GRID)
 
 
@@ -120,7 +120,7 @@ def text() -> Task:
         return rows[:, :-1], rows[:, 1:]
 
     return Task(
-        steps=400,
+        steps=350,
         batch_size=8,
         build=functools.partial(CharTransformer, len(alphabet), context),
         train=windows(characters[:border], stride=1),
@@ -158,7 +158,7 @@ def train(task_name: str, optimizer_name: str, seed: int, steps: int, pretrained
         start = time.perf_counter()
         optimizer.zero_grad()
         loss = cross_entropy(model(inputs[batch]), targets[batch])
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         if schedule:
             schedule.step()
@@ -275,9 +275,10 @@ def report(runs: Sequence[Run]) -> str:
     lines = ["  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     legend = (
-        "Losses: cross-entropy in nats after the last step, mean ± standard deviation over the seeds; the training loss on a fixed part\n"
-        "of the training data. The best AdamW of 5 learning rates, each constant and with a cosine to zero, was chosen by this very loss,\n"
-        "which is optimistic for AdamW. Above 1x, it is ahead. Accuracy: on the validation data. ms/step: forward, backward and optimizer."
+        "Losses: cross-entropy in nats after the last step, mean ± standard deviation over the seeds; the training loss on a fixed\n"
+        "part of the training data. The best AdamW of 5 learning rates (0.001 to 0.1), each constant and with a cosine to zero, was\n"
+        "chosen by this very loss, which is optimistic for AdamW. Above 1x, AdamW is ahead. Accuracy: on the validation data.\n"
+        "ms/step: a whole training step, forward and backward included."
     )
     return "\n".join([*lines, "", legend, "", *outcomes])
 
@@ -297,6 +298,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
 
     figure = Figure(figsize=(11, 4.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
+    figure.supylabel("training loss (nats)", fontsize="medium")
     for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
         best = best_adamw(runs, task)
         # Colours of Okabe & Ito (2008), which colour-blind readers can tell apart.
@@ -314,7 +316,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
             steps = range(window, curves.shape[1] + 1)
             axes.plot(steps, middle, color=colour, linestyle=line, label=label, linewidth=1.8)
             axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.set(title=task, xlabel="step", ylabel="training loss (nats)", yscale="log" if task == DIGITS else "linear")
+        axes.set(title=task, xlabel="step", yscale="log" if task == DIGITS else "linear")
         axes.grid(alpha=0.3)
         axes.legend(loc="upper right", frameon=False)
     figure.savefig(path)

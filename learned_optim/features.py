@@ -38,8 +38,10 @@ class Layout:
         self.sizes = [shape.numel() for shape in shapes]
         self.fans = [(shape[0], math.prod(shape[1:])) if len(shape) > 1 else (shape.numel(), 1) for shape in shapes]
         self.is_matrix = [min(fans) > 1 for fans in self.fans]
-        self.owner = torch.repeat_interleave(torch.tensor(self.sizes)).to(device)  # (N,): which tensor a coordinate belongs to
-        known = [[math.log(out) / 8, math.log(into) / 8, float(matrix)] for (out, into), matrix in zip(self.fans, self.is_matrix, strict=True)]
+        self.owner = torch.repeat_interleave(torch.tensor(self.sizes)).int().to(device)  # (N,): which tensor a coordinate belongs to
+        known = [
+            [math.log(out) / 8, math.log(into) / 8, float(matrix)] for (out, into), matrix in zip(self.fans, self.is_matrix, strict=True)
+        ]
         self.constants = torch.tensor(known, device=device)  # (K, 3), features for the controller
         self.log_fan_in = 8 * self.constants[:, 1]
 

@@ -1,7 +1,7 @@
 """The optimizer network: a coordinate-wise LSTM for directions and a per-tensor LSTM for step sizes.
 
-Shapes: `N` coordinates of `K` tensors laid end to end, `H` hidden units of the coordinate-wise LSTM, `C` hidden units of the controller, `S`
-statistics of a tensor, `...` any leading dimensions.
+Shapes: `N` coordinates of `K` tensors laid end to end, `H` hidden units of the coordinate-wise LSTM, `C` hidden units of the controller,
+`S` statistics of a tensor, `...` any leading dimensions.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .features import EVEN, ODD, STATISTICS, CoordinateFeatures
 class CoordinateLSTM(nn.Module):
     """One LSTM shared by every weight of the optimizee (Andrychowicz et al. 2016, section 2.1), made odd.
 
-    A plain LSTM treats a positive and a negative gradient differently. Here the candidate is an odd function of odd inputs, without bias, and
-    the gates see even inputs only. Hence a flip of the gradient's sign flips the update and nothing else, a weight that never had a
+    A plain LSTM treats a positive and a negative gradient differently. Here the candidate is an odd function of odd inputs, without bias,
+    and the gates see even inputs only. Hence a flip of the gradient's sign flips the update and nothing else, a weight that never had a
     gradient never moves, and meta-training need not learn either.
 
         i, f, o = sigmoid(W_gate [even, |h|] + b + context)
@@ -69,8 +69,8 @@ class CoordinateLSTM(nn.Module):
 
 
 class Controller(nn.Module):
-    """A per-tensor LSTM that chooses each tensor's step size, since no single coordinate sees the scale of its layer (VeLO, Metz et al. 2022,
-    section 2.1).
+    """A per-tensor LSTM that chooses each tensor's step size, since no single coordinate sees the scale of its layer (as in VeLO, Metz et
+    al. 2022).
 
     It reads every tensor's statistics beside their mean over all tensors, and writes the logarithm of a correction to the prior step size,
     bounded to exp(±3), and a bias for the gates of the coordinate-wise LSTM. Both are zero at initialisation.
@@ -118,7 +118,7 @@ class OptimizerNetwork(nn.Module):
         self.config = config
         self.coordinate = CoordinateLSTM(config.hidden_units)
         self.controller = Controller(config.control_units, config.hidden_units)
-        # Logarithms of the prior step size, and of what is a vector's update RMS where a matrix has a spectral norm of sqrt(fan_out / fan_in).
+        # Logarithms of the prior step size, and of a vector's update RMS in units of it.
         self.log_step_size = nn.Parameter(torch.tensor(math.log(0.04)))
         self.log_vector_gain = nn.Parameter(torch.tensor(math.log(0.15)))
 

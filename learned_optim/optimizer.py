@@ -106,8 +106,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 by_device.setdefault(param.device, {})[param] = group
         if not by_device:
             warnings.warn(
-                "LearnedOptimizer.step() found no gradient on any of its parameters, so it changed nothing. Call loss.backward() first, and "
-                "check that the optimizer was built from the parameters of the model that is being trained.",
+                "LearnedOptimizer.step() found no gradient on any of its parameters, so it changed nothing. Call loss.backward() first, "
+                "and check that the optimizer was built from the parameters of the model that is being trained.",
                 stacklevel=4,  # the caller of `step`, behind two wrappers of torch
             )
         for device, members in by_device.items():
@@ -129,7 +129,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         grads = flatten([param.grad for param in params if param.grad is not None])
         with torch.autocast(device.type, enabled=False):
             change, new_state = update(network, layout, grads, flatten(params), join(states), horizons)
-        changes = torch.split(change, layout.sizes)
+        changes = change.split(layout.sizes)
         rates = (layout.mean(change.square()).sqrt() / ADAMW_UPDATE_RMS).unbind()
         for param, part, rate in zip(params, changes, rates, strict=True):
             lr, weight_decay = members[param]["lr"], members[param]["weight_decay"]
@@ -208,7 +208,7 @@ def join(states: list[State]) -> State:
 
 def split(state: State, layout: Layout) -> list[State]:
     """The inverse of `join`, with the coordinates flat."""
-    parts = {key: value.unbind() if key in ("step", "control") else torch.split(value, layout.sizes, -1) for key, value in state.items()}
+    parts = {key: value.unbind() if key in ("step", "control") else value.split(layout.sizes, -1) for key, value in state.items()}
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 

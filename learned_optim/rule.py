@@ -1,7 +1,7 @@
 r"""The update rule: gradient -> features -> LSTM -> direction -> update.
 
-This file is the only definition of the rule. It is pure (it changes none of its arguments) and differentiable: the optimizer runs it without
-gradients, meta-training differentiates it, and every kernel is compared with it.
+This file is the only definition of the rule. It is pure (it changes none of its arguments) and differentiable: the optimizer runs it
+without gradients, meta-training differentiates it, and every kernel is compared with it.
 
 Method
 ------

@@ -222,7 +222,9 @@ def test_a_module_with_buffers_is_refused_by_name() -> None:
 
 
 def test_meta_training_lowers_the_meta_loss() -> None:
-    config = tiny_config(meta_steps=60, truncation=10, horizon_min=10, horizon_max=10, families_per_step=1, learning_rate=2e-2, reparametrize=0.0)
+    config = tiny_config(
+        meta_steps=60, truncation=10, horizon_min=10, horizon_max=10, families_per_step=1, learning_rate=2e-2, reparametrize=0.0
+    )
     history = meta_train({"tiny": tiny_task}, config).meta_losses
     assert sum(history[-15:]) < sum(history[:15]) - 15 * 0.1
 
@@ -294,7 +296,8 @@ def test_nothing_to_train_on_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"meta_steps": 0}, {"horizon_max": 1}, {"horizon_known": 1.5}, {"learning_rate": 0.0}, {"clip": -1.0}, {"reparametrize": -1.0}]
+    "change",
+    [{"meta_steps": 0}, {"horizon_max": 1}, {"horizon_known": 1.5}, {"learning_rate": 0.0}, {"clip": -1.0}, {"reparametrize": -1.0}],
 )
 def test_bad_configurations_are_refused_by_name(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):

@@ -4,8 +4,6 @@ Torch ships `OptimizerInfo`, `optims` and a table of errors that every optimizer
 The bodies here check the same properties, written for one optimizer without the `foreach`, `fused`, `capturable` and `maximize` variants.
 """
 
-# ruff: noqa: PT009, PT027 (the assertions of torch's TestCase compare tensors inside containers)
-
 from __future__ import annotations
 
 import copy
@@ -17,13 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_rule import acting_network
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR, ReduceLROnPlateau, StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from learned_optim.config import NetworkConfig
-from learned_optim.network import OptimizerNetwork
 from learned_optim.optimizer import LearnedOptimizer
 
 with warnings.catch_warnings():
@@ -41,17 +38,6 @@ with warnings.catch_warnings():
 
 # That import forbids `torch.backends.cudnn.deterministic = ...` and the like in the whole process; other tests may want them.
 torch.backends.__allow_nonbracketed_mutation_flag = True
-
-
-def acting_network() -> OptimizerNetwork:
-    """A network in which everything acts: an untrained one has zeros where the LSTM and the controller speak."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = OptimizerNetwork(NetworkConfig())
-        with torch.no_grad():
-            for param in network.parameters():
-                param.add_(torch.randn_like(param), alpha=0.2)
-    return network
 
 
 NETWORK = acting_network()

@@ -119,20 +119,16 @@ def test_listed_packages_are_those_on_disk():
 
 
 def test_wheel_contents(wheel):
+    code = {(package, path.relative_to(ROOT / folder)) for folder, package in SOURCES.items() for path in (ROOT / folder).rglob("*.py")}
+    data = {("learned_optim", Path("py.typed"))}
+    for pattern in ("*/config.json", "*/model.safetensors", "*/README.md"):
+        data |= {("learned_optim.pretrained", path.relative_to(ROOT / "pretrained")) for path in (ROOT / "pretrained").glob(pattern)}
+    expected = {f"{package.replace('.', '/')}/{path.as_posix()}" for package, path in code | data}
+    assert {f"learned_optim/pretrained/default/{name}" for name in ("config.json", "model.safetensors")} <= expected
+
     names = set(zipfile.ZipFile(wheel).namelist())
-    files = {
-        f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}"
-        for folder, package in SOURCES.items()
-        for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".typed", ".json", ".safetensors", ".md")
-    }
-    assert {
-        "learned_optim/py.typed",
-        "learned_optim/pretrained/default/config.json",
-        "learned_optim/pretrained/default/model.safetensors",
-    } <= files
     info = f"learned_optim-{learned_optim.__version__}.dist-info"
-    assert {name for name in names if not name.startswith(info)} == files
+    assert {name for name in names if not name.startswith(info)} == expected
     assert f"{info}/licenses/LICENSE" in names
 
 

@@ -19,7 +19,9 @@ from .loop import meta_train
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m learned_optim.meta_train", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="a MetaTrainConfig as JSON, such as pretrained/default/meta_train.json")
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights, checkpoint and log; a run that was stopped resumes there")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for weights, checkpoint and log; a run that was stopped resumes there"
+    )
     parser.add_argument("--start", help="weights to start from: a bundled name, a folder or a Hub id; fresh ones by default")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; the tasks are small, so one is often the fastest")

@@ -32,8 +32,8 @@ def save(
     os.replace(temporary, path / CHECKPOINT)
 
 
-def load(folder: str | os.PathLike[str], config: MetaTrainConfig) -> dict[str, Any] | None:
-    """The checkpoint in a folder, or None if there is none.
+def load(folder: str | os.PathLike[str], config: MetaTrainConfig, device: str | torch.device) -> dict[str, Any] | None:
+    """The checkpoint in a folder, on a device, or None if there is none.
 
     Raises:
         ValueError: it belongs to a run with another configuration.
@@ -41,7 +41,7 @@ def load(folder: str | os.PathLike[str], config: MetaTrainConfig) -> dict[str, A
     path = Path(folder) / CHECKPOINT
     if not path.exists():
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     theirs, mine = json.loads(state["config"]), json.loads(to_json(config))
     if theirs != mine:
         different = sorted(key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key))

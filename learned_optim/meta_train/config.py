@@ -21,7 +21,8 @@ class MetaTrainConfig:
         truncation: optimizee steps that one meta-gradient sees.
         horizon_min, horizon_max: optimizee steps of a whole training run, drawn log-uniformly.
         horizon_known: share of the unrolls in which the network is told the horizon.
-        warm_restart: share of the unrolls that go on with the optimizees of the unroll before, with fresh optimizer state, as fine-tuning does.
+        warm_restart: share of the unrolls that go on with the optimizees of the unroll before, with fresh optimizer state, as fine-tuning
+            does.
         reparametrize: standard deviation of the natural logarithm of each tensor's random scale (task augmentation); half of the tasks are
             left as they are.
         first_order: take the optimizees' gradients as constants; False keeps second derivatives, which gives better rules.

@@ -79,10 +79,8 @@ def regression(generator: Generator) -> Task:
         sizes = [features, *[choose(generator, (16, 32))] * choose(generator, (1, 2, 3)), 1]
     targets = (targets - targets.mean()) / targets.std() + noise * torch.randn(targets.shape, generator=generator)
     activation = choose(generator, (nn.Tanh, nn.GELU, nn.SiLU))
-    if choose(generator, (False, True)):
-        sample: Callable[[Generator], Batch] = lambda _: (inputs, targets)
-    else:
-        sample = sampler(inputs, targets, 32)
+    full_batch = choose(generator, (False, True))
+    sample = (lambda _: (inputs, targets)) if full_batch else sampler(inputs, targets, 32)
     return ModuleTask(lambda: mlp_module(sizes, activation), sample, F.mse_loss)
 
 
@@ -170,7 +168,8 @@ class TextModel(nn.Module):
         hidden = self.embedding(tokens)
         if self.positions is not None:
             hidden = hidden + self.positions
-        return self.head(self.norm(self.blocks(hidden)))
+        logits: Tensor = self.head(self.norm(self.blocks(hidden)))
+        return logits
 
 
 class Block(nn.Module):
@@ -190,7 +189,8 @@ class Block(nn.Module):
         future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         scores = (query @ key.mT / math.sqrt(width // self.heads)).masked_fill(future, -1e9)
         x = x + self.project((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        mixed: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return mixed
 
 
 class Recurrence(nn.Module):
@@ -215,7 +215,10 @@ def transformer(generator: Generator) -> Task:
     """Next-character prediction by a small transformer."""
     width, depth, length = choose(generator, (16, 24, 32)), choose(generator, (1, 2)), choose(generator, (12, 16))
     tied = choose(generator, (False, True))
-    build = lambda: TextModel(width, [Block(width, 4) for _ in range(depth)], length, tied)  # noqa: E731
+
+    def build() -> nn.Module:
+        return TextModel(width, [Block(width, 4) for _ in range(depth)], length, tied)
+
     return ModuleTask(build, text_sampler(generator, length, choose(generator, (8, 16))), token_loss)
 
 
@@ -223,8 +226,9 @@ def recurrent(generator: Generator) -> Task:
     """Next-character prediction by a small recurrent net."""
     width, length = choose(generator, (16, 24, 32)), choose(generator, (8, 12))
     tied = choose(generator, (False, True))
-    build = lambda: TextModel(width, [Recurrence(width)], 0, tied)  # noqa: E731
-    return ModuleTask(build, text_sampler(generator, length, choose(generator, (8, 16))), token_loss)
+    return ModuleTask(
+        lambda: TextModel(width, [Recurrence(width)], 0, tied), text_sampler(generator, length, choose(generator, (8, 16))), token_loss
+    )
 
 
 FAMILIES: dict[str, Family] = {

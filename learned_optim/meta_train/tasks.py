@@ -1,7 +1,7 @@
 """What meta-training trains on: the task protocol, tasks made of an `nn.Module`, and augmentation.
 
-A *task* is one training problem: an architecture, its data and its loss. A *family* samples tasks. Everything random comes from the generator
-that is handed in, so a task is made again from its seed alone.
+A *task* is one training problem: an architecture, its data and its loss. A *family* samples tasks. Everything random comes from the
+generator that is handed in, so a task is made again from its seed alone.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class ModuleTask:
 
 
 class Reparametrized:
-    """A task whose tensors are each seen through a random scale: `theta = scale * phi`, with `phi` what is trained (Metz et al. 2022, "VeLO",
-    task augmentation). It teaches the controller to find the size of a step, which the same architecture would otherwise give away.
+    """A task whose tensors are each seen through a random scale: `theta = scale * phi`, with `phi` what is trained (Metz et al. 2022,
+    "VeLO", task augmentation). It teaches the controller to find the size of a step, which the architecture would otherwise give away.
 
     Args:
         task: the task to change.

@@ -58,7 +58,9 @@ def draw(task: Task, replicas: int, generator: Generator, device: torch.device) 
 def losses(task: Task, params: Tensor, batch: Batch) -> Tensor:
     """Training loss of each replica, (R,)."""
     parts = params.split([shape.numel() for shape in task.shapes.values()], -1)
-    named = {name: part.unflatten(-1, shape) if shape else part[..., 0] for (name, shape), part in zip(task.shapes.items(), parts, strict=True)}
+    named = {
+        name: part.unflatten(-1, shape) if shape else part[..., 0] for (name, shape), part in zip(task.shapes.items(), parts, strict=True)
+    }
     return vmap(task.loss)(named, batch)
 
 
