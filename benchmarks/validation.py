@@ -91,8 +91,9 @@ def lstm_off(network: OptimizerNetwork) -> None:
 
 
 def controller_off(network: OptimizerNetwork) -> None:
-    for weight in network.controller.output.parameters():
-        weight.data.zero_()
+    for output in (network.controller.correction, network.controller.context):
+        for weight in output.parameters():
+            weight.data.zero_()
 
 
 def run(job: tuple[str, str, int, dict[str, Any], int]) -> float:

@@ -79,12 +79,14 @@ class Controller(nn.Module):
     def __init__(self, control_units: int, hidden_units: int) -> None:
         super().__init__()
         self.input = nn.Linear(2 * STATISTICS + control_units, 4 * control_units)
-        self.output = nn.Linear(control_units, 1 + 3 * hidden_units)
+        self.correction = nn.Linear(control_units, 1)
+        self.context = nn.Linear(control_units, 3 * hidden_units)
         nn.init.normal_(self.input.weight, std=1 / math.sqrt(2 * STATISTICS + control_units))
         nn.init.zeros_(self.input.bias)
         nn.init.ones_(self.input.bias[control_units : 2 * control_units])  # the forget gate
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        for output in (self.correction, self.context):
+            nn.init.zeros_(output.weight)
+            nn.init.zeros_(output.bias)
 
     def forward(self, statistics: Tensor, control: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Runs one step.
@@ -102,8 +104,8 @@ class Controller(nn.Module):
         gate_in, gate_forget, gate_out, candidate = gates.chunk(4, -1)
         cell = gate_forget.sigmoid() * cell + gate_in.sigmoid() * candidate.tanh()
         hidden = gate_out.sigmoid() * cell.tanh()
-        output = self.output(hidden)
-        return 3 * torch.tanh(output[..., 0] / 3), output[..., 1:], torch.stack([hidden, cell], -2)
+        log_correction = 3 * torch.tanh(self.correction(hidden).squeeze(-1) / 3)
+        return log_correction, self.context(hidden), torch.stack([hidden, cell], -2)
 
 
 class OptimizerNetwork(nn.Module):

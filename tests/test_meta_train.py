@@ -39,15 +39,16 @@ def acting_network(config: NetworkConfig = SMALL) -> OptimizerNetwork:
     network = OptimizerNetwork(config)
     with torch.no_grad():
         network.coordinate.out.normal_(std=0.5)
-        network.controller.output.weight.normal_(std=0.3)
+        network.controller.correction.weight.normal_(std=0.3)
+        network.controller.context.weight.normal_(std=0.3)
     return network
 
 
 def tiny_config(**changes: object) -> MetaTrainConfig:
+    lengths = {"truncation_start": 3, "truncation_end": 5, "horizon_min": 6, "horizon_max": 12}
     config = MetaTrainConfig(
-        network=SMALL, meta_steps=6, families_per_step=2, unrolls_per_family=2, replicas=2, truncation=4, horizon_min=6, horizon_max=12,
-        checkpoint_every=2,
-    )  # fmt: skip
+        network=SMALL, meta_steps=6, families_per_step=2, unrolls_per_family=2, replicas=2, checkpoint_every=2, **lengths
+    )
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
@@ -223,7 +224,14 @@ def test_a_module_with_buffers_is_refused_by_name() -> None:
 
 def test_meta_training_lowers_the_meta_loss() -> None:
     config = tiny_config(
-        meta_steps=60, truncation=10, horizon_min=10, horizon_max=10, families_per_step=1, learning_rate=2e-2, reparametrize=0.0
+        meta_steps=60,
+        truncation_start=10,
+        truncation_end=10,
+        horizon_min=10,
+        horizon_max=10,
+        families_per_step=1,
+        learning_rate=2e-2,
+        reparametrize=0.0,
     )
     history = meta_train({"tiny": tiny_task}, config).meta_losses
     assert sum(history[-15:]) < sum(history[:15]) - 15 * 0.1
@@ -309,7 +317,7 @@ def test_bad_configurations_are_refused_by_name(change: dict[str, object]) -> No
 
 def test_the_command_writes_a_folder_that_the_optimizer_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.json"
-    config.write_text(to_json(tiny_config(meta_steps=2, truncation=2, frozen=("controller",))))
+    config.write_text(to_json(tiny_config(meta_steps=2, truncation_start=2, truncation_end=2, frozen=("controller",))))
     assert command.main(["--config", str(config), "--out", str(tmp_path / "out")]) == 0
     assert str(tmp_path / "out") in capsys.readouterr().out
     model = nn.Linear(3, 2)

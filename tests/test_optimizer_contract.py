@@ -354,6 +354,7 @@ class TestContract(TestCase):
             other.register_load_state_dict_post_hook(lambda _, calls=calls: calls.append("first post"), prepend=True)
             for _ in range(2):
                 calls.clear()
+                optimizer.step()
                 other.load_state_dict(optimizer.state_dict())
                 self.assertEqual(calls, ["first pre", "first post", "post"])
                 self.assertEqual(float(other.param_groups[0]["lr"]), 0.5 * float(optimizer.param_groups[0]["lr"]))

@@ -320,6 +320,13 @@ def test_clock_starts_with_the_first_gradient(network: OptimizerNetwork, generat
     torch.testing.assert_close(late_state, state, rtol=0, atol=0)
 
 
+def test_gradients_that_vanish_when_squared_count_as_zero(network: OptimizerNetwork, generator: torch.Generator) -> None:
+    params, gradients = draw(SHAPES, generator), [[1e-30 * grad for grad in draw(SHAPES, generator)] for _ in range(3)]
+    history, state = run(network, params, gradients)
+    assert not any(change.any() for updates in history for change in updates)
+    assert not state["step"].any()
+
+
 def test_clocks_are_per_tensor(network: OptimizerNetwork, generator: torch.Generator) -> None:
     params = draw([(4,), (3, 2)], generator)
     gradients = [[draw([(4,)], generator)[0], torch.zeros(3, 2)] for _ in range(3)] + [draw([(4,), (3, 2)], generator)]

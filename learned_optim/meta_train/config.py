@@ -18,7 +18,8 @@ class MetaTrainConfig:
         families_per_step: unrolls whose meta-gradients are averaged in one meta-step, each of another family while there are enough.
         unrolls_per_family: unrolls kept going for each family, at different phases of training.
         replicas: optimizees of one task that are trained side by side in an unroll.
-        truncation: optimizee steps that one meta-gradient sees.
+        truncation_start, truncation_end: optimizee steps that one meta-gradient sees; they grow geometrically from one to the other over
+            the run. Short ones are cheap and stable, long ones less greedy.
         horizon_min, horizon_max: optimizee steps of a whole training run, drawn log-uniformly.
         horizon_known: share of the unrolls in which the network is told the horizon.
         warm_restart: share of the unrolls that go on with the optimizees of the unroll before, with fresh optimizer state, as fine-tuning
@@ -38,7 +39,8 @@ class MetaTrainConfig:
     families_per_step: int = 3
     unrolls_per_family: int = 3
     replicas: int = 4
-    truncation: int = 30
+    truncation_start: int = 30
+    truncation_end: int = 100
     horizon_min: int = 100
     horizon_max: int = 600
     horizon_known: float = 0.5
@@ -51,7 +53,16 @@ class MetaTrainConfig:
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("meta_steps", "families_per_step", "unrolls_per_family", "replicas", "truncation", "horizon_min", "checkpoint_every"):
+        for name in (
+            "meta_steps",
+            "families_per_step",
+            "unrolls_per_family",
+            "replicas",
+            "truncation_start",
+            "truncation_end",
+            "horizon_min",
+            "checkpoint_every",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.horizon_max < self.horizon_min:

@@ -127,7 +127,8 @@ def meta_train(
 def meta_gradient(slot: Slot, network: OptimizerNetwork, weights: Sequence[Tensor], meta_step: int) -> tuple[float, Sequence[Tensor]]:
     """Advances a slot's unroll by one truncation. Returns the meta-loss of that stretch and its gradient by the network's weights."""
     config, unroll = slot.config, slot.current(network)
-    length = min(config.truncation, unroll.horizon - unroll.step)
+    growth = (config.truncation_end / config.truncation_start) ** (meta_step / config.meta_steps)
+    length = min(round(config.truncation_start * growth), unroll.horizon - unroll.step)
     generator = slot.generator("batches", meta_step)
     batches = [draw(unroll.task, config.replicas, generator, unroll.params.device) for _ in range(length + 1)]
     slot.unroll, losses = advance(network, unroll, batches, first_order=config.first_order)

@@ -57,7 +57,7 @@ class Slot:
         chance, warm, known, cut = torch.rand(4, generator=generator).tolist()
         horizon = round(config.horizon_min * (config.horizon_max / config.horizon_min) ** chance)
         if self.begun == 0:  # cut short, so that the slots fall out of step
-            horizon = max(config.truncation, round(horizon * cut))
+            horizon = max(config.truncation_start, round(horizon * cut))
         if self.unroll is not None and warm < config.warm_restart:
             task, params = self.unroll.task, self.unroll.params
         else:
