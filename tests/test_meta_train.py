@@ -45,7 +45,7 @@ def acting_network(config: NetworkConfig = SMALL) -> OptimizerNetwork:
 
 
 def tiny_config(**changes: object) -> MetaTrainConfig:
-    lengths = {"truncation_start": 3, "truncation_end": 5, "horizon_min": 6, "horizon_max": 12}
+    lengths = {"truncation": 4, "horizon_min": 6, "horizon_max": 12}
     config = MetaTrainConfig(
         network=SMALL, meta_steps=6, families_per_step=2, unrolls_per_family=2, replicas=2, checkpoint_every=2, **lengths
     )
@@ -225,8 +225,7 @@ def test_a_module_with_buffers_is_refused_by_name() -> None:
 def test_meta_training_lowers_the_meta_loss() -> None:
     config = tiny_config(
         meta_steps=60,
-        truncation_start=10,
-        truncation_end=10,
+        truncation=10,
         horizon_min=10,
         horizon_max=10,
         families_per_step=1,
@@ -305,7 +304,15 @@ def test_nothing_to_train_on_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"meta_steps": 0}, {"horizon_max": 1}, {"horizon_known": 1.5}, {"learning_rate": 0.0}, {"clip": -1.0}, {"reparametrize": -1.0}],
+    [
+        {"meta_steps": 0},
+        {"horizon_max": 1},
+        {"meta_loss": "last"},
+        {"horizon_known": 1.5},
+        {"learning_rate": 0.0},
+        {"clip": -1.0},
+        {"reparametrize": -1.0},
+    ],
 )
 def test_bad_configurations_are_refused_by_name(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
@@ -317,7 +324,7 @@ def test_bad_configurations_are_refused_by_name(change: dict[str, object]) -> No
 
 def test_the_command_writes_a_folder_that_the_optimizer_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.json"
-    config.write_text(to_json(tiny_config(meta_steps=2, truncation_start=2, truncation_end=2, frozen=("controller",))))
+    config.write_text(to_json(tiny_config(meta_steps=2, truncation=2, frozen=("controller",))))
     assert command.main(["--config", str(config), "--out", str(tmp_path / "out")]) == 0
     assert str(tmp_path / "out") in capsys.readouterr().out
     model = nn.Linear(3, 2)

@@ -18,9 +18,11 @@ class MetaTrainConfig:
         families_per_step: unrolls whose meta-gradients are averaged in one meta-step, each of another family while there are enough.
         unrolls_per_family: unrolls kept going for each family, at different phases of training.
         replicas: optimizees of one task that are trained side by side in an unroll.
-        truncation_start, truncation_end: optimizee steps that one meta-gradient sees; they grow geometrically from one to the other over
-            the run. Short ones are cheap and stable, long ones less greedy.
-        horizon_min, horizon_max: optimizee steps of a whole training run, drawn log-uniformly.
+        truncation: optimizee steps that one meta-gradient sees at most. The controller learns to make steps too small where this is less
+            than the horizon (Wu et al. 2018, "Understanding short-horizon bias in stochastic meta-optimization"); freeze it then.
+        horizon_min, horizon_max: optimizee steps of a whole training run, drawn log-uniformly. The longest grows from the one to the other
+            over the first half of the meta-steps.
+        meta_loss: how much the loss after step t of a run of T steps counts: "mean", all alike; "ramp", in proportion to t / T.
         horizon_known: share of the unrolls in which the network is told the horizon.
         warm_restart: share of the unrolls that go on with the optimizees of the unroll before, with fresh optimizer state, as fine-tuning
             does.
@@ -39,10 +41,10 @@ class MetaTrainConfig:
     families_per_step: int = 3
     unrolls_per_family: int = 3
     replicas: int = 4
-    truncation_start: int = 30
-    truncation_end: int = 100
-    horizon_min: int = 100
-    horizon_max: int = 600
+    truncation: int = 200
+    horizon_min: int = 40
+    horizon_max: int = 200
+    meta_loss: str = "mean"
     horizon_known: float = 0.5
     warm_restart: float = 0.25
     reparametrize: float = 0.5
@@ -58,13 +60,14 @@ class MetaTrainConfig:
             "families_per_step",
             "unrolls_per_family",
             "replicas",
-            "truncation_start",
-            "truncation_end",
+            "truncation",
             "horizon_min",
             "checkpoint_every",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.meta_loss not in ("mean", "ramp"):
+            raise ValueError(f'meta_loss must be "mean" or "ramp", got {self.meta_loss!r}')
         if self.horizon_max < self.horizon_min:
             raise ValueError(f"horizon_max must not be below horizon_min, got {self.horizon_max} < {self.horizon_min}")
         for name in ("learning_rate", "clip"):

@@ -126,11 +126,13 @@ def meta_train(
 
 def meta_gradient(slot: Slot, network: OptimizerNetwork, weights: Sequence[Tensor], meta_step: int) -> tuple[float, Sequence[Tensor]]:
     """Advances a slot's unroll by one truncation. Returns the meta-loss of that stretch and its gradient by the network's weights."""
-    config, unroll = slot.config, slot.current(network)
-    growth = (config.truncation_end / config.truncation_start) ** (meta_step / config.meta_steps)
-    length = min(round(config.truncation_start * growth), unroll.horizon - unroll.step)
+    config, unroll = slot.config, slot.current(network, meta_step)
+    length = min(config.truncation, unroll.horizon - unroll.step)
     generator = slot.generator("batches", meta_step)
     batches = [draw(unroll.task, config.replicas, generator, unroll.params.device) for _ in range(length + 1)]
     slot.unroll, losses = advance(network, unroll, batches, first_order=config.first_order)
-    meta_loss = (FLOOR + losses / (unroll.first_loss + 1e-8)).log().mean()
+    measured = (FLOOR + losses / (unroll.first_loss + 1e-8)).log().mean(1)  # (T,)
+    if config.meta_loss == "ramp":
+        measured = measured * (2 / unroll.horizon * torch.arange(unroll.step + 1, unroll.step + length + 1, device=measured.device))
+    meta_loss = measured.mean()
     return meta_loss.item(), torch.autograd.grad(meta_loss, weights, materialize_grads=True)

@@ -45,19 +45,20 @@ class Slot:
         key = f"{self.config.seed}/{self.family}/{self.index}/{purpose}/{count}"
         return Generator().manual_seed(zlib.crc32(key.encode()))
 
-    def current(self, network: OptimizerNetwork) -> Unroll:
+    def current(self, network: OptimizerNetwork, meta_step: int) -> Unroll:
         """The unroll to go on with; a new one where the last has reached its horizon."""
         if self.unroll is None or self.unroll.step == self.unroll.horizon:
-            self.unroll = self._begin(network)
+            self.unroll = self._begin(network, meta_step)
         return self.unroll
 
-    def _begin(self, network: OptimizerNetwork) -> Unroll:
+    def _begin(self, network: OptimizerNetwork, meta_step: int) -> Unroll:
         """A new horizon, and a new task or, as in fine-tuning, the trained optimizees of the last one with fresh optimizer state."""
         config, generator = self.config, self.generator("begin", self.begun)
         chance, warm, known, cut = torch.rand(4, generator=generator).tolist()
-        horizon = round(config.horizon_min * (config.horizon_max / config.horizon_min) ** chance)
-        if self.begun == 0:  # cut short, so that the slots fall out of step
-            horizon = max(config.truncation_start, round(horizon * cut))
+        grown = min(1.0, 2 * (meta_step + 1) / config.meta_steps)
+        horizon = round(config.horizon_min * (config.horizon_max / config.horizon_min) ** (chance * grown))
+        if self.begun == 0 and config.truncation < horizon:  # cut short, so that the slots fall out of step
+            horizon = max(config.truncation, round(horizon * cut))
         if self.unroll is not None and warm < config.warm_restart:
             task, params = self.unroll.task, self.unroll.params
         else:
