@@ -42,7 +42,7 @@ class Layout:
         known = [
             [math.log(out) / 8, math.log(into) / 8, float(matrix)] for (out, into), matrix in zip(self.fans, self.is_matrix, strict=True)
         ]
-        self.constants = torch.tensor(known, device=device)  # (K, 3), features for the controller
+        self.constants = torch.tensor(known, dtype=torch.float32, device=device)  # (K, 3), features for the controller
         self.log_fan_in = 8 * self.constants[:, 1]
 
     @staticmethod

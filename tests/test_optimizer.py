@@ -27,7 +27,6 @@ from learned_optim.network import OptimizerNetwork
 from learned_optim.optimizer import ADAMW_UPDATE_RMS, LearnedOptimizer, init_state
 from learned_optim.weights import fingerprint, load_network, save_network
 
-LAYOUT_DTYPE = pytest.mark.xfail(strict=True, reason="features.Layout makes its constants in torch's default dtype", raises=RuntimeError)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
 
 
@@ -270,7 +269,6 @@ def test_step_inside_autocast_is_the_same(network: OptimizerNetwork) -> None:
         assert_same(values(model), values(other))
 
 
-@LAYOUT_DTYPE
 def test_default_dtype_does_not_matter(network: OptimizerNetwork) -> None:
     """Whoever works in float64 throughout gets the same fp32 rule, even from a network that was built so."""
     shapes = [(14,), (7, 6)]  # layouts are cached, so shapes that no other test uses

@@ -121,7 +121,7 @@ def test_listed_packages_are_those_on_disk():
 def test_wheel_contents(wheel):
     code = {(package, path.relative_to(ROOT / folder)) for folder, package in SOURCES.items() for path in (ROOT / folder).rglob("*.py")}
     data = {("learned_optim", Path("py.typed"))}
-    for pattern in ("*/config.json", "*/model.safetensors", "*/README.md"):
+    for pattern in ("*/*.json", "*/model.safetensors", "*/README.md"):
         data |= {("learned_optim.pretrained", path.relative_to(ROOT / "pretrained")) for path in (ROOT / "pretrained").glob(pattern)}
     expected = {f"{package.replace('.', '/')}/{path.as_posix()}" for package, path in code | data}
     assert {f"learned_optim/pretrained/default/{name}" for name in ("config.json", "model.safetensors")} <= expected
