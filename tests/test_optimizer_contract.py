@@ -357,6 +357,9 @@ class TestContract(TestCase):
                 optimizer.step()
                 other.load_state_dict(optimizer.state_dict())
                 self.assertEqual(calls, ["first pre", "first post", "post"])
+                self.assertEqual(
+                    [len(other._optimizer_load_state_dict_pre_hooks), len(other._optimizer_load_state_dict_post_hooks)], [2, 2]
+                )
                 self.assertEqual(float(other.param_groups[0]["lr"]), 0.5 * float(optimizer.param_groups[0]["lr"]))
                 self.assertEqual(other.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0)
 

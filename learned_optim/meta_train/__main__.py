@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ..config import from_json
-from ..weights import load_network
+from ..weights import load_network, save_network
 from .config import MetaTrainConfig
 from .families import FAMILIES
 from .loop import meta_train
@@ -18,9 +19,18 @@ from .loop import meta_train
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m learned_optim.meta_train", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="a MetaTrainConfig as JSON, such as pretrained/default/meta_train.json")
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for weights, checkpoint and log; a run that was stopped resumes there"
+        "--config",
+        type=Path,
+        required=True,
+        nargs="+",
+        help="a MetaTrainConfig as JSON; of several, each is a stage that goes on with the weights of the one before",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for the weights, and for a checkpoint and a log of each stage; a run that was stopped resumes there",
     )
     parser.add_argument("--start", help="weights to start from: a bundled name, a folder or a Hub id; fresh ones by default")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -28,15 +38,19 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     try:
-        config = from_json(MetaTrainConfig, arguments.config.read_text(), str(arguments.config))
+        configs = [from_json(MetaTrainConfig, path.read_text(), str(path)) for path in arguments.config]
         network = load_network(arguments.start) if arguments.start else None
-        with tqdm(total=config.meta_steps, desc="meta-training", unit="step", smoothing=0.05) as bar:
+        for stage, config in enumerate(configs, 1):
+            folder = arguments.out / f"stage{stage}"
+            with tqdm(total=config.meta_steps, desc=f"stage {stage}/{len(configs)}", unit="step", smoothing=0.05) as bar:
 
-            def progress(meta_step: int, figures: dict[str, float]) -> None:
-                bar.set_postfix(meta_loss=f"{figures['meta_loss']:.3f}", dropped=int(figures["dropped"]), refresh=False)
-                bar.update(meta_step + 1 - bar.n)
+                def progress(meta_step: int, figures: dict[str, float], bar: Any = bar) -> None:
+                    bar.set_postfix(meta_loss=f"{figures['meta_loss']:.3f}", dropped=int(figures["dropped"]), refresh=False)
+                    bar.update(meta_step + 1 - bar.n)
 
-            meta_train(FAMILIES, config, folder=arguments.out, device=arguments.device, network=network, progress=progress)
+                result = meta_train(FAMILIES, config, folder=folder, device=arguments.device, network=network, progress=progress)
+            network = result.network
+        save_network(result.network, arguments.out)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -29,7 +29,7 @@ from .unroll import advance, draw
 # The meta-loss is log(FLOOR + loss / first loss): relative progress counts alike in all tasks, and a task that is all but solved stops
 # counting.
 FLOOR = 0.02
-NORM_DECAY = 0.9  # per visit, of the running mean of a family's meta-gradient norm
+NORM_DECAY = 0.9  # per visit, of the running mean of a family's log meta-gradient norm
 
 
 @dataclass
@@ -71,14 +71,14 @@ def meta_train(
     weights = [weight for name, weight in network.named_parameters() if not any(map(name.startswith, config.frozen))]
     meta_optimizer = torch.optim.Adam(weights, lr=config.learning_rate, betas=(0.9, 0.99))
     slots = [Slot(families, config, family, index) for index in range(config.unrolls_per_family) for family in families]
-    norms: dict[str, float] = {}  # usual meta-gradient norm of each family
+    log_norms: dict[str, float] = {}  # logarithm of each family's usual meta-gradient norm
     history: list[float] = []
     dropped = 0
 
     if folder is not None and (saved := checkpoint.load(folder, config, device)) is not None:
         network.load_state_dict(saved["network"])
         meta_optimizer.load_state_dict(saved["meta_optimizer"])
-        norms, history, dropped = saved["norms"], saved["history"], saved["dropped"]
+        log_norms, history, dropped = saved["log_norms"], saved["history"], saved["dropped"]
         for slot, state in zip(slots, saved["slots"], strict=True):
             slot.load_state_dict(state)
 
@@ -88,8 +88,7 @@ def meta_train(
             began = time.perf_counter()
             for group in meta_optimizer.param_groups:
                 group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * meta_step / config.meta_steps))
-            for weight in weights:
-                weight.grad = torch.zeros_like(weight)
+            total = [torch.zeros_like(weight) for weight in weights]
             meta_losses = []
             for turn in range(config.families_per_step):
                 slot = slots[(meta_step * config.families_per_step + turn) % len(slots)]
@@ -99,13 +98,17 @@ def meta_train(
                     dropped += 1
                     slot.unroll = None
                     continue
-                # Families differ in the size of their meta-gradients by orders of magnitude: divide by the usual size, then clip.
-                usual = norms[slot.family] = NORM_DECAY * norms.get(slot.family, norm) + (1 - NORM_DECAY) * norm
-                scale = min(1 / (usual + 1e-12), config.clip / (norm + 1e-12))
-                for weight, part in zip(weights, gradient, strict=True):
-                    weight.grad = weight.grad + part * (scale / config.families_per_step)
+                # Families differ in the size of their meta-gradients by orders of magnitude: divide by the usual size, then clip. Some
+                # unrolls are chaotic and their meta-gradients huge, so the usual size is a geometric mean.
+                log_norm = math.log(norm + 1e-12)
+                log_usual = log_norms[slot.family] = NORM_DECAY * log_norms.get(slot.family, log_norm) + (1 - NORM_DECAY) * log_norm
+                scale = min(math.exp(-log_usual), config.clip * math.exp(-log_norm))
+                for part, share in zip(total, gradient, strict=True):
+                    part.add_(share, alpha=scale / config.families_per_step)
                 meta_losses.append(meta_loss)
             if meta_losses:
+                for weight, part in zip(weights, total, strict=True):
+                    weight.grad = part
                 meta_optimizer.step()
             history.append(sum(meta_losses) / len(meta_losses) if meta_losses else math.nan)
 
@@ -117,7 +120,9 @@ def meta_train(
             done = meta_step + 1
             if folder is not None and (done % config.checkpoint_every == 0 or done == config.meta_steps):
                 places = [slot.state_dict() for slot in slots]
-                checkpoint.save(folder, config, network, meta_optimizer, norms=norms, history=history, dropped=dropped, slots=places)
+                checkpoint.save(
+                    folder, config, network, meta_optimizer, log_norms=log_norms, history=history, dropped=dropped, slots=places
+                )
     network.requires_grad_(False)
     if folder is not None:
         save_network(network, folder)
