@@ -332,9 +332,18 @@ def test_the_command_writes_a_folder_that_the_optimizer_loads(tmp_path: Path, ca
     assert optimizer.network.config == SMALL
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    # From there, on.
-    assert command.main(["--config", str(config), "--out", str(tmp_path / "more"), "--start", str(tmp_path / "out")]) == 0
-    assert load_network(tmp_path / "more").config == SMALL
+
+
+def test_the_command_runs_stages_one_after_the_other(tmp_path: Path) -> None:
+    stages = [tmp_path / "lstm.json", tmp_path / "controller.json"]
+    stages[0].write_text(to_json(tiny_config(meta_steps=2, frozen=("controller", "log_"))))
+    stages[1].write_text(to_json(tiny_config(meta_steps=2, frozen=("coordinate",))))
+    assert command.main(["--config", *map(str, stages), "--out", str(tmp_path / "both")]) == 0
+    assert command.main(["--config", str(stages[0]), "--out", str(tmp_path / "first")]) == 0
+    assert command.main(["--config", str(stages[1]), "--out", str(tmp_path / "second"), "--start", str(tmp_path / "first")]) == 0
+    first, second, both = (load_network(tmp_path / name).state_dict() for name in ("first", "second", "both"))
+    assert all(torch.equal(second[name], both[name]) for name in both)
+    assert all(torch.equal(first[name], both[name]) == name.startswith("coordinate") for name in both if name != "controller.context.bias")
 
 
 def test_the_command_says_what_is_wrong_with_a_config(tmp_path: Path) -> None:
