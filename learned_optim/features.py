@@ -46,7 +46,7 @@ class Layout:
         self.log_fan_in = 8 * self.constants[:, 1]
 
     @staticmethod
-    @functools.lru_cache(maxsize=64)
+    @functools.lru_cache(maxsize=4)
     def of(shapes: tuple[torch.Size, ...], device: torch.device) -> Layout:
         """The layout of tensors of these shapes; the same object each time."""
         return Layout(shapes, device)

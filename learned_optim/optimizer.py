@@ -85,7 +85,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss; optional, and called once.
 
         Raises:
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse or sharded.
         """
         loss = None
         if closure is not None:
@@ -102,6 +102,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     raise RuntimeError(
                         f"LearnedOptimizer does not support sparse gradients, and a parameter of shape {tuple(param.shape)} has one. "
                         "Build its embedding with sparse=False, or give it to torch.optim.SparseAdam."
+                    )
+                if hasattr(param.grad, "device_mesh"):  # a DTensor; importing its class would cost more than the whole package
+                    raise RuntimeError(
+                        f"LearnedOptimizer does not support sharded parameters (DTensor, FSDP2) yet, and one of shape {tuple(param.shape)} is. "
+                        "Train with DistributedDataParallel, or shard with an optimizer that works coordinate by coordinate, such as AdamW."
                     )
                 by_device.setdefault(param.device, {})[param] = group
         if not by_device:
