@@ -105,8 +105,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     )
                 if hasattr(param.grad, "device_mesh"):  # a DTensor; importing its class would cost more than the whole package
                     raise RuntimeError(
-                        f"LearnedOptimizer does not support sharded parameters (DTensor, FSDP2) yet, and one of shape {tuple(param.shape)} is. "
-                        "Train with DistributedDataParallel, or shard with an optimizer that works coordinate by coordinate, such as AdamW."
+                        "LearnedOptimizer does not support sharded parameters (DTensor, FSDP2) yet, and got one of shape "
+                        f"{tuple(param.shape)}. Train with DistributedDataParallel instead."
                     )
                 by_device.setdefault(param.device, {})[param] = group
         if not by_device:
