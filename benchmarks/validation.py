@@ -102,7 +102,7 @@ def run(job: tuple[str, str, int, dict[str, Any], int]) -> float:
     torch.set_num_threads(1)
     task = TASKS[task_name][0](Generator().manual_seed(77))
     generator = Generator().manual_seed(seed)
-    params = {name: nn.Parameter(param) for name, param in task.init(generator).items()}
+    params = {name: nn.Parameter(param) for name, param in task.init(generator)[0].items()}
     optimizer: torch.optim.Optimizer
     if kind == "adamw":
         optimizer = torch.optim.AdamW(params.values(), lr=options["lr"])
@@ -118,7 +118,7 @@ def run(job: tuple[str, str, int, dict[str, Any], int]) -> float:
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss: Tensor = task.loss(params, task.batch(generator))
+        loss, _ = task.loss(params, {}, task.batch(generator))
         loss.backward()
         optimizer.step()
         anneal.step()

@@ -90,8 +90,8 @@ def _build(cls: type[Config], values: dict[str, Any], source: str) -> Config:
             value = float(value)
         elif get_origin(kind) is tuple and isinstance(value, list):
             value = tuple(value)
-        elif isinstance(kind, type) and type(value) is not kind:
-            raise ValueError(f"{source}: {name} must be {kind.__name__}, got {value!r}")
+        elif type(value) is not (plain := get_origin(kind) or kind):
+            raise ValueError(f"{source}: {name} must be {plain.__name__}, got {value!r}")
         arguments[name] = value
     try:
         return cls(**arguments)

@@ -8,7 +8,9 @@ Shapes: `N` coordinates of `K` tensors laid end to end; `...` any leading dimens
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,7 +40,6 @@ class Layout:
         self.sizes = [shape.numel() for shape in shapes]
         self.fans = [(shape[0], math.prod(shape[1:])) if len(shape) > 1 else (shape.numel(), 1) for shape in shapes]
         self.is_matrix = [min(fans) > 1 for fans in self.fans]
-        self.owner = torch.repeat_interleave(torch.tensor(self.sizes)).int().to(device)  # (N,): which tensor a coordinate belongs to
         known = [
             [math.log(out) / 8, math.log(into) / 8, float(matrix)] for (out, into), matrix in zip(self.fans, self.is_matrix, strict=True)
         ]
@@ -51,13 +52,55 @@ class Layout:
         """The layout of tensors of these shapes; the same object each time."""
         return Layout(shapes, device)
 
+    def blocks(self, size: int) -> list[Block]:
+        """The coordinates in blocks of about `size`. A large tensor has blocks of its own, so that within them what belongs to a tensor is
+        the same everywhere; small neighbours share one."""
+        blocks: list[Block] = []
+        begin, first = 0, 0
+        for k, (end, length) in enumerate(zip(itertools.accumulate(self.sizes), self.sizes, strict=True)):
+            if length >= size and begin < end - length:  # what came before is a block
+                blocks.append(Block(self, begin, end - length, first, k))
+                begin, first = end - length, k
+            if end - begin >= size or k == len(self.sizes) - 1:
+                count = max(1, round((end - begin) / size)) if first == k else 1
+                borders = [begin + (end - begin) * part // count for part in range(count + 1)]
+                blocks += [Block(self, low, high, first, k + 1) for low, high in itertools.pairwise(borders)]
+                begin, first = end, k + 1
+        return blocks
+
     def mean(self, values: Tensor) -> Tensor:
         """Mean over each tensor: (..., N) -> (..., K)."""
         return torch.stack([part.mean(-1) for part in values.split(self.sizes, -1)], -1)
 
     def spread(self, values: Tensor) -> Tensor:
         """Each tensor's value at each of its coordinates: (..., K) -> (..., N)."""
-        return values.index_select(-1, self.owner)
+        return spread(values, self.sizes)
+
+
+def spread(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    # Not index_select: its derivative, index_add, is an order of magnitude slower than sums over stretches.
+    each = zip(values.split(1, -1), sizes, strict=True)
+    return torch.cat([value.expand(*value.shape[:-1], size) for value, size in each], -1)
+
+
+class Block(NamedTuple):
+    """Neighbouring coordinates, of tensors `first` to `last`."""
+
+    layout: Layout
+    begin: int
+    end: int
+    first: int
+    last: int
+
+    def of(self, values: Tensor) -> Tensor:
+        """The block of what coordinates have: (..., N) -> (..., n)."""
+        return values[..., self.begin : self.end]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Each tensor's value at the block's coordinates: (..., K) -> (..., n), or (..., 1) where that is one value for all."""
+        if self.last - self.first == 1:
+            return values[..., self.first : self.last]
+        return spread(values[..., self.first : self.last], self.layout.sizes[self.first : self.last])
 
 
 class CoordinateFeatures(NamedTuple):
@@ -72,7 +115,7 @@ def coordinate_features(grad: Tensor, momentum: Tensor, second_moment: Tensor, m
 
     Args:
         grad, momentum, second_moment: the gradient and the bias-corrected running means of it and of its square, (..., N).
-        mean: each tensor's mean of `second_moment` at its coordinates, (..., N).
+        mean: each tensor's mean of `second_moment` at its coordinates, (..., N) or (..., 1).
     """
     variance = second_moment + RELATIVE_FLOOR * mean + ABSOLUTE_FLOOR
     scale = variance.rsqrt()
@@ -87,7 +130,7 @@ def tensor_statistics(
     layout: Layout,
     grad: Tensor,
     previous_momentum: Tensor,
-    slow: Tensor,
+    signal: Tensor,
     mean: Tensor,
     param: Tensor,
     step: Tensor,
@@ -101,15 +144,15 @@ def tensor_statistics(
         previous_momentum: running mean of the gradients before this one, (..., N). Its cosine with `grad` is the hypergradient of the step
             size up to scale (Baydin et al. 2018, "Online learning rate adaptation with hypergradient descent"): positive while the steps
             are too short, negative once they overshoot.
-        slow: normalised momentum, (..., N); its size is the gradient's signal-to-noise ratio.
+        signal: mean square of the normalised momentum, the gradient's signal-to-noise ratio, (..., K).
         mean: mean of the bias-corrected second moment, (..., K).
         param: the tensors, (..., N).
         step: steps since the first gradient, this one included, (..., K).
         progress: step / horizon in [0, 1], 0 where no horizon is known, (..., K).
         horizon_known: 1 or 0, (..., K).
     """
-    products = torch.stack([grad.square(), previous_momentum.square(), grad * previous_momentum, slow.square(), param.square()])
-    grad_square, momentum_square, product, signal, param_square = layout.mean(products)
+    products = torch.stack([grad.square(), previous_momentum.square(), grad * previous_momentum, param.square()])
+    grad_square, momentum_square, product, param_square = layout.mean(products)
     cosine = product * (grad_square + ABSOLUTE_FLOOR).rsqrt() * (momentum_square + ABSOLUTE_FLOOR).rsqrt()
     surprise = 0.5 * ((grad_square + ABSOLUTE_FLOOR).log() - (mean + ABSOLUTE_FLOOR).log())
     measured = [

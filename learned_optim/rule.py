@@ -27,13 +27,16 @@ Shapes: `N` coordinates of `K` tensors laid end to end, `H` hidden units, `C` co
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .config import NetworkConfig
-from .features import Layout, coordinate_features, tensor_statistics
+from .features import ABSOLUTE_FLOOR, RELATIVE_FLOOR, Block, Layout, coordinate_features, tensor_statistics
 from .network import OptimizerNetwork
 
 State = dict[str, Tensor]
@@ -43,6 +46,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 DECAY_STEPS = 100.0  # time constant of the prior step size's decay without a horizon, in steps
 EPSILON = 1e-12
+BLOCK = 2**15  # coordinates of a block; its intermediate results then fit into a core's L2 cache
 
 
 def init_state(layout: Layout, config: NetworkConfig, leading: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> State:
@@ -51,7 +55,7 @@ def init_state(layout: Layout, config: NetworkConfig, leading: tuple[int, ...] =
     `step`, each tensor's clock, is (..., K) and `control` (..., K, 2, C); `momentum` and `second_moment` are (..., N), `hidden` and `cell`
     (H, ..., N).
     """
-    device, count, size = layout.owner.device, len(layout.sizes), sum(layout.sizes)
+    device, count, size = layout.constants.device, len(layout.sizes), sum(layout.sizes)
     shapes = {
         "step": (*leading, count),
         "control": (*leading, count, 2, config.control_units),
@@ -85,26 +89,54 @@ def update(
     started = (mean > 0).to(grad.dtype)
     step = state["step"] + started
     age = step.clamp(min=1)
-    mean = mean / (1 - config.second_moment**age)
-    correction1, correction2 = layout.spread(torch.stack([1 - config.momentum**age, 1 - config.second_moment**age]))
-    features = coordinate_features(grad, momentum / correction1, second_moment / correction2, layout.spread(mean))
+    correction1, correction2 = 1 - config.momentum**age, 1 - config.second_moment**age
+    mean = mean / correction2
 
     # 2. Step size
     known = total_steps.isfinite().to(grad.dtype)
     progress = ((age - 1) / total_steps).clamp(max=1)
-    statistics = tensor_statistics(layout, grad, state["momentum"], features.odd[0], mean, param, step, progress, known)
+    noise = second_moment + layout.spread(RELATIVE_FLOOR * mean * correction2 + ABSOLUTE_FLOOR)
+    signal = layout.mean(momentum.square() / noise) * correction2 / correction1.square()
+    statistics = tensor_statistics(layout, grad, state["momentum"], signal, mean, param, step, progress, known)
     log_correction, context, control = network.controller(statistics, state["control"])
     annealed = 0.5 + 0.5 * torch.cos(math.pi * progress)
     decayed = (1 + step / DECAY_STEPS).rsqrt()
     step_size = (network.log_step_size + log_correction).exp() * torch.where(known > 0, annealed, decayed) * started
 
     # 3. Direction
-    direction, hidden, cell = network.coordinate(features, layout.spread(context.movedim(-1, 0)), state["hidden"], state["cell"])
+    context = context.movedim(-1, 0)
+
+    def direct(block: Block, grad: Tensor, momentum: Tensor, second_moment: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
+        moments = momentum / block.spread(correction1), second_moment / block.spread(correction2)
+        features = coordinate_features(grad, *moments, block.spread(mean))
+        return network.coordinate(features, block.spread(context), hidden, cell)  # type: ignore[no-any-return]
+
+    direction, hidden, cell = blockwise(direct, layout, [grad, momentum, second_moment, state["hidden"], state["cell"]])
 
     # 4. Length, 5. Update
     change = -layout.spread(step_size) * normalize(direction, layout, network)
     control = control * started[..., None, None]
     return change, {"step": step, "momentum": momentum, "second_moment": second_moment, "hidden": hidden, "cell": cell, "control": control}
+
+
+def blockwise(function: Callable[..., tuple[Tensor, ...]], layout: Layout, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`function` of coordinates alone, in blocks that fit into a processor's cache.
+
+    Where gradients are wanted, a graph keeps the blocks' inputs only and computes what is between once more on the way back, since the
+    LSTM's insides take several times the memory of its state.
+
+    Args:
+        function: (block, tensors (..., n)) -> tensors (..., n).
+        tensors: (..., N).
+    """
+    replicas = tensors[0].numel() // sum(layout.sizes)
+    blocks = layout.blocks(max(1, BLOCK // replicas))
+    if len(blocks) == 1:
+        return list(function(blocks[0], *tensors))
+    if torch.is_grad_enabled():
+        function = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+    parts = [function(block, *map(block.of, tensors)) for block in blocks]
+    return [torch.cat(pieces, -1) for pieces in zip(*parts, strict=True)]
 
 
 def normalize(direction: Tensor, layout: Layout, network: OptimizerNetwork) -> Tensor:

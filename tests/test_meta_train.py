@@ -1,239 +1,198 @@
-"""Meta-training: the meta-gradient is right, a run can be stopped and resumed, and its result works."""
+"""Meta-training: it learns, it can be stopped and resumed, it says what is wrong, and its result works."""
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Generator, nn
+from meta_train_helpers import SMALL, acting_network, tiny_config, tiny_task, tiny_unroll
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from learned_optim import LearnedOptimizer, NetworkConfig, OptimizerNetwork, load_network
+from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
 from learned_optim.config import to_json
-from learned_optim.meta_train import FAMILIES, MetaTrainConfig, ModuleTask, meta_train
+from learned_optim.meta_train import FAMILIES, MetaTrainingDivergedError, ModuleTask, meta_train
 from learned_optim.meta_train import __main__ as command
-from learned_optim.meta_train.families import Block, TextModel, mlp_module, sampler
-from learned_optim.meta_train.tasks import Reparametrized, Task
-from learned_optim.meta_train.unroll import advance, draw, initial_params, losses, start
-
-SMALL = NetworkConfig(hidden_units=2, control_units=3)
-CPU = torch.device("cpu")
-
-
-def tiny_task(generator: Generator) -> ModuleTask:
-    inputs = torch.randn(64, 3, generator=generator)
-    targets = torch.sin(inputs.sum(1, keepdim=True))
-    return ModuleTask(lambda: mlp_module([3, 5, 1], nn.Tanh), sampler(inputs, targets, 8), F.mse_loss)
-
-
-def acting_network(config: NetworkConfig = SMALL) -> OptimizerNetwork:
-    """A network whose LSTM and controller are not zero."""
-    torch.manual_seed(3)
-    network = OptimizerNetwork(config)
-    with torch.no_grad():
-        network.coordinate.out.normal_(std=0.5)
-        network.controller.correction.weight.normal_(std=0.3)
-        network.controller.context.weight.normal_(std=0.3)
-    return network
-
-
-def tiny_config(**changes: object) -> MetaTrainConfig:
-    lengths = {"truncation": 4, "horizon_min": 6, "horizon_max": 12}
-    config = MetaTrainConfig(
-        network=SMALL, meta_steps=6, families_per_step=2, unrolls_per_family=2, replicas=2, checkpoint_every=2, **lengths
-    )
-    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
-
-
-# The meta-gradient
-
-
-class DoubleTask:
-    """A task in float64."""
-
-    def __init__(self, task: Task) -> None:
-        self.task, self.shapes = task, task.shapes
-
-    def init(self, generator: Generator) -> dict[str, torch.Tensor]:
-        return {name: param.double() for name, param in self.task.init(generator).items()}
-
-    def batch(self, generator: Generator) -> tuple[torch.Tensor, ...]:
-        return tuple(part.double() for part in self.task.batch(generator))
-
-    def loss(self, params: dict[str, torch.Tensor], batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return self.task.loss(params, batch)
-
-
-def double_unroll(first_order: bool) -> tuple[float, dict[str, torch.Tensor], OptimizerNetwork, Callable[[], torch.Tensor]]:
-    network = acting_network().double()
-    generator = Generator().manual_seed(0)
-    task = DoubleTask(tiny_task(generator))
-    unroll = start(task, network, initial_params(task, 2, generator), 20, True, generator)
-    batches = [draw(task, 2, generator, CPU) for _ in range(7)]
-
-    def meta_loss() -> torch.Tensor:
-        return advance(network, unroll, batches, first_order=first_order)[1].mean()
-
-    loss = meta_loss()
-    gradient = torch.autograd.grad(loss, list(network.parameters()))
-    return loss.item(), dict(zip([name for name, _ in network.named_parameters()], gradient, strict=True)), network, meta_loss
-
-
-def finite_differences(network: OptimizerNetwork, meta_loss: Callable[[], torch.Tensor], name: str, index: int) -> float:
-    weight = dict(network.named_parameters())[name].data.view(-1)
-    step = 1e-6
-    values = []
-    for sign in (1, -1):
-        weight[index] += sign * step
-        values.append(meta_loss().item())
-        weight[index] -= sign * step
-    return (values[0] - values[1]) / (2 * step)
-
-
-def test_exact_meta_gradient_equals_finite_differences_in_float64() -> None:
-    _, gradient, network, meta_loss = double_unroll(first_order=False)
-    checked = 0
-    for name, part in gradient.items():
-        for index in range(0, part.numel(), max(1, part.numel() // 4)):
-            expected = finite_differences(network, meta_loss, name, index)
-            assert part.view(-1)[index].item() == pytest.approx(expected, rel=1e-4, abs=1e-8), (name, index)
-            checked += abs(expected) > 1e-6
-    assert checked > 15  # most of them are not zero, so the comparison says something
-
-
-def test_first_order_meta_gradient_leaves_out_the_second_derivatives() -> None:
-    exact_loss, exact, _, _ = double_unroll(first_order=False)
-    loss, first_order, network, meta_loss = double_unroll(first_order=True)
-    assert loss == exact_loss  # the same training run ...
-    difference = torch.cat([(exact[name] - first_order[name]).flatten() for name in exact]).norm()
-    size = torch.cat([part.flatten() for part in exact.values()]).norm()
-    assert difference > 1e-3 * size  # ... with another gradient
-    expected = finite_differences(network, meta_loss, "log_step_size", 0)
-    assert first_order["log_step_size"].item() != pytest.approx(expected, rel=1e-4)
-
+from learned_optim.meta_train.loop import schedule, stop_if_diverged
+from learned_optim.meta_train.slots import Slot
+from learned_optim.meta_train.unroll import named
+from learned_optim.rule import update
 
 # The unroll
 
 
 def test_an_unroll_is_what_the_optimizer_does() -> None:
-    network = acting_network()
-    generator = Generator().manual_seed(1)
-    task = tiny_task(generator)
-    first = initial_params(task, 2, generator)
-    batches = [draw(task, 2, generator, CPU) for _ in range(9)]
-    unroll = start(task, network, first, 8, True, generator)
-    advanced, measured = advance(network, unroll, batches, first_order=False)
-    assert advanced.step == 8
-    assert measured.shape == (8, 2)
+    network, task = acting_network(), tiny_task(Generator().manual_seed(1))
+    unroll = tiny_unroll(network, task, horizon=8)
+    now = unroll.optimizees
+    with torch.no_grad():
+        for t in range(8):
+            _, now = unroll.train_step(t, now, lambda *inputs: update(network, *inputs))
+        measured = unroll.measure(8, now)
 
     for replica in range(2):
-        parts = first[replica].split([shape.numel() for shape in task.shapes.values()])
-        named = zip(task.shapes.items(), parts, strict=True)
-        params = {name: nn.Parameter(part.view(shape).clone()) for (name, shape), part in named}
+        params = {name: nn.Parameter(part.clone()) for name, part in named(task, unroll.optimizees.params[replica]).items()}
         optimizer = LearnedOptimizer(params.values(), acting_network(), total_steps=8)
-        for batch in batches[:-1]:
+        for t in range(8):
             optimizer.zero_grad()
-            task.loss(params, tuple(part[replica] for part in batch)).backward()
+            task.loss(params, {}, tuple(part[replica] for part in unroll.batch(t)))[0].backward()
             optimizer.step()
         trained = torch.cat([param.detach().flatten() for param in params.values()])
-        torch.testing.assert_close(advanced.params[replica], trained, rtol=1e-4, atol=1e-5)
-        final = task.loss(params, tuple(part[replica] for part in batches[-1]))
-        torch.testing.assert_close(measured[-1, replica], final.detach(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(now.params[replica], trained, rtol=1e-4, atol=1e-5)
+        final = task.loss(params, {}, tuple(part[replica] for part in unroll.batch(8)))[0]
+        torch.testing.assert_close(measured[replica], final.detach(), rtol=1e-3, atol=1e-5)
 
 
-def test_two_truncations_follow_the_path_of_one() -> None:
+def test_large_optimizees_run_one_after_the_other_with_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     network = acting_network()
-    generator = Generator().manual_seed(1)
-    task = tiny_task(generator)
-    unroll = start(task, network, initial_params(task, 2, generator), 50, False, generator)
-    batches = [draw(task, 2, generator, CPU) for _ in range(7)]
-    whole, _ = advance(network, unroll, batches, first_order=False)
-    half, _ = advance(network, unroll, batches[:4], first_order=False)
-    half, _ = advance(network, half, batches[3:], first_order=False)
-    torch.testing.assert_close(half.params, whole.params)
-    assert half.step == whole.step == 6
-    for key, value in whole.state.items():
-        torch.testing.assert_close(half.state[key], value)
+    unroll = tiny_unroll(network, FAMILIES["cnn"](Generator().manual_seed(3)), horizon=3)
+
+    def run() -> Tensor:
+        now = unroll.optimizees
+        for t in range(3):
+            _, now = unroll.train_step(t, now, lambda *inputs: update(network, *inputs))
+        return now.params.detach()
+
+    batched = run()
+    monkeypatch.setattr("learned_optim.meta_train.unroll.VMAP_LIMIT", 1)
+    torch.testing.assert_close(run(), batched, rtol=1e-3, atol=1e-5)
 
 
-def test_tied_weights_are_one_tensor_in_the_unroll() -> None:
-    generator = Generator().manual_seed(0)
-    text = torch.randint(96, (400,), generator=generator)
+# Slots
 
-    def sample(generator: Generator) -> tuple[torch.Tensor, ...]:
-        index = torch.randint(390, (4, 1), generator=generator) + torch.arange(9)
-        return text[index][:, :-1], text[index][:, 1:]
 
-    task = ModuleTask(lambda: TextModel(8, [Block(8, 2)], 8, tied=True), sample, lambda y, t: F.cross_entropy(y.flatten(0, 1), t.flatten()))
-    assert "embedding.weight" in task.shapes
-    assert "head.weight" not in task.shapes
+def begun(**changes: object) -> list[Slot]:
+    """Slots that have begun five unrolls."""
+    config = tiny_config(**changes)
+    slots = [Slot({"tiny": tiny_task}, config, "exact", "tiny", index) for index in range(20)]
+    network = OptimizerNetwork(SMALL)
+    for slot in slots:
+        for meta_step in (0, 1, 2, 3, 5):
+            slot.unroll = slot._begin(network, None, meta_step)
+    return slots
+
+
+def test_horizons_grow_with_the_curriculum() -> None:
+    def horizons(meta_step: int, curriculum: float) -> list[int]:
+        config = tiny_config(meta_steps=100, horizon_min=10, horizon_max=1000, truncation=5, curriculum=curriculum)
+        slots = [Slot({"tiny": tiny_task}, config, "exact", "tiny", index, begun=1) for index in range(40)]
+        return [slot._begin(OptimizerNetwork(SMALL), None, meta_step).horizon for slot in slots]
+
+    assert max(horizons(0, 0.5)) < 15
+    assert max(horizons(50, 0.5)) > 500
+    assert horizons(0, 0.0) == horizons(99, 0.0) == horizons(50, 0.5)
+    logs = torch.tensor(horizons(0, 0.0)).float().log()
+    assert abs(logs.mean() - math.log(100)) < 0.6  # log-uniform: the median is the geometric mean of the bounds
+
+
+def test_the_first_horizons_are_cut_so_that_slots_fall_out_of_step() -> None:
+    config = tiny_config(horizon_min=1000, horizon_max=1000, truncation=10)
+    slots = [Slot({"tiny": tiny_task}, config, "exact", "tiny", index) for index in range(8)]
+    first = [slot._begin(OptimizerNetwork(SMALL), None, 0).horizon for slot in slots]
+    assert len(set(first)) > 4
+    assert max(first) <= 1000
+
+
+def test_warm_restarts_go_on_with_trained_optimizees_and_fresh_state() -> None:
     network = acting_network()
-    unroll = start(task, network, initial_params(task, 1, generator), 10, True, generator)
-    advanced, _ = advance(network, unroll, [draw(task, 1, generator, CPU) for _ in range(3)], first_order=False)
-    # The gradient reaches the shared tensor through both its uses: rows of characters that the input lacks are trained by the read-out.
-    moved = (advanced.params - unroll.params)[0].split([shape.numel() for shape in task.shapes.values()])
-    embedding = moved[list(task.shapes).index("embedding.weight")].view(96, 8)
-    assert (embedding.norm(dim=1) > 0).all()
+    slot = Slot({"tiny": tiny_task}, tiny_config(warm_restart=1.0, horizon_max=6, truncation=6), "exact", "tiny", 0)
+    slot.estimate(network, dict(network.named_parameters()), 0)
+    assert slot.unroll is not None
+    trained, task = slot.unroll.optimizees.params, slot.unroll.task
+    again = slot._begin(network, None, 1)
+    assert again.task is task
+    assert torch.equal(again.optimizees.params, trained)
+    assert not any(value.any() for value in again.optimizees.state.values())
 
 
-# Tasks
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_each_family_samples_trainable_tasks_from_a_seed(name: str) -> None:
-    for seed in range(4):
-        made = []
-        for _ in range(2):
-            generator = Generator().manual_seed(seed)
-            task = FAMILIES[name](generator)
-            params = initial_params(task, 2, generator)
-            batch = draw(task, 2, generator, CPU)
-            made.append(losses(task, params, batch))
-        assert torch.equal(made[0], made[1])
-        assert made[0].isfinite().all()
-        network = OptimizerNetwork(SMALL)
-        unroll = start(task, network, params, 10, True, generator)
-        _, measured = advance(network, unroll, [batch] * 11, first_order=False)
-        assert (measured[-1] < losses(task, params, batch)).all()
-
-
-def test_reparametrization_changes_scales_and_not_the_function() -> None:
-    generator = Generator().manual_seed(0)
-    task = tiny_task(generator)
-    scaled = Reparametrized(task, generator, 1.0)
-    plain, changed = task.init(Generator().manual_seed(5)), scaled.init(Generator().manual_seed(5))
-    batch = task.batch(generator)
-    torch.testing.assert_close(scaled.loss(changed, batch), task.loss(plain, batch))
-    assert all(not torch.allclose(changed[name], plain[name]) for name in plain)
-
-
-def test_a_module_with_buffers_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"running_mean.*track_running_stats=False"):
-        ModuleTask(lambda: nn.BatchNorm1d(3), lambda _: (), F.mse_loss)
+def test_augmentations_change_half_of_the_tasks() -> None:
+    plain = {type(slot.unroll.task) for slot in begun(reparametrize=0.0) if slot.unroll}
+    assert plain == {ModuleTask}
+    for change in ({"reparametrize": 0.5}, {"loss_scale": 1.0}, {"subbatch": 0.5}):
+        changed = [type(slot.unroll.task) is not ModuleTask for slot in begun(**({"reparametrize": 0.0} | change)) if slot.unroll]
+        assert 3 <= sum(changed) <= 17, change
+    noisy = [slot.unroll.gradient_noise > 0 for slot in begun(gradient_noise=1.0) if slot.unroll]
+    assert 3 <= sum(noisy) <= 17
 
 
 # The loop
 
 
 def test_meta_training_lowers_the_meta_loss() -> None:
-    config = tiny_config(
-        meta_steps=60,
-        truncation=10,
-        horizon_min=10,
-        horizon_max=10,
-        families_per_step=1,
-        learning_rate=2e-2,
-        reparametrize=0.0,
-    )
-    history = meta_train({"tiny": tiny_task}, config).meta_losses
+    lengths = {"meta_steps": 60, "truncation": 10, "horizon_min": 10, "horizon_max": 10}
+    history = meta_train({"tiny": tiny_task}, tiny_config(**lengths, unrolls_per_step=1, learning_rate=2e-2, reparametrize=0.0)).meta_losses
     assert sum(history[-15:]) < sum(history[:15]) - 15 * 0.1
+
+
+def slow_network() -> OptimizerNetwork:
+    """Its step size is ten times too small."""
+    network = OptimizerNetwork(SMALL)
+    network.log_step_size.data -= math.log(10)
+    return network
+
+
+RATES = [("torch.optim.SGD", 0.1), ("torch.optim.AdamW", 0.1), ("learned_optim.LearnedOptimizer", 3.0)]
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), RATES)
+def test_any_optimizer_serves_as_meta_optimizer(optimizer: str, rate: float) -> None:
+    lengths = {"meta_steps": 40, "truncation": 8, "horizon_min": 8, "horizon_max": 8, "warm_restart": 0.0}
+    changes = {"optimizer": optimizer, "optimizer_options": {}, "learning_rate": rate}
+    families = {"tiny": lambda _: tiny_task(Generator().manual_seed(0))}
+    history = meta_train(families, tiny_config(**lengths, **changes, reparametrize=0.0), network=slow_network()).meta_losses
+    assert sum(history[-8:]) / 8 < sum(history[:8]) / 8 - 0.1
+
+
+def test_pes_alone_learns_the_step_size() -> None:
+    network = slow_network()
+    lengths = {"meta_steps": 80, "truncation": 5, "horizon_min": 20, "horizon_max": 20, "pairs": 8, "sigma": 0.1}
+    config = tiny_config(**lengths, estimators={"log_step_size": "pes"}, learning_rate=0.1, reparametrize=0.0, log_loss=True)
+    result = meta_train({"tiny": tiny_task}, config, network=network)
+    assert result.network.log_step_size > network.log_step_size + math.log(3)
+    others = set(dict(network.named_parameters())) - {"log_step_size"}
+    assert all(torch.equal(result.network.get_parameter(name), network.get_parameter(name)) for name in others)
+
+
+def test_backprop_for_the_lstm_and_pes_for_the_controller() -> None:
+    estimators = {"coordinate": "exact", "controller": "pes"}
+    fresh = OptimizerNetwork(SMALL)
+    before = copy.deepcopy(fresh.state_dict())
+    trained = meta_train({"tiny": tiny_task}, tiny_config(estimators=estimators), network=fresh).network.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], trained[name])}
+    assert "coordinate.out" in moved
+    assert "controller.correction.weight" in moved
+    assert not {"log_step_size", "log_vector_gain"} & moved
+    assert all(torch.equal(before[name], weight) for name, weight in fresh.state_dict().items())  # the caller's stays
+
+
+@pytest.mark.parametrize("estimator", ["exact", "first_order", "reptile"])
+def test_learned_initial_parameters_pay(estimator: str) -> None:
+    """Sinusoids of random phase: starting from learned parameters, five steps get further."""
+
+    def sinusoid(generator: Generator) -> ModuleTask:
+        phase = torch.rand((), generator=generator) * 2
+
+        def sample(generator: Generator) -> tuple[Tensor, ...]:
+            x = 4 * torch.rand(16, 1, generator=generator) - 2
+            return x, torch.sin(x + phase)
+
+        return ModuleTask(lambda: nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1)), sample, F.mse_loss)
+
+    torch.manual_seed(0)
+    start = torch.cat([param.detach().flatten() for param in sinusoid(Generator()).module.parameters()])
+    lengths = {"meta_steps": 60, "truncation": 5, "horizon_min": 5, "horizon_max": 5, "meta_loss": "final"}
+    estimators = {"": "frozen", "initial": estimator}
+    config = tiny_config(**lengths, estimators=estimators, learning_rate=2e-2, reparametrize=0.0, unrolls_per_family=4, log_loss=False)
+    result = meta_train({"sinusoid": sinusoid}, config, initial=start)
+    assert result.initial is not None
+    assert not torch.equal(result.initial, start)
+    assert sum(result.meta_losses[-15:]) < 0.7 * sum(result.meta_losses[:15])
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
@@ -242,21 +201,24 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
     assert not all(torch.equal(runs[0][name], runs[2][name]) for name in runs[0])
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
+
+
+MIX = {"coordinate": "exact", "controller": "pes", "log_": "es"}
 
 
 @pytest.mark.parametrize("kill_after", [1, 2, 4])  # before the first checkpoint, right at one, between two
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, kill_after: int) -> None:
     families = {name: FAMILIES[name] for name in ("mlp", "regression")}
-    config = tiny_config(meta_steps=7, warm_restart=0.5)
+    config = tiny_config(meta_steps=7, warm_restart=0.5, estimators=MIX, gradient_noise=0.5, loss_scale=0.5)
     whole = meta_train(families, config, folder=tmp_path / "whole")
 
     def kill(meta_step: int, figures: dict[str, float]) -> None:
         if meta_step == kill_after:
-            raise Killed
+            raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         meta_train(families, config, folder=tmp_path / "killed", progress=kill)
     resumed_at = []
     resumed = meta_train(families, config, folder=tmp_path / "killed", progress=lambda step, _: resumed_at.append(step))
@@ -276,30 +238,42 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         meta_train({"tiny": tiny_task}, tiny_config(meta_steps=2, learning_rate=1.0), folder=tmp_path)
 
 
-def test_frozen_parts_stay_and_the_rest_moves() -> None:
-    torch.manual_seed(0)
-    fresh = OptimizerNetwork(SMALL).state_dict()
-    trained = meta_train({"tiny": tiny_task}, tiny_config(frozen=("controller", "log_"))).network.state_dict()
-    same = {name for name in fresh if torch.equal(fresh[name], trained[name])}
-    assert {name for name in fresh if name.startswith(("controller", "log_"))} <= same
-    assert "coordinate.out" not in same
+def poisoned(generator: Generator) -> ModuleTask:
+    task = tiny_task(generator)
+    return ModuleTask(task.build, task.batch, lambda output, target: F.mse_loss(output, target) * math.nan)
 
 
-def test_unrolls_that_are_not_finite_are_dropped_and_counted() -> None:
-    def poisoned(generator: Generator) -> ModuleTask:
-        task = tiny_task(generator)
-        task.criterion = lambda output, target: F.mse_loss(output, target) * math.nan
-        return task
-
-    result = meta_train({"tiny": tiny_task, "poisoned": poisoned}, tiny_config())
+@pytest.mark.parametrize("estimator", ["exact", "pes"])
+def test_unrolls_that_are_not_finite_are_dropped_and_counted(estimator: str) -> None:
+    result = meta_train({"tiny": tiny_task, "poisoned": poisoned}, tiny_config(estimators={"": estimator}))
     assert result.dropped == 6  # one of the two families of each meta-step
     assert all(weight.isfinite().all() for weight in result.network.parameters())
     assert all(math.isfinite(loss) for loss in result.meta_losses)
 
 
+def test_a_run_stops_where_nothing_stays_finite(tmp_path: Path) -> None:
+    with pytest.raises(MetaTrainingDivergedError, match="no unroll"):
+        meta_train({"poisoned": poisoned}, tiny_config(meta_steps=100, replicas=1, unrolls_per_step=1), folder=tmp_path)
+    assert (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_run_stops_where_the_meta_loss_diverges() -> None:
+    stop_if_diverged([-1.0] * 50 + [-0.1] * 50 + [math.nan] * 3, tiny_config())
+    with pytest.raises(MetaTrainingDivergedError, match=r"is 0\.300, and has been -1\.000; lower learning_rate"):
+        stop_if_diverged([-1.0] * 50 + [-2.0, 1.4] * 25 + [0.3] * 50, tiny_config())
+
+
 def test_nothing_to_train_on_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="needs families"):
         meta_train({}, tiny_config())
+    with pytest.raises(ValueError, match="tinny"):
+        meta_train({"tiny": tiny_task}, tiny_config(families=("tinny",)))
+    with pytest.raises(ValueError, match="leave nothing to train"):
+        meta_train({"tiny": tiny_task}, tiny_config(estimators={"": "frozen"}))
+    with pytest.raises(ValueError, match="reptile"):
+        meta_train({"tiny": tiny_task}, tiny_config(estimators={"": "reptile"}))
+    with pytest.raises(ValueError, match=r"torch\.optim\.Addam"):
+        meta_train({"tiny": tiny_task}, tiny_config(optimizer="torch.optim.Addam"))
 
 
 @pytest.mark.parametrize(
@@ -312,6 +286,8 @@ def test_nothing_to_train_on_is_refused() -> None:
         {"learning_rate": 0.0},
         {"clip": -1.0},
         {"reparametrize": -1.0},
+        {"estimators": {"": "exacct"}},
+        {"schedule": "linear"},
     ],
 )
 def test_bad_configurations_are_refused_by_name(change: dict[str, object]) -> None:
@@ -319,12 +295,26 @@ def test_bad_configurations_are_refused_by_name(change: dict[str, object]) -> No
         tiny_config(**change)
 
 
+def test_final_loss_through_a_short_truncation_is_refused_for_backprop_alone() -> None:
+    with pytest.raises(ValueError, match="truncation of at least horizon_max"):
+        tiny_config(meta_loss="final")
+    tiny_config(meta_loss="final", estimators={"": "pes"})
+
+
+def test_the_schedule_warms_up_and_anneals() -> None:
+    config = tiny_config(meta_steps=100, warmup=10)
+    assert schedule(config, 0) == pytest.approx(0.1)
+    assert schedule(config, 50) == pytest.approx(0.5)
+    assert schedule(config, 99) < 0.01
+    assert schedule(tiny_config(schedule="constant"), 5) == 1.0
+
+
 # The command
 
 
 def test_the_command_writes_a_folder_that_the_optimizer_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.json"
-    config.write_text(to_json(tiny_config(meta_steps=2, truncation=2, frozen=("controller",))))
+    config.write_text(to_json(tiny_config(meta_steps=2, truncation=2, families=("mlp", "cnn"), bfloat16=0.5, subbatch=0.5)))
     assert command.main(["--config", str(config), "--out", str(tmp_path / "out")]) == 0
     assert str(tmp_path / "out") in capsys.readouterr().out
     model = nn.Linear(3, 2)
@@ -336,8 +326,8 @@ def test_the_command_writes_a_folder_that_the_optimizer_loads(tmp_path: Path, ca
 
 def test_the_command_runs_stages_one_after_the_other(tmp_path: Path) -> None:
     stages = [tmp_path / "lstm.json", tmp_path / "controller.json"]
-    stages[0].write_text(to_json(tiny_config(meta_steps=2, frozen=("controller", "log_"))))
-    stages[1].write_text(to_json(tiny_config(meta_steps=2, frozen=("coordinate",))))
+    stages[0].write_text(to_json(tiny_config(meta_steps=2, estimators={"coordinate": "exact"})))
+    stages[1].write_text(to_json(tiny_config(meta_steps=2, estimators={"controller": "exact", "log_": "exact"})))
     assert command.main(["--config", *map(str, stages), "--out", str(tmp_path / "both")]) == 0
     assert command.main(["--config", str(stages[0]), "--out", str(tmp_path / "first")]) == 0
     assert command.main(["--config", str(stages[1]), "--out", str(tmp_path / "second"), "--start", str(tmp_path / "first")]) == 0
@@ -360,7 +350,7 @@ def test_the_command_says_what_is_wrong_with_a_config(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_meta_training_runs_unchanged_on_cuda() -> None:
     families = {name: FAMILIES[name] for name in ("mlp", "transformer")}
-    config = tiny_config(meta_steps=2)
+    config = tiny_config(meta_steps=2, estimators=MIX)
     on_cpu = meta_train(families, config)
     on_gpu = meta_train(families, config, device="cuda")
     assert on_gpu.network.log_step_size.is_cuda

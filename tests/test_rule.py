@@ -112,6 +112,18 @@ def test_layout() -> None:
     torch.testing.assert_close(layout.mean(spread), values)
 
 
+@pytest.mark.parametrize("size", [1, 4, 10, 1000])
+def test_blocks_cover_every_coordinate_once(size: int) -> None:
+    layout = layout_of([torch.ones(shape) for shape in SHAPES])
+    blocks = layout.blocks(size)
+    assert [block.begin for block in blocks] == [0, *[block.end for block in blocks[:-1]]]
+    assert blocks[-1].end == sum(layout.sizes)
+    values = torch.arange(len(SHAPES), dtype=torch.float32)
+    for block in blocks:
+        assert block.end - block.begin < 2 * size + max(layout.sizes)
+        assert torch.equal(block.spread(values).expand(block.end - block.begin), block.of(layout.spread(values)))
+
+
 def test_init_state() -> None:
     layout = layout_of([torch.ones(shape) for shape in [(3,), (), (2, 4)]])
     state = init_state(layout, NetworkConfig(hidden_units=3, control_units=5), (6,), torch.float64)
@@ -390,6 +402,27 @@ def test_replicas_side_by_side_are_a_loop(network: OptimizerNetwork, generator: 
         torch.testing.assert_close(change[replica], flat(history[-1]), rtol=1e-4, atol=1e-5)
         mine = {key: value[:, replica] if key in ("hidden", "cell") else value[replica] for key, value in state.items()}
         torch.testing.assert_close(mine, own_state, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 7, 40])
+def test_blocks_change_neither_updates_nor_derivatives(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator, size: int) -> None:
+    network, params = acting_network(torch.float64), draw(SHAPES, generator, torch.float64)
+    gradients = [draw(SHAPES, generator, torch.float64) for _ in range(3)]
+
+    def results() -> list[Tensor]:
+        leaves = [grad.clone().requires_grad_() for grads in gradients for grad in grads]
+        count = len(SHAPES)
+        history, state = run(network, params, [leaves[begin : begin + count] for begin in range(0, len(leaves), count)])
+        total = sum(change.square().sum() + change.sin().sum() for updates in history for change in updates)
+        derivatives = torch.autograd.grad(total, [*network.parameters(), *leaves])
+        with torch.no_grad():
+            plain, _ = run(network, params, gradients)
+        return [*itertools.chain(*history), *itertools.chain(*plain), *state.values(), *derivatives]
+
+    whole = results()
+    monkeypatch.setattr("learned_optim.rule.BLOCK", size)
+    for blocked, expected in zip(results(), whole, strict=True):
+        torch.testing.assert_close(blocked, expected, rtol=1e-9, atol=1e-12)
 
 
 class Optimizee:

@@ -9,7 +9,7 @@ come along. From the shell: `python -m learned_optim.meta_train --help`.
 
 from .config import MetaTrainConfig
 from .families import FAMILIES
-from .loop import MetaTrainResult, meta_train
+from .loop import MetaTrainingDivergedError, MetaTrainResult, meta_train
 from .tasks import Batch, Family, ModuleTask, Params, Task
 
-__all__ = ["FAMILIES", "Batch", "Family", "MetaTrainConfig", "MetaTrainResult", "ModuleTask", "Params", "Task", "meta_train"]
+__all__ = ["FAMILIES", "Batch", "Family", "MetaTrainConfig", "MetaTrainResult", "MetaTrainingDivergedError", "ModuleTask", "Params", "Task", "meta_train"]

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..config import from_json
 from ..weights import load_network, save_network
+from . import distributed
 from .config import MetaTrainConfig
 from .families import FAMILIES
 from .loop import meta_train
@@ -39,18 +40,21 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     try:
         configs = [from_json(MetaTrainConfig, path.read_text(), str(path)) for path in arguments.config]
+        device = distributed.join(arguments.device)
         network = load_network(arguments.start) if arguments.start else None
         for stage, config in enumerate(configs, 1):
             folder = arguments.out / f"stage{stage}"
-            with tqdm(total=config.meta_steps, desc=f"stage {stage}/{len(configs)}", unit="step", smoothing=0.05) as bar:
+            label = f"stage {stage}/{len(configs)}"
+            with tqdm(total=config.meta_steps, desc=label, unit="step", smoothing=0.05, disable=distributed.rank() > 0) as bar:
 
                 def progress(meta_step: int, figures: dict[str, float], bar: Any = bar) -> None:
                     bar.set_postfix(meta_loss=f"{figures['meta_loss']:.3f}", dropped=int(figures["dropped"]), refresh=False)
                     bar.update(meta_step + 1 - bar.n)
 
-                result = meta_train(FAMILIES, config, folder=folder, device=arguments.device, network=network, progress=progress)
+                result = meta_train(FAMILIES, config, folder=folder, device=device, network=network, progress=progress)
             network = result.network
-        save_network(result.network, arguments.out)
+        if distributed.rank() == 0:
+            save_network(result.network, arguments.out)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from ..config import to_json
-from ..network import OptimizerNetwork
+from . import distributed
 from .config import MetaTrainConfig
+from .estimators import Weights
+from .slots import Slot
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 
@@ -19,14 +22,22 @@ CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 def save(
     folder: str | os.PathLike[str],
     config: MetaTrainConfig,
-    network: OptimizerNetwork,
-    meta_optimizer: torch.optim.Optimizer,
+    *,
+    meta_parameters: Weights,
+    slots: Mapping[str, Sequence[Slot]],
     **progress: Any,
 ) -> None:
-    """Writes the checkpoint of a run; `progress` holds plain values and tensors."""
+    """Writes the checkpoint of a run; every process calls it, and the first one writes. `progress` holds plain values and tensors."""
+    places = {
+        estimator: distributed.gather_to_first({i: slot.state_dict() for i, slot in enumerate(mine) if distributed.is_mine(i)})
+        for estimator, mine in slots.items()
+    }
+    if distributed.rank() > 0:
+        return
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    state = {"config": to_json(config), "network": network.state_dict(), "meta_optimizer": meta_optimizer.state_dict(), **progress}
+    parameters = {name: weight.detach() for name, weight in meta_parameters.items()}
+    state = {"config": to_json(config), "meta_parameters": parameters, "slots": places, **progress}
     temporary = path / f"{CHECKPOINT}.{os.getpid()}.tmp"
     torch.save(state, temporary)
     os.replace(temporary, path / CHECKPOINT)
@@ -49,12 +60,26 @@ def load(folder: str | os.PathLike[str], config: MetaTrainConfig, device: str | 
     return state
 
 
-def open_log(folder: str | os.PathLike[str], meta_step: int) -> TextIO:
-    """The run's log, open for appending, without what a killed run wrote after its last checkpoint."""
-    path = Path(folder) / LOG
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = []
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["meta_step"] < meta_step]
-    path.write_text("".join(line + "\n" for line in kept))
-    return path.open("a", buffering=1)
+class Log:
+    """The run's log of the first process: a line of JSON for each meta-step, without what a killed run wrote after its last checkpoint."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None, meta_step: int) -> None:
+        self.file = None
+        if folder is None or distributed.rank() > 0:
+            return
+        path = Path(folder) / LOG
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["meta_step"] < meta_step))
+        self.file = path.open("a", buffering=1)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def write(self, meta_step: int, figures: Mapping[str, float]) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps({"meta_step": meta_step, **figures}) + "\n")

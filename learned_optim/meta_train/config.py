@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..config import NetworkConfig
+
+ESTIMATORS = ("exact", "first_order", "pes", "es", "reptile", "frozen")
+META_LOSSES = ("mean", "ramp", "final")
+SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,68 +18,126 @@ class MetaTrainConfig:
 
     Args:
         network: shape of the network and constants of the rule.
-        seed: seed of everything random: the network's initialisation, the tasks, their batches.
-        meta_steps: updates of the network.
-        families_per_step: unrolls whose meta-gradients are averaged in one meta-step, each of another family while there are enough.
+        families: names of the families to train on; none means all that are handed over.
+        seed: seed of everything random: the network's initialisation, the tasks, their batches, perturbations.
+        meta_steps: updates of the meta-parameters.
+
+        estimators: which estimator serves which meta-parameters: prefix of their names -> estimator; the longest prefix counts. The names
+            are those of `OptimizerNetwork` and, for learned initial parameters, "initial". See `learned_optim.meta_train.estimators`:
+            "exact" and "first_order" backprop, "pes", "es", "reptile" (initial parameters only), and "frozen" for what stays as it is.
+        truncation: optimizee steps that one meta-gradient sees at most. Backprop makes step sizes too small where this is less than the
+            horizon (Wu et al. 2018, "Understanding short-horizon bias in stochastic meta-optimization"); PES does not.
+        recompute: keep the optimizees at every sqrt(truncation)-th step only and compute the steps between once more on the way back. The
+            same gradient to the last bit, in memory that grows with the root of the truncation.
+        pairs: antithetic pairs of perturbed networks in an unroll of PES or ES.
+        sigma: standard deviation of their perturbations.
+
+        unrolls_per_step: unrolls of each estimator whose meta-gradients are averaged in one meta-step, each of another family while there
+            are enough.
         unrolls_per_family: unrolls kept going for each family, at different phases of training.
         replicas: optimizees of one task that are trained side by side in an unroll.
-        truncation: optimizee steps that one meta-gradient sees at most. The controller learns to make steps too small where this is less
-            than the horizon (Wu et al. 2018, "Understanding short-horizon bias in stochastic meta-optimization"); freeze it then.
-        horizon_min, horizon_max: optimizee steps of a whole training run, drawn log-uniformly. The longest grows from the one to the other
-            over the first half of the meta-steps.
-        meta_loss: how much the loss after step t of a run of T steps counts: "mean", all alike; "ramp", in proportion to t / T.
+        horizon_min, horizon_max: optimizee steps of a whole training run, drawn log-uniformly.
+        curriculum: share of the meta-steps over which the longest horizon grows from the one to the other; 0 draws from the whole range
+            from the start.
         horizon_known: share of the unrolls in which the network is told the horizon.
         warm_restart: share of the unrolls that go on with the optimizees of the unroll before, with fresh optimizer state, as fine-tuning
             does.
-        reparametrize: standard deviation of the natural logarithm of each tensor's random scale (task augmentation); half of the tasks are
-            left as they are.
-        first_order: take the optimizees' gradients as constants; False keeps second derivatives, which gives better rules.
-        learning_rate: peak learning rate of the meta-optimizer, Adam; it falls to zero along half a cosine.
+
+        meta_loss: how much the loss after step t of a run of T steps counts: "mean", all alike; "ramp", in proportion to t / T; "final",
+            the last one alone.
+        log_loss: the logarithm of a loss over the first one counts, so that relative progress counts alike in all tasks; False counts the
+            loss itself.
+        validation: losses are measured on data that the optimizees are not trained on.
+
+        reparametrize: standard deviation of the natural logarithm of each tensor's random scale. This and the augmentations that follow
+            change half of the tasks.
+        loss_scale: standard deviation of the natural logarithm of a random factor of the loss.
+        gradient_noise: largest standard deviation of the noise that is added to gradients, in units of each tensor's gradient RMS.
+        subbatch: smallest share of a task's batch size that is trained on.
+        bfloat16: share of the tasks whose optimizees compute in bfloat16.
+
+        optimizer: the meta-optimizer's class, by its full name; `learned_optim.LearnedOptimizer` is one.
+        optimizer_options: its arguments beside the learning rate.
+        learning_rate: its peak learning rate.
+        schedule: "cosine", half a cosine to zero, or "constant".
+        warmup: meta-steps of linear warm-up.
         clip: bound of the norm of one unroll's meta-gradient, in units of its family's usual norm.
-        frozen: prefixes of the network's parameters that stay at their initial values.
+
+        evaluate_every: meta-steps between evaluations on held-out tasks; 0 never evaluates.
+        divergence: the run stops where the mean meta-loss of the last 50 meta-steps is this far above its lowest.
         checkpoint_every: meta-steps between checkpoints.
     """
 
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    families: tuple[str, ...] = ()
     seed: int = 0
     meta_steps: int = 1000
-    families_per_step: int = 3
+
+    estimators: dict[str, str] = field(default_factory=lambda: {"": "exact"})
+    truncation: int = 200
+    recompute: bool = False
+    pairs: int = 4
+    sigma: float = 0.01
+
+    unrolls_per_step: int = 3
     unrolls_per_family: int = 3
     replicas: int = 4
-    truncation: int = 200
     horizon_min: int = 40
     horizon_max: int = 200
-    meta_loss: str = "mean"
+    curriculum: float = 0.5
     horizon_known: float = 0.5
     warm_restart: float = 0.25
+
+    meta_loss: str = "mean"
+    log_loss: bool = True
+    validation: bool = False
+
     reparametrize: float = 0.5
-    first_order: bool = False
+    loss_scale: float = 0.0
+    gradient_noise: float = 0.0
+    subbatch: float = 1.0
+    bfloat16: float = 0.0
+
+    optimizer: str = "torch.optim.Adam"
+    optimizer_options: dict[str, Any] = field(default_factory=lambda: {"betas": [0.9, 0.99]})
     learning_rate: float = 2e-3
+    schedule: str = "cosine"
+    warmup: int = 0
     clip: float = 2.0
-    frozen: tuple[str, ...] = ()
+
+    evaluate_every: int = 0
+    divergence: float = 1.0
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in (
-            "meta_steps",
-            "families_per_step",
-            "unrolls_per_family",
-            "replicas",
-            "truncation",
-            "horizon_min",
-            "checkpoint_every",
-        ):
+        counts = ("meta_steps", "truncation", "pairs", "unrolls_per_step", "unrolls_per_family", "replicas", "horizon_min")
+        for name in (*counts, "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.meta_loss not in ("mean", "ramp"):
-            raise ValueError(f'meta_loss must be "mean" or "ramp", got {self.meta_loss!r}')
-        if self.horizon_max < self.horizon_min:
-            raise ValueError(f"horizon_max must not be below horizon_min, got {self.horizon_max} < {self.horizon_min}")
-        for name in ("learning_rate", "clip"):
+        for name in ("sigma", "learning_rate", "clip", "divergence"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("horizon_known", "warm_restart"):
+        for name in ("reparametrize", "loss_scale", "gradient_noise", "warmup", "evaluate_every"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("horizon_known", "warm_restart", "curriculum", "subbatch", "bfloat16"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is a share in [0, 1], got {getattr(self, name)}")
-        if self.reparametrize < 0:
-            raise ValueError(f"reparametrize must not be negative, got {self.reparametrize}")
+        for name, options in (("meta_loss", META_LOSSES), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name} must be one of {list(options)}, got {getattr(self, name)!r}")
+        if self.horizon_max < self.horizon_min:
+            raise ValueError(f"horizon_max must not be below horizon_min, got {self.horizon_max} < {self.horizon_min}")
+        unknown = sorted(set(self.estimators.values()) - set(ESTIMATORS))
+        if unknown:
+            raise ValueError(f"estimators must be among {list(ESTIMATORS)}, got {unknown}")
+        if self.meta_loss == "final" and self.truncation < self.horizon_max and {"exact", "first_order"} & set(self.estimators.values()):
+            raise ValueError(
+                'meta_loss "final" needs a truncation of at least horizon_max: backprop does not see the end through a shorter one. '
+                f'Got {self.truncation} < {self.horizon_max}; raise it (and set recompute), or take the "pes" estimator.'
+            )
+
+    def estimator_of(self, name: str) -> str:
+        """The estimator that serves a meta-parameter."""
+        prefixes = [prefix for prefix in self.estimators if name.startswith(prefix)]
+        return self.estimators[max(prefixes, key=len)] if prefixes else "frozen"

@@ -1,4 +1,4 @@
-"""What meta-training trains on: the task protocol, tasks made of an `nn.Module`, and augmentation.
+"""What meta-training trains on: the task protocol, and tasks made of an `nn.Module`.
 
 A *task* is one training problem: an architecture, its data and its loss. A *family* samples tasks. Everything random comes from the
 generator that is handed in, so a task is made again from its seed alone.
@@ -6,36 +6,49 @@ generator that is handed in, so a task is made again from its seed alone.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Params = dict[str, Tensor]
+Buffers = dict[str, Tensor]
 Batch = tuple[Tensor, ...]
+Sampler = Callable[[Generator], Batch]
+
+BATCHES = 256  # how many batches are kept of an iterable
 
 
 class Task(Protocol):
-    """One training problem. `loss` must be pure, so that `torch.func.vmap` can run many optimizees of one task at once."""
+    """One training problem."""
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """The parameters' names and shapes, in the order of `init`."""
         ...
 
-    def init(self, generator: Generator) -> Params:
-        """Fresh parameters of one optimizee, by name."""
+    def init(self, generator: Generator) -> tuple[Params, Buffers]:
+        """Fresh parameters and buffers of one optimizee, by name."""
         ...
 
     def batch(self, generator: Generator) -> Batch:
         """A training batch: tensors whose shapes never change."""
         ...
 
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        """Training loss, shape (); twice differentiable where exact meta-gradients are wanted."""
+    def validation_batch(self, generator: Generator) -> Batch:
+        """A batch of data that is not trained on, where there are any."""
+        ...
+
+    def loss(self, params: Params, buffers: Buffers, batch: Batch, training: bool = True) -> tuple[Tensor, Buffers]:
+        """Loss, shape (), and the buffers after the forward pass.
+
+        Pure, so that `torch.func.vmap` can run many optimizees of one task at once; twice differentiable by the parameters where exact
+        meta-gradients are wanted.
+        """
         ...
 
 
@@ -43,63 +56,78 @@ Family = Callable[[Generator], Task]
 
 
 class ModuleTask:
-    """A task made of an `nn.Module`.
+    """A task made of any `nn.Module`, its data and its loss.
 
     Args:
         build: makes the module with fresh parameters. It may use torch's global generator, which is seeded for the call and restored.
-        sample: draws a batch.
-        criterion: loss () of the module's output for `batch[:-1]` against the target `batch[-1]`.
+        data: batches, as a function of a generator that draws one, or as an iterable (a DataLoader, say), of which the first 256 batches
+            are read, once; training then draws from those at random. A batch is a tuple of tensors, or a mapping of them.
+        criterion: loss () of the module's output for `batch[:-1]` against the target `batch[-1]`. For batches that are mappings: of the
+            module and the batch.
+        validation: data for validation, likewise; `data` by default.
 
-    A parameter that the module uses twice (tied weights) is one entry, under its first name.
+    Parameters that do not require a gradient (a frozen backbone) are left as `build` makes them. One that the module uses twice (tied
+    weights) is one entry, under its first name. Buffers, such as BatchNorm's running statistics, evolve with each optimizee.
+
+    Raises:
+        ValueError: there is nothing to train, or no data.
     """
 
     def __init__(
-        self, build: Callable[[], nn.Module], sample: Callable[[Generator], Batch], criterion: Callable[[Any, Tensor], Tensor]
+        self,
+        build: Callable[[], nn.Module],
+        data: Sampler | Iterable[Sequence[Tensor] | Mapping[str, Tensor]],
+        criterion: Callable[..., Tensor],
+        validation: Sampler | Iterable[Sequence[Tensor] | Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.build = build
-        self.module = build()
-        self.shapes = {name: param.shape for name, param in self.module.named_parameters()}
-        self.sample = sample
         self.criterion = criterion
-        buffers = [name for name, _ in self.module.named_buffers()]
-        if buffers:
-            raise ValueError(f"a task's module must not have buffers, got {buffers}; build BatchNorm with track_running_stats=False")
+        self.module = build()
+        self.shapes = {name: param.shape for name, param in self.module.named_parameters() if param.requires_grad}
+        if not self.shapes:
+            raise ValueError("the module has no parameter that requires a gradient, so there is nothing to train")
+        self.keys: tuple[str, ...] | None = None  # of batches that are mappings
+        self.batch = self._sampler(data)
+        self.validation_batch = self.batch if validation is None else self._sampler(validation)
 
-    def init(self, generator: Generator) -> Params:
+    def _sampler(self, data: Sampler | Iterable[Sequence[Tensor] | Mapping[str, Tensor]]) -> Sampler:
+        if callable(data):
+            return data
+        batches = []
+        for batch in itertools.islice(data, BATCHES):
+            if isinstance(batch, Mapping):
+                self.keys = tuple(batch)
+                batch = list(batch.values())
+            batches.append(tuple(batch))
+        # A last, smaller batch cannot stand beside the others.
+        batches = [batch for batch in batches if [part.shape for part in batch] == [part.shape for part in batches[0]]]
+        if not batches:
+            raise ValueError("the data have no batch; an iterator that was read before is empty, so hand over a list or a DataLoader")
+        return lambda generator: batches[int(torch.randint(len(batches), (), generator=generator))]
+
+    def init(self, generator: Generator) -> tuple[Params, Buffers]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(draw_seed(generator))
-            return {name: param.detach() for name, param in self.build().named_parameters()}
+            module = self.build()
+        params = {name: param.detach() for name, param in module.named_parameters() if param.requires_grad}
+        frozen = {name: param.detach() for name, param in module.named_parameters() if not param.requires_grad}
+        return params, frozen | dict(module.named_buffers())
 
-    def batch(self, generator: Generator) -> Batch:
-        return self.sample(generator)
+    def loss(self, params: Params, buffers: Buffers, batch: Batch, training: bool = True) -> tuple[Tensor, Buffers]:
+        self.module.train(training)
+        buffers = {name: value.clone() for name, value in buffers.items()}  # modules update them in place
 
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        return self.criterion(functional_call(self.module, params, batch[:-1], tie_weights=True), batch[-1])
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(self.module, (params, buffers), args, kwargs, tie_weights=True)
 
-
-class Reparametrized:
-    """A task whose tensors are each seen through a random scale: `theta = scale * phi`, with `phi` what is trained (Metz et al. 2022,
-    "VeLO", task augmentation). It teaches the controller to find the size of a step, which the architecture would otherwise give away.
-
-    Args:
-        task: the task to change.
-        generator: draws the scales.
-        spread: standard deviation of the scales' natural logarithms.
-    """
-
-    def __init__(self, task: Task, generator: Generator, spread: float) -> None:
-        self.task = task
-        self.shapes = task.shapes
-        self.scales = {name: math.exp(spread * float(torch.randn((), generator=generator))) for name in task.shapes}
-
-    def init(self, generator: Generator) -> Params:
-        return {name: param / self.scales[name] for name, param in self.task.init(generator).items()}
-
-    def batch(self, generator: Generator) -> Batch:
-        return self.task.batch(generator)
-
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        return self.task.loss({name: param * self.scales[name] for name, param in params.items()}, batch)
+        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+            if self.keys is None:
+                loss = self.criterion(call(*batch[:-1]), batch[-1])
+            else:
+                loss = self.criterion(call, dict(zip(self.keys, batch, strict=True)))
+        if loss.shape != ():
+            raise ValueError(f"the criterion must return a loss of shape (), got {tuple(loss.shape)}; take its mean")
+        return loss, buffers
 
 
 def draw_seed(generator: Generator) -> int:

@@ -1,96 +1,171 @@
-"""Training runs that the meta-gradient flows through.
+"""Training runs of optimizees, step by step: what every estimator of the meta-gradient runs.
 
-Shapes: `R` optimizees (replicas) of one task, trained side by side; `K` tensors of one optimizee, with `N` coordinates laid end to end; `T`
-steps of a truncation.
+Shapes: `R` optimizees (replicas) of one task, trained side by side; `P` perturbed networks (particles), each with optimizees of its own;
+`...` is (R,) or (P, R). `K` tensors of one optimizee, with `N` coordinates laid end to end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 from torch.func import vmap
 
+from ..config import NetworkConfig
 from ..features import Layout
-from ..network import OptimizerNetwork
-from ..rule import State, init_state, update
-from .tasks import Batch, Task
+from ..rule import State, init_state
+from .tasks import Batch, Buffers, Task
+
+# The optimizer: gradients (..., N), parameters (..., N), state and horizons (..., K) -> what to add to the parameters, and the new state.
+Rule = Callable[[Layout, Tensor, Tensor, State, Tensor], tuple[Tensor, State]]
+
+# From so many coordinates on, optimizees run one after the other: there is nothing left to win by batching them, and not every module
+# that is large can be vmapped.
+VMAP_LIMIT = 2**21
 
 
-@dataclass
+class Optimizees(NamedTuple):
+    """All that a training step reads and writes."""
+
+    params: Tensor  # (..., N)
+    state: State  # of the optimizer
+    buffers: Buffers  # of the modules, (..., *shape); the meta-gradient takes them as constants
+
+    def differentiable(self) -> list[Tensor]:
+        """What the meta-gradient flows through, from step to step."""
+        return [self.params, *self.state.values()]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Optimizees:
+        state, buffers = ({key: function(value) for key, value in tensors.items()} for tensors in (self.state, self.buffers))
+        return Optimizees(function(self.params), state, buffers)
+
+
+@dataclass(frozen=True)
 class Unroll:
-    """`R` optimizees of one task, part-way through their training."""
+    """Optimizees of one task, part-way through their training. Its seed decides its batches, whenever and wherever they are drawn."""
 
     task: Task
-    params: Tensor  # (R, N)
-    state: State
-    step: int  # optimizee steps done
+    seed: int
+    optimizees: Optimizees
+    first_loss: Tensor  # (R,), at the start of training
     horizon: int  # optimizee steps in all
     horizon_known: bool  # whether the optimizer network is told
-    first_loss: Tensor  # (R,), at the start of training
+    gradient_noise: float = 0.0  # standard deviation, in units of each tensor's gradient RMS
+    validation: bool = False  # whether losses are measured on validation data
+    step: int = 0  # optimizee steps done
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.of(tuple(self.task.shapes.values()), self.optimizees.params.device)
+
+    def advanced(self, optimizees: Optimizees, steps: int) -> Unroll:
+        return replace(self, optimizees=optimizees.map(Tensor.detach), step=self.step + steps)
+
+    def batch(self, t: int, validation: bool = False) -> Batch:
+        """The batch of step `t` for each replica; tensors (R, ...)."""
+        generator = Generator().manual_seed(derive_seed(self.seed, "validation" if validation else "batch", t))
+        draw = self.task.validation_batch if validation else self.task.batch
+        batches = [draw(generator) for _ in range(self.first_loss.numel())]
+        return tuple(torch.stack(parts).to(self.first_loss.device) for parts in zip(*batches, strict=True))
+
+    def measure(self, t: int, optimizees: Optimizees) -> Tensor:
+        """The loss that counts in the meta-loss, at step `t`, before the step; (...)."""
+        batch = self.batch(t, self.validation)
+        return losses(self.task, optimizees, batch, derive_seed(self.seed, "measure", t), training=not self.validation)[0]
+
+    def train_step(self, t: int, optimizees: Optimizees, rule: Rule, create_graph: bool = False) -> tuple[Tensor, Optimizees]:
+        """One training step of all optimizees.
+
+        Args:
+            create_graph: keep second derivatives, so that the step can be differentiated exactly.
+
+        Returns:
+            the loss that counts in the meta-loss (...), before the step, and the optimizees after it.
+        """
+        params, state, buffers = optimizees
+        seed = derive_seed(self.seed, "step", t)
+        with torch.enable_grad():
+            differentiable = params.requires_grad
+            leaf = params if differentiable else params.detach().requires_grad_()
+            loss, new_buffers = losses(self.task, Optimizees(leaf, state, buffers), self.batch(t), seed)
+            (grad,) = torch.autograd.grad(loss.sum(), leaf, create_graph=create_graph, retain_graph=differentiable)
+        if self.gradient_noise:
+            grad = grad + self.gradient_noise * self._noise(grad.detach(), seed)
+        total_steps = torch.full_like(state["step"], self.horizon if self.horizon_known else torch.inf)
+        change, new_state = rule(self.layout, grad, params, state, total_steps)
+        # Unless validation data are asked for, the loss that the gradient is taken of counts: it, too, is on data not trained on yet.
+        if self.validation:
+            loss = self.measure(t, optimizees)
+        return loss, Optimizees(params + change, new_state, {key: value.detach() for key, value in new_buffers.items()})
+
+    def _noise(self, grad: Tensor, seed: int) -> Tensor:
+        noise = torch.randn(grad.shape, generator=Generator().manual_seed(seed)).to(grad.device)
+        return noise * self.layout.spread(self.layout.mean(grad.square()).sqrt())
 
 
-def initial_params(task: Task, replicas: int, generator: Generator) -> Tensor:
-    """Fresh parameters of `R` optimizees, (R, N)."""
-    inits = [task.init(generator) for _ in range(replicas)]
-    return torch.stack([torch.cat([param.flatten() for param in init.values()]) for init in inits])
-
-
-def start(task: Task, network: OptimizerNetwork, params: Tensor, horizon: int, horizon_known: bool, generator: Generator) -> Unroll:
-    """Optimizees with the given parameters, (R, N), and fresh optimizer state, on the network's device."""
-    device = network.log_step_size.device
-    params = params.to(device)
-    layout = Layout.of(tuple(task.shapes.values()), device)
-    state = init_state(layout, network.config, (len(params),), network.log_step_size.dtype)
-    with torch.no_grad():
-        first_loss = losses(task, params, draw(task, len(params), generator, device))
-    return Unroll(task, params, state, 0, horizon, horizon_known, first_loss)
-
-
-def draw(task: Task, replicas: int, generator: Generator, device: torch.device) -> Batch:
-    """A batch for each replica; tensors (R, ...)."""
-    batches = [task.batch(generator) for _ in range(replicas)]
-    return tuple(torch.stack(parts).to(device) for parts in zip(*batches, strict=True))
-
-
-def losses(task: Task, params: Tensor, batch: Batch) -> Tensor:
-    """Training loss of each replica, (R,)."""
-    parts = params.split([shape.numel() for shape in task.shapes.values()], -1)
-    named = {
-        name: part.unflatten(-1, shape) if shape else part[..., 0] for (name, shape), part in zip(task.shapes.items(), parts, strict=True)
-    }
-    return vmap(task.loss)(named, batch)
-
-
-def advance(network: OptimizerNetwork, unroll: Unroll, batches: Sequence[Batch], *, first_order: bool) -> tuple[Unroll, Tensor]:
-    """Trains the optimizees for `T` steps and keeps the graph from their losses to the network's weights.
-
-    Each loss is measured on a batch that the optimizee has not been trained on yet.
+def begin(
+    task: Task, seed: int, initial: Tensor | None, replicas: int, config: NetworkConfig, device: torch.device | str, **options: object
+) -> Unroll:
+    """An unroll at its first step.
 
     Args:
-        batches: T + 1 batches, tensors (R, ...); the last one is for measuring alone.
-        first_order: take the optimizees' gradients as constants (Andrychowicz et al. 2016); else differentiate through them too.
-
-    Returns:
-        the advanced unroll, without graph, and the losses after each step, (T, R).
+        initial: parameters to start from, (N,) or (R, N); by default the task's own initialisation, fresh for each replica.
+        options: the remaining fields of `Unroll`.
     """
-    params, state = unroll.params, unroll.state
-    layout = Layout.of(tuple(unroll.task.shapes.values()), params.device)
-    total_steps = torch.full_like(state["step"], unroll.horizon if unroll.horizon_known else torch.inf)
+    generator = Generator().manual_seed(derive_seed(seed, "init"))
+    inits = [task.init(generator) for _ in range(replicas)]
+    params = torch.stack([torch.cat([param.flatten() for param in params.values()]) for params, _ in inits]).to(device)
+    if initial is not None:
+        params = initial.detach().to(params).expand_as(params)
+    buffers = {name: torch.stack([buffers[name] for _, buffers in inits]).to(device) for name in inits[0][1]}
+    layout = Layout.of(tuple(task.shapes.values()), params.device)
+    state = init_state(layout, config, (replicas,), params.dtype)
+    unroll = Unroll(task, seed, Optimizees(params, state, buffers), torch.ones(replicas, device=device), **options)  # type: ignore[arg-type]
+    with torch.no_grad():
+        return replace(unroll, first_loss=unroll.measure(0, unroll.optimizees))
 
-    measured = []
-    params = params.detach().requires_grad_()
-    for batch in batches[:-1]:
-        loss = losses(unroll.task, params, batch)
-        measured.append(loss)
-        (grad,) = torch.autograd.grad(loss.sum(), params, create_graph=not first_order, retain_graph=True)
-        change, state = update(network, layout, grad, params, state, total_steps)
-        params = params + change
-    measured.append(losses(unroll.task, params, batches[-1]))
 
-    detached = {key: value.detach() for key, value in state.items()}
-    step = unroll.step + len(batches) - 1
-    advanced = Unroll(unroll.task, params.detach(), detached, step, unroll.horizon, unroll.horizon_known, unroll.first_loss)
-    return advanced, torch.stack(measured[1:])
+def losses(task: Task, optimizees: Optimizees, batch: Batch, seed: int, training: bool = True) -> tuple[Tensor, Buffers]:
+    """Loss of each optimizee, (...), and its buffers after the forward pass.
+
+    Args:
+        batch: tensors (R, ...); particles share them.
+        seed: of dropout and the like.
+    """
+    params, _, buffers = optimizees
+    leading, count = params.shape[:-1], params.shape[:-1].numel()
+    batch = tuple(part.expand(*leading, *part.shape[1:]).flatten(0, len(leading) - 1) for part in batch)
+    rows = params.reshape(count, -1)
+    flat_buffers = {key: value.flatten(0, len(leading) - 1) for key, value in buffers.items()}
+
+    def loss(row: Tensor, buffers: Buffers, batch: Batch) -> tuple[Tensor, Buffers]:
+        return task.loss(named(task, row), buffers, batch, training)
+
+    with torch.random.fork_rng(devices=[params.device] if params.is_cuda else []):
+        torch.manual_seed(seed)
+        if count > 1 and params.numel() < VMAP_LIMIT:
+            values, new_buffers = vmap(loss, randomness="different")(rows, flat_buffers, batch)
+        else:
+            each = [loss(*inputs) for inputs in zip(rows, unbind(flat_buffers, count), zip(*batch, strict=True), strict=True)]
+            values = torch.stack([value for value, _ in each])
+            new_buffers = {key: torch.stack([buffers[key] for _, buffers in each]) for key in buffers}
+    return values.reshape(leading), {key: value.unflatten(0, leading) for key, value in new_buffers.items()}
+
+
+def unbind(tensors: Buffers, count: int) -> Iterator[Buffers]:
+    return ({key: value[index] for key, value in tensors.items()} for index in range(count))
+
+
+def named(task: Task, params: Tensor) -> dict[str, Tensor]:
+    """Flat parameters (N,) as the task names and shapes them."""
+    parts = params.split([shape.numel() for shape in task.shapes.values()])
+    return {name: part.reshape(shape) for (name, shape), part in zip(task.shapes.items(), parts, strict=True)}
+
+
+def derive_seed(*path: object) -> int:
+    """A seed for one purpose at one place, the same on every machine."""
+    return zlib.crc32("/".join(map(str, path)).encode())

@@ -1,0 +1,67 @@
+"""Processes that share a meta-training run, in the default group of `torch.distributed`; without one, this process is alone.
+
+Unrolls stay where they began: slot `i` belongs to process `i % world_size()`. What travels in a meta-step are a few numbers for each unroll
+and, of backprop alone, one gradient the size of the network.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+def join(device: str) -> str:
+    """Joins the process group that torchrun describes in the environment, if any. Returns this process's device."""
+    if "RANK" in os.environ:
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_mine(index: int) -> bool:
+    """Whether slot `index` belongs to this process."""
+    return index % world_size() == rank()
+
+
+def gather(mine: dict[int, Item]) -> dict[int, Item]:
+    """Everybody's items on every process, in the order of their keys."""
+    everybodys = [mine]
+    if world_size() > 1:
+        everybodys = [{} for _ in range(world_size())]
+        dist.all_gather_object(everybodys, mine)
+    return dict(sorted((key, item) for items in everybodys for key, item in items.items()))
+
+
+def gather_to_first(mine: dict[int, Item]) -> dict[int, Item]:
+    """Everybody's items on process 0, in the order of their keys; nothing on the others."""
+    everybodys: list[dict[int, Item]] | None = [mine]
+    if world_size() > 1:
+        everybodys = [{} for _ in range(world_size())] if rank() == 0 else None
+        dist.gather_object(mine, everybodys)
+    return dict(sorted((key, item) for items in everybodys or () for key, item in items.items()))
+
+
+def sum_in_place(tensors: Sequence[Tensor]) -> None:
+    """Replaces each tensor by its sum over the processes."""
+    if world_size() > 1 and tensors:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))

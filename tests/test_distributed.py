@@ -1,0 +1,80 @@
+"""Meta-training on several processes: real gloo groups, started by torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from meta_train_helpers import tiny_config
+
+from learned_optim import load_network
+from learned_optim.config import to_json
+
+CONFIG = tiny_config(
+    families=("mlp", "regression", "cnn"), meta_steps=5, unrolls_per_step=4, estimators={"coordinate": "exact", "controller": "pes"}
+)
+
+
+def torchrun(processes: int, out: Path, *script: str, restarts: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    call = [*launcher, f"--max-restarts={restarts}", "--monitor-interval=0.2", *script]
+    inherited = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(call, capture_output=True, text=True, cwd=out, env=inherited, check=False, timeout=240)
+
+
+def command(folder: Path) -> list[str]:
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(CONFIG))
+    return ["-m", "learned_optim.meta_train", "--config", str(folder / "config.json"), "--out", str(folder / "out")]
+
+
+def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    for processes in (1, 2):
+        done = torchrun(processes, tmp_path, *command(tmp_path / str(processes)))
+        assert done.returncode == 0, done.stderr
+    alone, shared = (load_network(tmp_path / str(processes) / "out").state_dict() for processes in (1, 2))
+    for name, weight in alone.items():
+        torch.testing.assert_close(shared[name], weight, rtol=1e-3, atol=1e-5)
+    logs = [(tmp_path / str(processes) / "out/stage1/log.jsonl").read_text().splitlines() for processes in (1, 2)]
+    losses = [[json.loads(line)["meta_loss"] for line in log] for log in logs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+DYING = """
+import os, pathlib, signal, sys
+from learned_optim.config import from_json
+from learned_optim.meta_train import FAMILIES, MetaTrainConfig, distributed, meta_train
+
+distributed.join("cpu")
+folder = pathlib.Path(sys.argv[1])
+config = from_json(MetaTrainConfig, (folder / "config.json").read_text(), "config.json")
+died = folder / "died"
+
+
+def progress(meta_step, figures):
+    if distributed.rank() == 1 and meta_step == 3 and not died.exists():
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+meta_train(FAMILIES, config, folder=folder / "out/stage1", progress=progress)
+"""
+
+
+def test_a_run_outlives_a_killed_process(tmp_path: Path) -> None:
+    done = torchrun(2, tmp_path, *command(tmp_path / "whole"))
+    assert done.returncode == 0, done.stderr
+    command(tmp_path / "killed")
+    (tmp_path / "dying.py").write_text(DYING)
+    done = torchrun(2, tmp_path, str(tmp_path / "dying.py"), str(tmp_path / "killed"), restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "killed/died").exists()
+    whole, killed = (load_network(tmp_path / name / "out/stage1").state_dict() for name in ("whole", "killed"))
+    assert all(torch.equal(killed[name], weight) for name, weight in whole.items())
+    steps = [json.loads(line)["meta_step"] for line in (tmp_path / "killed/out/stage1/log.jsonl").read_text().splitlines()]
+    assert steps == list(range(5))
