@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, nn
 from torch.nn import functional as F
 
 from learned_optim import LearnedOptimizer, NetworkConfig, OptimizerNetwork, load_network
-from learned_optim.meta_train import families
+from learned_optim.meta_train.families import images, sampling, text
 from learned_optim.meta_train.tasks import ModuleTask
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -36,14 +36,14 @@ def transformer(generator: Generator, tied: bool = False) -> ModuleTask:
     blocks = 2, 64
 
     def build() -> nn.Module:
-        return families.TextModel(blocks[1], [families.Block(blocks[1], 4) for _ in range(blocks[0])], 48, tied)
+        return text.TextModel(blocks[1], [text.Block(blocks[1], 4) for _ in range(blocks[0])], 48, tied)
 
-    return ModuleTask(build, families.text_sampler(generator, 48, 16), families.token_loss)
+    return ModuleTask(build, text.text_samplers(generator, 48, 16)[0], text.token_loss)
 
 
 def recurrent(generator: Generator) -> ModuleTask:
-    sample = families.text_sampler(generator, 24, 16)
-    return ModuleTask(lambda: families.TextModel(64, [families.Recurrence(64)], 0, False), sample, families.token_loss)
+    sample = text.text_samplers(generator, 24, 16)[0]
+    return ModuleTask(lambda: text.TextModel(64, [text.Recurrence(64)], 0, False), sample, text.token_loss)
 
 
 def cnn(generator: Generator) -> ModuleTask:
@@ -51,12 +51,12 @@ def cnn(generator: Generator) -> ModuleTask:
         first = [nn.Conv2d(3, 24, 3, 2, 1), nn.BatchNorm2d(24, track_running_stats=False), nn.ReLU()]
         return nn.Sequential(*first, nn.Conv2d(24, 48, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(48 * 16, 10))
 
-    return ModuleTask(build, families.sampler(*families.synthetic_images(generator, 16, 3, 10), 32), F.cross_entropy)
+    return ModuleTask(build, sampling.sampler(*images.synthetic_images(generator, 16, 3, 10), 32), F.cross_entropy)
 
 
 def autoencoder(generator: Generator) -> ModuleTask:
-    images = families.synthetic_images(generator, 12, 1, 10)[0].flatten(1)
-    return ModuleTask(lambda: families.mlp_module([144, 96, 12, 96, 144], nn.Tanh), families.sampler(images, images, 32), F.mse_loss)
+    pixels = images.synthetic_images(generator, 12, 1, 10)[0].flatten(1)
+    return ModuleTask(lambda: sampling.mlp_module([144, 96, 12, 96, 144], nn.Tanh), sampling.sampler(pixels, pixels, 32), F.mse_loss)
 
 
 def mlp(generator: Generator) -> ModuleTask:
@@ -64,14 +64,14 @@ def mlp(generator: Generator) -> ModuleTask:
     inputs = torch.randn(4000, 40, generator=generator)
     hidden = torch.tanh(inputs @ torch.randn(40, 30, generator=generator) / 2)
     labels = (hidden @ torch.randn(30, 10, generator=generator)).argmax(1)
-    return ModuleTask(lambda: families.mlp_module([40, 128, 128, 10], nn.ReLU), families.sampler(inputs, labels, 64), F.cross_entropy)
+    return ModuleTask(lambda: sampling.mlp_module([40, 128, 128, 10], nn.ReLU), sampling.sampler(inputs, labels, 64), F.cross_entropy)
 
 
 def smooth(generator: Generator) -> ModuleTask:
     """A function of one variable, in full batches."""
     x = torch.linspace(-3, 3, 256)[:, None]
     y = torch.sin(3 * x) + 0.5 * torch.sin(7 * x + 1)
-    return ModuleTask(lambda: families.mlp_module([1, 64, 64, 1], nn.Tanh), lambda _: (x, y), F.mse_loss)
+    return ModuleTask(lambda: sampling.mlp_module([1, 64, 64, 1], nn.Tanh), lambda _: (x, y), F.mse_loss)
 
 
 TASKS: dict[str, tuple[Callable[[Generator], ModuleTask], int]] = {

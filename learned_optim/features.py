@@ -92,10 +92,6 @@ class Block(NamedTuple):
     first: int
     last: int
 
-    def of(self, values: Tensor) -> Tensor:
-        """The block of what coordinates have: (..., N) -> (..., n)."""
-        return values[..., self.begin : self.end]
-
     def spread(self, values: Tensor) -> Tensor:
         """Each tensor's value at the block's coordinates: (..., K) -> (..., n), or (..., 1) where that is one value for all."""
         if self.last - self.first == 1:

@@ -135,7 +135,9 @@ def blockwise(function: Callable[..., tuple[Tensor, ...]], layout: Layout, tenso
         return list(function(blocks[0], *tensors))
     if torch.is_grad_enabled():
         function = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
-    parts = [function(block, *map(block.of, tensors)) for block in blocks]
+    # One split, whose derivative is one concatenation; that of a slice would be as large as the whole, for every block.
+    stretches = zip(*(tensor.split([block.end - block.begin for block in blocks], -1) for tensor in tensors), strict=True)
+    parts = [function(block, *stretch) for block, stretch in zip(blocks, stretches, strict=True)]
     return [torch.cat(pieces, -1) for pieces in zip(*parts, strict=True)]
 
 

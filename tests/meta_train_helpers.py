@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from learned_optim import NetworkConfig, OptimizerNetwork
 from learned_optim.meta_train import MetaTrainConfig, ModuleTask
-from learned_optim.meta_train.families import mlp_module, sampler
+from learned_optim.meta_train.families.sampling import mlp_module, sampler
 from learned_optim.meta_train.tasks import Batch, Buffers, Params, Task
 from learned_optim.meta_train.unroll import Unroll, begin
 
@@ -42,8 +42,8 @@ def tiny_config(**changes: object) -> MetaTrainConfig:
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
-def tiny_unroll(network: OptimizerNetwork, task: Task, *, horizon: int = 20, seed: int = 5) -> Unroll:
-    return begin(task, seed, None, 2, network.config, network.log_step_size.device, horizon=horizon, horizon_known=True)
+def tiny_unroll(network: OptimizerNetwork, task: Task, *, horizon: int = 20, seed: int = 5, replicas: int = 2) -> Unroll:
+    return begin(task, seed, None, replicas, network.config, network.log_step_size.device, horizon=horizon, horizon_known=True)
 
 
 class InDouble:

@@ -121,7 +121,7 @@ def test_blocks_cover_every_coordinate_once(size: int) -> None:
     values = torch.arange(len(SHAPES), dtype=torch.float32)
     for block in blocks:
         assert block.end - block.begin < 2 * size + max(layout.sizes)
-        assert torch.equal(block.spread(values).expand(block.end - block.begin), block.of(layout.spread(values)))
+        assert torch.equal(block.spread(values).expand(block.end - block.begin), layout.spread(values)[block.begin : block.end])
 
 
 def test_init_state() -> None:

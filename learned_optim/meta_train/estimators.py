@@ -13,7 +13,7 @@ stretch and estimates :math:`dL/d\phi`:
   backprop, but no use for gradients, and chaotic stretches are smoothed out.
 - **reptile**: for learned initial parameters alone; the way that training moved them (Nichol et al. 2018).
 
-Backprop over a stretch keeps its whole graph, or, with `recompute`, that of sqrt(length) steps at a time.
+Backprop over a stretch keeps its whole graph, or, with `recompute`, that of sqrt(length) / 2 steps at a time.
 
 Shapes: `T` steps of the stretch, `R` replicas, `P` particles (perturbed networks; the first half are the mirror images of the second).
 """
@@ -96,7 +96,8 @@ def backprop(
     same numbers in the same order.
     """
     length = min(config.truncation, unroll.horizon - unroll.step)
-    segment = math.ceil(math.sqrt(length)) if config.recompute else length
+    # A step's graph takes several times the memory of what is kept between segments, so segments are shorter than there are of them.
+    segment = math.ceil(math.sqrt(length) / 2) if config.recompute else length
     mine = {name: weight for name, weight in weights.items() if name != INITIAL}
 
     rule = functools.partial(update, network)
