@@ -148,6 +148,7 @@ class OptimizerNetwork(nn.Module):
         self,
         repo_id: str,
         *,
+        folder: str | os.PathLike[str] | None = None,
         private: bool | None = None,
         commit_message: str = "Upload optimizer network",
         token: str | None = None,
@@ -156,6 +157,7 @@ class OptimizerNetwork(nn.Module):
 
         Args:
             repo_id: "user/name"; made if it does not exist.
+            folder: of the meta-training run that this network comes from: its model card, curves and configuration go along.
             private: who may read a repository that is made here; None leaves it to the account's setting.
             token: access token; None takes the one of `hf auth login` or HF_TOKEN.
 
@@ -163,9 +165,9 @@ class OptimizerNetwork(nn.Module):
             the commit, to load exactly these weights by: `from_pretrained(repo_id, revision=commit)`.
 
         Raises:
-            ValueError: a weight is NaN or infinite.
+            ValueError: a weight is NaN or infinite, or the folder holds other weights.
             OSError: the Hub refused; the message is huggingface_hub's.
         """
         from .weights import push_to_hub
 
-        return push_to_hub(self, repo_id, private=private, commit_message=commit_message, token=token)
+        return push_to_hub(self, repo_id, folder=folder, private=private, commit_message=commit_message, token=token)

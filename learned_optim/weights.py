@@ -21,6 +21,7 @@ from .config import NetworkConfig, from_json, to_json
 from .network import OptimizerNetwork
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CARD, CURVES, META_TRAIN = "README.md", "curves.png", "meta_train.json"  # what a meta-training run adds
 
 MODEL_CARD = """\
 ---
@@ -174,15 +175,28 @@ def save_network(network: OptimizerNetwork, folder: str | os.PathLike[str]) -> N
             os.replace(Path(scratch, name), Path(folder, name))
 
 
-def push_to_hub(network: OptimizerNetwork, repo_id: str, *, private: bool | None, commit_message: str, token: str | None) -> str:
+def push_to_hub(
+    network: OptimizerNetwork,
+    repo_id: str,
+    *,
+    folder: str | os.PathLike[str] | None,
+    private: bool | None,
+    commit_message: str,
+    token: str | None,
+) -> str:
     """See `OptimizerNetwork.push_to_hub`."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     files = _files(network)
+    if folder is not None and fingerprint(load_network(Path(folder))) != fingerprint(network):
+        raise ValueError(f"the weights in {folder} are not this network's, so its model card would describe others")
     api = HfApi(token=token, library_name="learned-optim")
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if not api.file_exists(repo_id, "README.md"):  # a model card that somebody wrote is worth more than this one
-        files["README.md"] = MODEL_CARD.format(repo_id=repo_id).encode()
+    if folder is not None:
+        present = [path for path in sorted(Path(folder).glob("*")) if path.name in (CARD, CURVES) or path.match("meta_train*.json")]
+        files |= {path.name: path.read_bytes() for path in present}
+    elif not api.file_exists(repo_id, CARD):  # a model card that somebody wrote is worth more than this one
+        files[CARD] = MODEL_CARD.format(repo_id=repo_id).encode()
     # One commit (upload_folder may make several), so that no revision has the config of one network and the weights of another.
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
     return api.create_commit(repo_id, additions, commit_message=commit_message).oid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..config import from_json
-from ..weights import load_network, save_network
+from ..config import from_json, to_json
+from ..weights import CARD, CURVES, META_TRAIN, load_network
 from . import distributed
 from .config import MetaTrainConfig
 from .families import FAMILIES
-from .loop import meta_train
+from .loop import MetaTrainingDivergedError, MetaTrainResult, meta_train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,35 +32,63 @@ def main(argv: list[str] | None = None) -> int:
         "--out",
         type=Path,
         required=True,
-        help="folder for the weights, and for a checkpoint and a log of each stage; a run that was stopped resumes there",
+        help="folder for the weights and their card, and for a checkpoint and a log of each stage; a run that was stopped resumes there",
     )
     parser.add_argument("--start", help="weights to start from: a bundled name, a folder or a Hub id; fresh ones by default")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; the tasks are small, so one is often the fastest")
+    parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too, in the stages' folders")
+    parser.add_argument("--push", metavar="USER/NAME", help="publish the finished folder on the Hugging Face Hub")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     try:
-        configs = [from_json(MetaTrainConfig, path.read_text(), str(path)) for path in arguments.config]
-        device = distributed.join(arguments.device)
-        network = load_network(arguments.start) if arguments.start else None
-        for stage, config in enumerate(configs, 1):
-            folder = arguments.out / f"stage{stage}"
-            label = f"stage {stage}/{len(configs)}"
-            with tqdm(total=config.meta_steps, desc=label, unit="step", smoothing=0.05, disable=distributed.rank() > 0) as bar:
-
-                def progress(meta_step: int, figures: dict[str, float], bar: Any = bar) -> None:
-                    bar.set_postfix(meta_loss=f"{figures['meta_loss']:.3f}", dropped=int(figures["dropped"]), refresh=False)
-                    bar.update(meta_step + 1 - bar.n)
-
-                result = meta_train(FAMILIES, config, folder=folder, device=device, network=network, progress=progress)
-            network = result.network
-        if distributed.rank() == 0:
-            save_network(result.network, arguments.out)
-    except (OSError, ValueError) as error:
+        result = run_stages(arguments)
+        if arguments.push and distributed.rank() == 0:
+            result.network.push_to_hub(arguments.push, folder=arguments.out)
+    except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"The weights are in {arguments.out}. Use them: LearnedOptimizer(model.parameters(), {str(arguments.out)!r})")
+    except MetaTrainingDivergedError as error:
+        print(
+            f"stopped: {error}. The best weights so far, and their figures, are in the last stage's folder in {arguments.out}",
+            file=sys.stderr,
+        )
+        return 1
+    if distributed.rank() == 0:
+        print(f"The weights are in {arguments.out}. Use them: LearnedOptimizer(model.parameters(), {str(arguments.out)!r})")
     return 0
+
+
+def run_stages(arguments: argparse.Namespace) -> MetaTrainResult:
+    """Runs one stage after the other and hands over the last one's folder, with the configurations of all."""
+    configs = [from_json(MetaTrainConfig, path.read_text(), str(path)) for path in arguments.config]
+    device = distributed.join(arguments.device)
+    network = load_network(arguments.start) if arguments.start else None
+    numbers = [""] if len(configs) == 1 else range(1, len(configs) + 1)
+    names = [META_TRAIN.replace(".json", f"{number}.json") for number in numbers]
+    start = f" --start {arguments.start}" if arguments.start else ""
+    command = f"python -m learned_optim.meta_train --config {' '.join(names)} --out runs/again{start}"
+    for stage, config in enumerate(configs, 1):
+        folder = arguments.out / f"stage{stage}"
+        label = f"stage {stage}/{len(configs)}"
+        with tqdm(total=config.meta_steps, desc=label, unit="step", smoothing=0.05, disable=distributed.rank() > 0) as bar:
+
+            def progress(meta_step: int, figures: dict[str, float], bar: Any = bar) -> None:
+                shown = {name: f"{figures[name]:.3f}" for name in ("meta_loss", "score") if name in figures}
+                bar.set_postfix(**shown, dropped=int(figures["dropped"]), refresh=False)
+                bar.update(meta_step + 1 - bar.n)
+
+            options = {"tensorboard": arguments.tensorboard, "command": command}
+            result = meta_train(FAMILIES, config, folder=folder, device=device, network=network, progress=progress, **options)
+        network = result.network
+    if distributed.rank() == 0:
+        result.network.save_pretrained(arguments.out)
+        for name in (CARD, CURVES):
+            if (folder / name).exists():
+                shutil.copy(folder / name, arguments.out / name)
+        for name, config in zip(names, configs, strict=True):
+            (arguments.out / name).write_text(to_json(config))
+    return result
 
 
 if __name__ == "__main__":

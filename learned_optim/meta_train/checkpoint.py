@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..config import to_json
 from . import distributed
@@ -16,18 +18,31 @@ from .config import MetaTrainConfig
 from .estimators import Weights
 from .slots import Slot
 
-CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass
+class Progress:
+    """What a run has come to, as plain values and tensors."""
+
+    history: list[float] = field(default_factory=list)  # meta-loss of each meta-step; NaN where every unroll was dropped
+    dropped: int = 0  # unrolls whose loss or meta-gradient was not finite
+    seconds: float = 0.0  # wall time of all meta-steps
+    log_norms: dict[str, float] = field(default_factory=dict)  # of each estimator and family: log of the usual meta-gradient norm
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # what `Evaluation` returned, with "meta_step"
+    adamw: dict[str, list[float]] = field(default_factory=dict)  # its curves on the held-out tasks
+    best: dict[str, Tensor] = field(default_factory=dict)  # the meta-parameters of the best evaluation
 
 
 def save(
     folder: str | os.PathLike[str],
     config: MetaTrainConfig,
-    *,
     meta_parameters: Weights,
+    meta_optimizer: torch.optim.Optimizer,
     slots: Mapping[str, Sequence[Slot]],
-    **progress: Any,
+    progress: Progress,
 ) -> None:
-    """Writes the checkpoint of a run; every process calls it, and the first one writes. `progress` holds plain values and tensors."""
+    """Writes the checkpoint of a run; every process calls it, and the first one writes."""
     places = {
         estimator: distributed.gather_to_first({i: slot.state_dict() for i, slot in enumerate(mine) if distributed.is_mine(i)})
         for estimator, mine in slots.items()
@@ -37,7 +52,13 @@ def save(
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     parameters = {name: weight.detach() for name, weight in meta_parameters.items()}
-    state = {"config": to_json(config), "meta_parameters": parameters, "slots": places, **progress}
+    state = {
+        "config": to_json(config),
+        "meta_parameters": parameters,
+        "meta_optimizer": meta_optimizer.state_dict(),
+        "slots": places,
+        "progress": {key.name: getattr(progress, key.name) for key in fields(progress)},
+    }
     temporary = path / f"{CHECKPOINT}.{os.getpid()}.tmp"
     torch.save(state, temporary)
     os.replace(temporary, path / CHECKPOINT)
@@ -58,28 +79,3 @@ def load(folder: str | os.PathLike[str], config: MetaTrainConfig, device: str | 
         different = sorted(key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key))
         raise ValueError(f"{path} belongs to a run whose configuration differs in {different}; use another folder or delete it")
     return state
-
-
-class Log:
-    """The run's log of the first process: a line of JSON for each meta-step, without what a killed run wrote after its last checkpoint."""
-
-    def __init__(self, folder: str | os.PathLike[str] | None, meta_step: int) -> None:
-        self.file = None
-        if folder is None or distributed.rank() > 0:
-            return
-        path = Path(folder) / LOG
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["meta_step"] < meta_step))
-        self.file = path.open("a", buffering=1)
-
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
-
-    def write(self, meta_step: int, figures: Mapping[str, float]) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps({"meta_step": meta_step, **figures}) + "\n")

@@ -1,8 +1,8 @@
 """The meta-training loop: tasks -> unroll -> meta-gradient -> meta-optimizer -> checkpoint.
 
-A meta-step advances a few unrolls by one stretch each, estimates their meta-gradients, and steps the meta-optimizer. Unrolls go on from where
-they were, and start over with a new task when their horizon is reached, so that one meta-step sees all phases of training. A resumed run
-continues with the same numbers. Processes share the unrolls out among them.
+A meta-step advances a few unrolls by one stretch each, estimates their meta-gradients, and steps the meta-optimizer. Unrolls go on from
+where they were, and start over with a new task when their horizon is reached, so that one meta-step sees all phases of training. A resumed
+run continues with the same numbers. Processes share the unrolls out among them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import os
 import pkgutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,12 @@ from torch import Tensor, nn
 from ..network import OptimizerNetwork
 from . import checkpoint, distributed
 from .averaging import average
+from .checkpoint import Progress
 from .config import MetaTrainConfig
 from .estimators import INITIAL, Weights
+from .evaluate import Evaluation
+from .handover import hand_over
+from .logs import Log
 from .slots import Slot
 from .tasks import Family
 
@@ -37,10 +42,11 @@ class MetaTrainingDivergedError(RuntimeError):
 class MetaTrainResult:
     """What a finished run hands over."""
 
-    network: OptimizerNetwork
+    network: OptimizerNetwork  # the best that was evaluated, or where nothing was, the last
     meta_losses: list[float]  # one a meta-step; NaN where every unroll was dropped
     dropped: int  # unrolls dropped because their loss or meta-gradient was not finite
-    initial: Tensor | None = None  # learned initial parameters, (N,)
+    initial: Tensor | None = None  # learned initial parameters, (N,), of the same meta-step as the network
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # see `Evaluation`; with "meta_step"
 
 
 def meta_train(
@@ -51,7 +57,10 @@ def meta_train(
     device: str | torch.device = "cpu",
     network: OptimizerNetwork | None = None,
     initial: Tensor | None = None,
+    held_out: Mapping[str, Family] | None = None,
     progress: Callable[[int, dict[str, float]], None] | None = None,
+    tensorboard: bool = False,
+    command: str = "learned_optim.meta_train.meta_train(families, config)",
 ) -> MetaTrainResult:
     """Meta-trains an optimizer network.
 
@@ -60,17 +69,20 @@ def meta_train(
     Args:
         families: what to train on, by name.
         config: how.
-        folder: where the finished weights go, and until then the checkpoint and the log (`log.jsonl`); a run that finds its checkpoint
-            there resumes from it.
+        folder: where the finished weights and their model card go, and until then the checkpoint and the log (`log.jsonl`); a run that
+            finds its checkpoint there resumes from it.
         device: where to run, "cpu" or "cuda".
         network: the weights to start from; fresh ones by default.
         initial: parameters of the optimizees, laid end to end (N,), to be learned too (Finn et al. 2017, MAML); every unroll starts from
             them, so all tasks must have the same shapes.
+        held_out: what to evaluate on every `config.evaluate_every` meta-steps; by default the same families, with other seeds.
         progress: called after each meta-step with its number and its figures.
+        tensorboard: log to TensorBoard too, in the folder.
+        command: how to make the run again, for the model card.
 
     Raises:
         ValueError: there is nothing to train on, or the folder holds a run with another configuration.
-        MetaTrainingDivergedError: going on is of no use; the checkpoint stays.
+        MetaTrainingDivergedError: going on is of no use; the checkpoint stays, and the best weights so far are in the folder.
     """
     names = config.families or tuple(families)
     if not names or set(names) - set(families):
@@ -87,24 +99,24 @@ def meta_train(
         estimator: [Slot(families, config, estimator, name, index) for index in range(config.unrolls_per_family) for name in names]
         for estimator in weights
     }
-    log_norms: dict[str, float] = {}  # logarithm of the usual meta-gradient norm of each estimator and family
-    history: list[float] = []
-    dropped = 0
-
+    so_far = Progress()
     if folder is not None and (saved := checkpoint.load(folder, config, device)) is not None:
-        with torch.no_grad():
-            for name, value in saved["meta_parameters"].items():
-                meta_parameters[name].copy_(value)
+        set_values(meta_parameters, saved["meta_parameters"])
         meta_optimizer.load_state_dict(saved["meta_optimizer"])
-        log_norms, history, dropped = saved["log_norms"], saved["history"], saved["dropped"]
+        so_far = Progress(**saved["progress"])
         for estimator, places in saved["slots"].items():
             for index, place in places.items():
                 if distributed.is_mine(index):
                     slots[estimator][index].load_state_dict(place, device)
+    evaluation = None
+    if config.evaluate_every:
+        evaluation = Evaluation(held_out or {name: families[name] for name in names}, config, device, so_far.adamw)
+        so_far.adamw = evaluation.adamw
 
-    with checkpoint.Log(folder, len(history)) as log:
-        for meta_step in range(len(history), config.meta_steps):
-            began = time.perf_counter()
+    trouble = None
+    with Log(folder, len(so_far.history), tensorboard) as log:
+        for meta_step in range(len(so_far.history), config.meta_steps):
+            began, done = time.perf_counter(), meta_step + 1
             for group in meta_optimizer.param_groups:
                 group["lr"] = config.learning_rate * schedule(config, meta_step)
             meta_losses: list[float] = []
@@ -113,7 +125,7 @@ def meta_train(
                 turns = [(meta_step * config.unrolls_per_step + turn) % len(places) for turn in range(config.unrolls_per_step)]
                 estimates = {turn: places[turn].estimate(network, served, meta_step) for turn in turns if distributed.is_mine(turn)}
                 families_of = {turn: places[turn].family for turn in turns}
-                gradient, found = average(estimates, families_of, estimator, served, log_norms, config)
+                gradient, found = average(estimates, families_of, estimator, served, so_far.log_norms, config)
                 for name, weight in served.items():
                     weight.grad = gradient[name]
                 for turn, meta_loss in found.items():
@@ -121,34 +133,41 @@ def meta_train(
                         places[turn].unroll = None
                 meta_losses += found.values()
             finite = [meta_loss for meta_loss in meta_losses if math.isfinite(meta_loss)]
-            dropped += len(meta_losses) - len(finite)
+            so_far.dropped += len(meta_losses) - len(finite)
+            so_far.history.append(sum(finite) / len(finite) if finite else math.nan)
             if finite:
                 meta_optimizer.step()
-            history.append(sum(finite) / len(finite) if finite else math.nan)
 
-            figures = {"meta_loss": history[-1], "dropped": dropped, "seconds": time.perf_counter() - began}
+            figures = {"meta_loss": so_far.history[-1], "dropped": so_far.dropped}
+            if evaluation and (done % config.evaluate_every == 0 or done == config.meta_steps):
+                so_far.evaluations.append({"meta_step": meta_step, **evaluation(network)})
+                figures["score"] = so_far.evaluations[-1]["score"]
+                if figures["score"] <= min(past["score"] for past in so_far.evaluations):
+                    so_far.best = {name: weight.detach().clone() for name, weight in meta_parameters.items()}
+            figures["seconds"] = time.perf_counter() - began
+            so_far.seconds += figures["seconds"]
             log.write(meta_step, figures)
             if progress is not None:
                 progress(meta_step, figures)
-            done = meta_step + 1
             if folder is not None and (done % config.checkpoint_every == 0 or done == config.meta_steps):
-                checkpoint.save(
-                    folder,
-                    config,
-                    meta_parameters=meta_parameters,
-                    meta_optimizer=meta_optimizer.state_dict(),
-                    log_norms=log_norms,
-                    history=history,
-                    dropped=dropped,
-                    slots=slots,
-                )
-            if done % WINDOW == 0:
-                stop_if_diverged(history, config)
+                checkpoint.save(folder, config, meta_parameters, meta_optimizer, slots, so_far)
+            if done % WINDOW == 0 and (trouble := divergence(so_far.history, config)):
+                break
+
+    set_values(meta_parameters, so_far.best)
     network.requires_grad_(False)
     if folder is not None and distributed.rank() == 0:
-        network.save_pretrained(folder)
+        hand_over(folder, network, config, names, so_far, command)
+    if trouble:
+        raise MetaTrainingDivergedError(trouble)
     learned = meta_parameters.get(INITIAL)
-    return MetaTrainResult(network, history, dropped, None if learned is None else learned.detach())
+    return MetaTrainResult(network, so_far.history, so_far.dropped, None if learned is None else learned.detach(), so_far.evaluations)
+
+
+@torch.no_grad()
+def set_values(weights: Weights, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        weights[name].copy_(value)
 
 
 def by_estimator(meta_parameters: Weights, config: MetaTrainConfig) -> dict[str, Weights]:
@@ -183,15 +202,15 @@ def schedule(config: MetaTrainConfig, meta_step: int) -> float:
     return warm * (0.5 * (1 + math.cos(math.pi * meta_step / config.meta_steps)) if config.schedule == "cosine" else 1.0)
 
 
-def stop_if_diverged(history: Sequence[float], config: MetaTrainConfig) -> None:
-    if len(history) >= WINDOW and all(math.isnan(meta_loss) for meta_loss in history[-WINDOW // 5 :]):
-        raise MetaTrainingDivergedError(
-            f"no unroll of the last {WINDOW // 5} meta-steps stayed finite; lower learning_rate or the horizons, or clip harder"
-        )
+def divergence(history: Sequence[float], config: MetaTrainConfig) -> str | None:
+    """Why going on is of no use, or None."""
+    if all(math.isnan(meta_loss) for meta_loss in history[-WINDOW // 5 :]):
+        return f"no unroll of the last {WINDOW // 5} meta-steps stayed finite; lower learning_rate or the horizons"
     windows = [[value for value in history[begin : begin + WINDOW] if math.isfinite(value)] for begin in range(0, len(history), WINDOW)]
     means = [sum(window) / len(window) for window in windows if window]
-    if means and means[-1] > min(means) + config.divergence:
-        raise MetaTrainingDivergedError(
+    if means[-1] > min(means) + config.divergence:
+        return (
             f"the mean meta-loss of the last {WINDOW} meta-steps is {means[-1]:.3f}, and has been {min(means):.3f}; lower learning_rate, "
             "or raise divergence if the tasks' losses just differ as much"
         )
+    return None

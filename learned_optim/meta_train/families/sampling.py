@@ -36,9 +36,7 @@ def supervised(
 ) -> ModuleTask:
     """A task on examples in random order, the last of which are for validation."""
     border = len(inputs) - max(1, len(inputs) // VALIDATION)
-    return ModuleTask(
-        build, sampler(inputs[:border], targets[:border], size), criterion, sampler(inputs[border:], targets[border:], size)
-    )
+    return ModuleTask(build, sampler(inputs[:border], targets[:border], size), criterion, sampler(inputs[border:], targets[border:], size))
 
 
 def mlp_module(sizes: Sequence[int], activation: Callable[[], nn.Module], norm: bool = False) -> nn.Sequential:
