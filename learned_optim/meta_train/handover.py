@@ -58,12 +58,11 @@ def hand_over(
         "versions": f"learned_optim {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         "fingerprint": fingerprint(network),
     }
-    name = path.resolve().name
     lines = [
         "---\nlicense: apache-2.0\nlibrary_name: learned-optim\ntags: [learned-optimizer, meta-learning, optimizer, pytorch]\n---\n",
-        f"# {name}\n",
-        "A learned optimizer for PyTorch, meta-trained with learned_optim. It takes the place of AdamW and needs no learning rate.\n",
-        f'    optimizer = learned_optim.LearnedOptimizer(model.parameters(), "{name}")  # this folder, or its id on the Hub\n',
+        "# A learned optimizer for PyTorch\n",
+        "Meta-trained with learned_optim. It takes the place of AdamW and needs no learning rate. `source`: this folder, or its Hub id.\n",
+        "    optimizer = learned_optim.LearnedOptimizer(model.parameters(), source)\n",
         "## How it was made\n\n| | |\n| --- | --- |",
         *(f"| {fact} | {value} |" for fact, value in facts.items()),
         f"\nThe same numbers come out again on the same kind of machine:\n\n    {command}\n",
