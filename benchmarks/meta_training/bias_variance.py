@@ -48,7 +48,7 @@ def evolved(name: str, unroll: Unroll, network: OptimizerNetwork, weights: dict[
     since_start, total = torch.zeros(()), torch.zeros(())
     while unroll.step < unroll.horizon:
         noise = perturbations(weights, unroll.seed, unroll.step, config.pairs)
-        now = torch.cat([noise[key].flatten(1) for key in sorted(noise)], 1)
+        now = torch.cat([noise[key].reshape(config.pairs, -1) for key in sorted(noise)], 1)
         since_start = since_start + now if name == "pes" else now
         unroll, estimate = estimator(name)(unroll, network, weights, config)
         pull = torch.tensor(estimate.differences)[:, None] / (2 * config.sigma)
@@ -85,9 +85,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__, "bias_variance")
     options.add_argument("--horizon", type=int, default=32)
     options.add_argument("--truncations", type=int, nargs="*", default=[4, 8, 16, 32])
-    options.add_argument("--pairs", type=int, default=64)
+    options.add_argument("--pairs", type=int, default=16)
     options.add_argument("--sigma", type=float, default=0.01)
-    options.add_argument("--runs", type=int, default=3, help="tasks of each kind")
+    options.add_argument("--runs", type=int, default=2, help="tasks of each kind")
     arguments = options.parse_args(argv)
     prepare(arguments.threads)
 
