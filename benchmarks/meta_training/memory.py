@@ -4,8 +4,8 @@
 
 Keeping the graph of the whole unroll ("plain") is compared with computing it once more, segment by segment ("recompute"). Each measurement
 has a process of its own; its peak is the growth of the resident set over that after a warm-up of four steps. The time is that of a second
-estimate in the same process, which has its memory from the system already, as in meta-training. Both must give the same gradient to the last
-bit. The optimizees are MLPs whose memory is nearly all the optimizer's.
+estimate in the same process, which has its memory from the system already, as in meta-training. Both must give the same gradient to the
+last bit. The optimizees are MLPs whose memory is nearly all the optimizer's.
 """
 
 from __future__ import annotations

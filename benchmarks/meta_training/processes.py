@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     gain = statistics.median(two / one for one, two in zip(speeds[1], speeds[2], strict=True))
 
     print(
-        f"meta_train, {UNROLLS} unrolls a meta-step of {', '.join(NAMES)}; {arguments.meta_steps} meta-steps, the first {WARM_UP} not counted\n"
+        f"meta_train, {UNROLLS} unrolls a meta-step of {', '.join(NAMES)}; {arguments.meta_steps} meta-steps, {WARM_UP} to warm up\n"
     )
     rows: list[list[object]] = [["processes", "unrolls/s, median", "least", "most"]]
     rows += [[processes, statistics.median(found), min(found), max(found)] for processes, found in speeds.items()]

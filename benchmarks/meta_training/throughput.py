@@ -2,10 +2,10 @@
 
     python benchmarks/meta_training/throughput.py
 
-Compares this library's (replicas batched, all tensors in one flat pass, the graph cut at every step) with an unroll that loops over replicas
-and over tensors in one graph, written in plain autograd, with `higher` and with `torchopt`, where these are installed (torchopt needs
-optree and graphviz). All run the same rule, `learned_optim.rule.update`, the loops on one tensor at a time, and their gradients are
-compared. The controller compares tensors with each other, which a loop over tensors cannot, so here it stays at its prior and is not learned.
+Compares this library's (replicas batched, all tensors in one flat pass, the graph cut at every step) with an unroll that loops over
+replicas and over tensors in one graph, written in plain autograd, with `higher` and with `torchopt`, where these are installed (torchopt
+needs optree and graphviz). All run the same rule, `learned_optim.rule.update`, the loops on one tensor at a time, and their gradients are
+compared. The controller compares tensors with each other, which a loop over tensors cannot, so here it is at its prior and not learned.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
             print(".", end="", flush=True)
 
     print(
-        f"\n\nExact meta-gradients over {arguments.steps} steps; medians of {arguments.repeats}. M/s: millions of optimizee steps x parameters"
+        f"\n\nExact meta-gradients over {arguments.steps} steps; medians of {arguments.repeats}. M/s: millions of steps x parameters"
     )
     print(f"a second. x: how many times as fast {OURS} is.\n")
     print(table(rows))

@@ -1,0 +1,77 @@
+"""The benchmarks of meta-training, each at a tiny size: they run, and what they check of the engine holds."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks/meta_training"
+
+
+@pytest.fixture
+def program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module(request.param)
+
+
+def results(program: ModuleType, out: Path, *arguments: object) -> dict[str, Any]:
+    program.main([*map(str, arguments), "--out", str(out)])
+    assert (out / "plot.png").stat().st_size > 0
+    found: dict[str, Any] = json.loads((out / "results.json").read_text())
+    assert found["machine"]["threads"] == 1
+    return found
+
+
+@pytest.mark.parametrize("program", ["memory"], indirect=True)
+def test_memory(program: ModuleType, tmp_path: Path) -> None:
+    found = results(program, tmp_path, "--lengths", 8, "--width", 4, "--repeats", 1)
+    row = dict(zip(*found["table"], strict=True))
+    assert row["gradients"] == "same bits"
+    assert row["time ratio"] > 0
+
+
+@pytest.mark.parametrize("program", ["throughput"], indirect=True)
+def test_throughput(program: ModuleType, tmp_path: Path) -> None:
+    found = results(program, tmp_path, "--families", "mlp", "cnn", "--replicas", 2, "--steps", 3, "--repeats", 1)
+    header, *rows = found["table"]
+    assert found["medians"]["autograd loops"] > 1
+    assert all(float(row[header.index("gradients differ by")]) < program.TOLERANCE for row in rows)
+
+
+@pytest.mark.parametrize("program", ["bias_variance"], indirect=True)
+def test_bias_variance(program: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(program, "KINDS", ("mlp",))
+    found = results(program, tmp_path, "--horizon", 4, "--truncations", 2, 4, "--pairs", 2, "--runs", 1)
+    whole = [row for row in found["rows"] if row["truncation"] == 4 and row["estimator"] == "exact"]
+    assert len(whole) == len(program.KINDS) * len(program.GROUPS)
+    assert all(row["bias"] == 0 for row in whole)
+
+
+@pytest.mark.parametrize("program", ["short_horizon"], indirect=True)
+def test_short_horizon(program: ModuleType, tmp_path: Path) -> None:
+    found = results(program, tmp_path, "--horizon", 4, "--pairs", 2, "--seeds", 1)
+    assert all(len(row) == 1 + len(program.CURVES) for row in found["table"])
+
+
+@pytest.mark.parametrize("program", ["large"], indirect=True)
+def test_large(program: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WIDTH": 16, "DEPTH": 1, "LENGTH": 8}.items():
+        monkeypatch.setattr(program, name, value)
+    for name in ("AdamW", "LearnedOptimizer", *program.GOALS):
+        measured = program.measure(name, 2, 1)
+        assert measured.parameters > 5000
+        assert measured.seconds > 0
+
+
+@pytest.mark.parametrize("program", ["processes"], indirect=True)
+def test_processes(program: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The part that each process runs; tests/test_distributed.py has several of them, and kills one."""
+    monkeypatch.setattr(program, "UNROLLS", len(program.NAMES))
+    program.work(tmp_path, 2, kill_at=-1)
+    assert (tmp_path / "done.txt").read_text().split() == ["0", "1"]
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 2
