@@ -24,7 +24,7 @@ from learned_optim.meta_train import FAMILIES, MetaTrainConfig
 from learned_optim.meta_train.estimators import estimator, perturbations
 from learned_optim.meta_train.unroll import Unroll, begin
 
-KINDS = ("mlp", "regression", "transformer")
+KINDS = ("mlp", "regression", "cnn")
 GROUPS = {"step size": "log_", "LSTM": "coordinate."}
 REPLICAS = 2
 

@@ -96,9 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     same = all(torch.equal(survived[name], weight) for name, weight in whole.items())
     gain = statistics.median(two / one for one, two in zip(speeds[1], speeds[2], strict=True))
 
-    print(
-        f"meta_train, {UNROLLS} unrolls a meta-step of {', '.join(NAMES)}; {arguments.meta_steps} meta-steps, {WARM_UP} to warm up\n"
-    )
+    print(f"meta_train, {UNROLLS} unrolls a meta-step of {', '.join(NAMES)}; {arguments.meta_steps} meta-steps, {WARM_UP} to warm up\n")
     rows: list[list[object]] = [["processes", "unrolls/s, median", "least", "most"]]
     rows += [[processes, statistics.median(found), min(found), max(found)] for processes, found in speeds.items()]
     print(table(rows))

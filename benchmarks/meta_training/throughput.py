@@ -193,9 +193,7 @@ def main(argv: list[str] | None = None) -> None:
             rows.append([family, size, len(unroll.task.shapes), replicas, speed, *faster.values(), shown])
             print(".", end="", flush=True)
 
-    print(
-        f"\n\nExact meta-gradients over {arguments.steps} steps; medians of {arguments.repeats}. M/s: millions of steps x parameters"
-    )
+    print(f"\n\nExact meta-gradients over {arguments.steps} steps; medians of {arguments.repeats}. M/s: millions of steps x parameters")
     print(f"a second. x: how many times as fast {OURS} is.\n")
     print(table(rows))
     medians = {name: statistics.median(values) for name, values in ratios.items()}

@@ -54,7 +54,10 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    if distributed.rank() == 0:
+    finally:
+        first = distributed.rank() == 0
+        distributed.leave()
+    if first:
         print(f"The weights are in {arguments.out}. Use them: LearnedOptimizer(model.parameters(), {str(arguments.out)!r})")
     return 0
 

@@ -26,11 +26,20 @@ def join(device: str) -> str:
         options: dict[str, Any] = {}
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun's store outlives a restart, and with it the addresses of the processes before, which those after would wait for.
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-            options = {"store": dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)}
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+            )
+            attempt = f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+            options = {"store": dist.PrefixStore(attempt, store)}  # type: ignore[attr-defined]
             options |= {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", **options)
     return device
+
+
+def leave() -> None:
+    """Undoes `join`."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:
