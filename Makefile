@@ -12,7 +12,7 @@ demo: $(VENV)/demo.stamp ## compare the learned optimizer with tuned AdamW on sm
 	$(BIN)/learned-optim demo
 
 test: $(VENV)/test.stamp ## run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=auto --dist=loadfile
 
 lint: $(VENV)/test.stamp ## check style, formatting and types
 	$(BIN)/ruff check .

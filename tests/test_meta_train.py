@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
 from learned_optim.config import to_json
-from learned_optim.meta_train import FAMILIES, MetaTrainingDivergedError, ModuleTask, meta_train
+from learned_optim.meta_train import FAMILIES, MetaTrainingDivergedError, ModuleTask, meta_train, slots
 from learned_optim.meta_train import __main__ as command
 from learned_optim.meta_train.loop import divergence, schedule
 from learned_optim.meta_train.slots import Slot
@@ -70,19 +70,19 @@ def test_large_optimizees_run_one_after_the_other_with_the_same_numbers(monkeypa
 def begun(**changes: object) -> list[Slot]:
     """Slots that have begun five unrolls."""
     config = tiny_config(**changes)
-    slots = [Slot({"tiny": tiny_task}, config, "exact", "tiny", index) for index in range(20)]
+    places = [Slot({"tiny": tiny_task}, config, "exact", "tiny", index) for index in range(20)]
     network = OptimizerNetwork(SMALL)
-    for slot in slots:
+    for slot in places:
         for meta_step in (0, 1, 2, 3, 5):
             slot.unroll = slot._begin(network, None, meta_step)
-    return slots
+    return places
 
 
 def test_horizons_grow_with_the_curriculum() -> None:
     def horizons(meta_step: int, curriculum: float) -> list[int]:
         config = tiny_config(meta_steps=100, horizon_min=10, horizon_max=1000, truncation=5, curriculum=curriculum)
-        slots = [Slot({"tiny": tiny_task}, config, "exact", "tiny", index, begun=1) for index in range(40)]
-        return [slot._begin(OptimizerNetwork(SMALL), None, meta_step).horizon for slot in slots]
+        places = [Slot({"tiny": tiny_task}, config, "exact", "tiny", index, begun=1) for index in range(40)]
+        return [slot._begin(OptimizerNetwork(SMALL), None, meta_step).horizon for slot in places]
 
     assert max(horizons(0, 0.5)) < 15
     assert max(horizons(50, 0.5)) > 500
@@ -93,8 +93,8 @@ def test_horizons_grow_with_the_curriculum() -> None:
 
 def test_the_first_horizons_are_cut_so_that_slots_fall_out_of_step() -> None:
     config = tiny_config(horizon_min=1000, horizon_max=1000, truncation=10)
-    slots = [Slot({"tiny": tiny_task}, config, "exact", "tiny", index) for index in range(8)]
-    first = [slot._begin(OptimizerNetwork(SMALL), None, 0).horizon for slot in slots]
+    places = [Slot({"tiny": tiny_task}, config, "exact", "tiny", index) for index in range(8)]
+    first = [slot._begin(OptimizerNetwork(SMALL), None, 0).horizon for slot in places]
     assert len(set(first)) > 4
     assert max(first) <= 1000
 
@@ -102,7 +102,7 @@ def test_the_first_horizons_are_cut_so_that_slots_fall_out_of_step() -> None:
 def test_warm_restarts_go_on_with_trained_optimizees_and_fresh_state() -> None:
     network = acting_network()
     slot = Slot({"tiny": tiny_task}, tiny_config(warm_restart=1.0, horizon_max=6, truncation=6), "exact", "tiny", 0)
-    slot.estimate(network, dict(network.named_parameters()), 0)
+    slot.estimate(network, dict(network.named_parameters()), None, 0)
     assert slot.unroll is not None
     trained, task = slot.unroll.optimizees.params, slot.unroll.task
     again = slot._begin(network, None, 1)
@@ -195,6 +195,25 @@ def test_learned_initial_parameters_pay(estimator: str) -> None:
     assert sum(result.meta_losses[-15:]) < 0.7 * sum(result.meta_losses[:15])
 
 
+def test_optimizer_and_initial_parameters_are_learned_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under estimators of their own, too: all unrolls start from the learned parameters."""
+    begun = []
+    begin = slots.begin
+    monkeypatch.setattr(slots, "begin", lambda *arguments, **options: begun.append(arguments[2]) or begin(*arguments, **options))
+    size = sum(shape.numel() for shape in tiny_task(Generator()).shapes.values())
+    for estimators in ({"": "exact"}, {"": "exact", "initial": "reptile"}):
+        start, fresh = 0.1 * torch.randn(size), OptimizerNetwork(SMALL)
+        result = meta_train({"tiny": tiny_task}, tiny_config(estimators=estimators, reparametrize=0.0), network=fresh, initial=start)
+        assert result.initial is not None
+        assert not torch.equal(result.initial, start)
+        assert not torch.equal(result.network.coordinate.out, fresh.coordinate.out)
+        assert begun
+        assert all(initial is not None for initial in begun)
+        begun.clear()
+    with pytest.raises(ValueError, match="are 3 numbers"):
+        meta_train({"tiny": tiny_task}, tiny_config(), initial=torch.zeros(3))
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
     runs = [meta_train({"tiny": tiny_task}, tiny_config(seed=seed)).network.state_dict() for seed in (0, 0, 1)]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
@@ -269,6 +288,8 @@ def test_nothing_to_train_on_is_refused() -> None:
         meta_train({}, tiny_config())
     with pytest.raises(ValueError, match="tinny"):
         meta_train({"tiny": tiny_task}, tiny_config(families=("tinny",)))
+    with pytest.raises(ValueError, match="only 2 unrolls are kept going"):
+        meta_train({"tiny": tiny_task}, tiny_config(unrolls_per_step=3))
     with pytest.raises(ValueError, match="leave nothing to train"):
         meta_train({"tiny": tiny_task}, tiny_config(estimators={"": "frozen"}))
     with pytest.raises(ValueError, match="reptile"):

@@ -92,6 +92,7 @@ def meta_train(
     meta_parameters = dict(network.named_parameters())
     if initial is not None:
         meta_parameters[INITIAL] = nn.Parameter(initial.detach().clone().to(device))
+    start = meta_parameters.get(INITIAL)
     weights = by_estimator(meta_parameters, config)
     trained = [weight for group in weights.values() for weight in group.values()]
     meta_optimizer = make_meta_optimizer(trained, config)
@@ -99,6 +100,8 @@ def meta_train(
         estimator: [Slot(families, config, estimator, name, index) for index in range(config.unrolls_per_family) for name in names]
         for estimator in weights
     }
+    if config.unrolls_per_step > (kept := config.unrolls_per_family * len(names)):
+        raise ValueError(f"unrolls_per_step is {config.unrolls_per_step}, but only {kept} unrolls are kept going; raise unrolls_per_family")
     so_far = Progress()
     if folder is not None and (saved := checkpoint.load(folder, config, device)) is not None:
         set_values(meta_parameters, saved["meta_parameters"])
@@ -123,7 +126,8 @@ def meta_train(
             for estimator, served in weights.items():
                 places = slots[estimator]
                 turns = [(meta_step * config.unrolls_per_step + turn) % len(places) for turn in range(config.unrolls_per_step)]
-                estimates = {turn: places[turn].estimate(network, served, meta_step) for turn in turns if distributed.is_mine(turn)}
+                mine = {turn: places[turn] for turn in turns if distributed.is_mine(turn)}
+                estimates = {turn: slot.estimate(network, served, start, meta_step) for turn, slot in mine.items()}
                 families_of = {turn: places[turn].family for turn in turns}
                 gradient, found = average(estimates, families_of, estimator, served, so_far.log_norms, config)
                 for name, weight in served.items():
@@ -160,8 +164,7 @@ def meta_train(
         hand_over(folder, network, config, names, so_far, command)
     if trouble:
         raise MetaTrainingDivergedError(trouble)
-    learned = meta_parameters.get(INITIAL)
-    return MetaTrainResult(network, so_far.history, so_far.dropped, None if learned is None else learned.detach(), so_far.evaluations)
+    return MetaTrainResult(network, so_far.history, so_far.dropped, None if start is None else start.detach(), so_far.evaluations)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from ..network import OptimizerNetwork
 from .augment import InDtype, Reparametrized, ScaledLoss, Subbatched
 from .config import MetaTrainConfig
-from .estimators import INITIAL, Estimate, Weights, estimator
+from .estimators import Estimate, Weights, estimator
 from .tasks import Family, Task
 from .unroll import Optimizees, Unroll, begin, derive_seed
 
@@ -46,10 +46,11 @@ class Slot:
         """A seed for one purpose at one point of the slot's life."""
         return derive_seed(self.config.seed, self.estimator, self.family, self.index, purpose, count)
 
-    def estimate(self, network: OptimizerNetwork, weights: Weights, meta_step: int) -> Estimate:
-        """Advances the unroll by a stretch, or begins a new one where the last has reached its horizon, and estimates the meta-gradient."""
+    def estimate(self, network: OptimizerNetwork, weights: Weights, initial: Tensor | None, meta_step: int) -> Estimate:
+        """Advances the unroll by a stretch and estimates the meta-gradient by `weights`. Where the last unroll has reached its horizon, a
+        new one begins, from the initial parameters (N,) if there are any."""
         if self.unroll is None or self.unroll.step == self.unroll.horizon:
-            self.unroll = self._begin(network, weights.get(INITIAL), meta_step)
+            self.unroll = self._begin(network, initial, meta_step)
         self.unroll, estimate = estimator(self.estimator)(self.unroll, network, weights, self.config)
         return estimate
 

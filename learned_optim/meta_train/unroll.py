@@ -120,6 +120,10 @@ def begin(
     inits = [task.init(generator) for _ in range(replicas)]
     params = torch.stack([torch.cat([param.flatten() for param in params.values()]) for params, _ in inits]).to(device)
     if initial is not None:
+        if initial.shape[-1] != params.shape[-1]:
+            raise ValueError(
+                f"the initial parameters are {initial.shape[-1]} numbers, but the task's are {params.shape[-1]}: {task.shapes}"
+            )
         params = initial.detach().to(params).expand_as(params)
     buffers = {name: torch.stack([buffers[name] for _, buffers in inits]).to(device) for name in inits[0][1]}
     layout = Layout.of(tuple(task.shapes.values()), params.device)
