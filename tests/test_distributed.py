@@ -50,7 +50,6 @@ import os, pathlib, signal, sys
 from learned_optim.config import from_json
 from learned_optim.meta_train import FAMILIES, MetaTrainConfig, distributed, meta_train
 
-distributed.join("cpu")
 folder = pathlib.Path(sys.argv[1])
 config = from_json(MetaTrainConfig, (folder / "config.json").read_text(), "config.json")
 died = folder / "died"
@@ -62,7 +61,8 @@ def progress(meta_step, figures):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-meta_train(FAMILIES, config, folder=folder / "out/stage1", progress=progress)
+with distributed.joined("cpu"):
+    meta_train(FAMILIES, config, folder=folder / "out/stage1", progress=progress)
 """
 
 

@@ -34,7 +34,6 @@ CHECKPOINT_EVERY = 4
 
 def work(folder: Path, meta_steps: int, kill_at: int) -> None:
     """What each process does. The last one kills itself after a certain meta-step, once; the first one notes down which it has done."""
-    distributed.join("cpu")
     config = MetaTrainConfig(
         families=NAMES,
         meta_steps=meta_steps,
@@ -55,7 +54,8 @@ def work(folder: Path, meta_steps: int, kill_at: int) -> None:
             killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    meta_train(FAMILIES, config, folder=folder / "run", network=load_network("default"), progress=progress)
+    with distributed.joined("cpu"):
+        meta_train(FAMILIES, config, folder=folder / "run", network=load_network("default"), progress=progress)
 
 
 def launch(processes: int, folder: Path, meta_steps: int, *, restarts: int = 0, kill_at: int = -1) -> list[float]:

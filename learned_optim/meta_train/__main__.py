@@ -42,9 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     try:
-        result = run_stages(arguments)
-        if arguments.push and distributed.rank() == 0:
-            result.network.push_to_hub(arguments.push, folder=arguments.out)
+        with distributed.joined(arguments.device) as device:
+            result = run_stages(arguments, device)
+            if distributed.rank() == 0:
+                if arguments.push:
+                    result.network.push_to_hub(arguments.push, folder=arguments.out)
+                print(f"The weights are in {arguments.out}. Use them: LearnedOptimizer(model.parameters(), {str(arguments.out)!r})")
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -54,18 +57,12 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    finally:
-        first = distributed.rank() == 0
-        distributed.leave()
-    if first:
-        print(f"The weights are in {arguments.out}. Use them: LearnedOptimizer(model.parameters(), {str(arguments.out)!r})")
     return 0
 
 
-def run_stages(arguments: argparse.Namespace) -> MetaTrainResult:
+def run_stages(arguments: argparse.Namespace, device: str) -> MetaTrainResult:
     """Runs one stage after the other and hands over the last one's folder, with the configurations of all."""
     configs = [from_json(MetaTrainConfig, path.read_text(), str(path)) for path in arguments.config]
-    device = distributed.join(arguments.device)
     network = load_network(arguments.start) if arguments.start else None
     numbers = [""] if len(configs) == 1 else range(1, len(configs) + 1)
     names = [META_TRAIN.replace(".json", f"{number}.json") for number in numbers]

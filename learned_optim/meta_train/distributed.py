@@ -7,7 +7,8 @@ and, of backprop alone, one gradient the size of the network.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor
 Item = TypeVar("Item")
 
 
-def join(device: str) -> str:
-    """Joins the process group that torchrun describes in the environment, if any. Returns this process's device."""
+@contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Joins the process group that torchrun describes in the environment, if any, and leaves it at the end: a process that exits while
+    gloo's threads run is aborted. Gives this process's device."""
     if "RANK" in os.environ:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -33,13 +36,11 @@ def join(device: str) -> str:
             options = {"store": dist.PrefixStore(attempt, store)}  # type: ignore[attr-defined]
             options |= {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", **options)
-    return device
-
-
-def leave() -> None:
-    """Undoes `join`."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    try:
+        yield device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def rank() -> int:
