@@ -1,0 +1,80 @@
+"""Does the learned optimizer, untuned, beat tuned AdamW on tasks that nothing was tuned on?
+
+    python benchmarks/quality                        # every task, three seeds; goes on where it was stopped
+    python benchmarks/quality --data ../data         # MNIST and WikiText-2 too, from a folder of yours
+
+Each baseline is tuned task by task: a grid of learning rates and schedules on the first seed, then its best on all seeds. A run's result
+is its loss at the end on a fixed sample of the training data, and on validation data.
+
+**Speed** is the number of steps that tuned AdamW needs to get to the loss where an optimizer ends, over the steps that this one needed to get
+there (VeLOdrome's measure, Metz et al. 2022, section 4). AdamW may take its best setting for each of several lengths, from an eighth to four
+times the steps; what it does not reach then counts as four times. What diverges, or ends above where AdamW is after an eighth of the steps,
+counts as an eighth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+from optimizers import ABLATED, DEFAULTS, GRIDS, LEARNED_NAMES, REFERENCE, SENSITIVITY
+from report import report
+from runs import LENGTHS, Job, Results, train
+from tasks import MORE_TASKS, TASKS
+
+from learned_optim import load_network
+from learned_optim.weights import fingerprint
+
+def wanted(tasks: list[str], results: Results, seeds: int, parts: set[str]) -> list[Job]:
+    """What can be run by now: the grids on the first seed, and once a task's are complete, the best settings on all seeds."""
+    jobs: list[Job] = []
+    for task in tasks:
+        if "baselines" in parts:
+            jobs += [(task, name, 0, 1.0) for grid in GRIDS.values() for name in grid]
+            jobs += [(task, name, seed, 1.0) for name in DEFAULTS for seed in range(seeds)]
+            for family, grid in GRIDS.items():
+                if all((task, name, 0, 1.0) in results.runs for name in grid):
+                    best = results.best(task, family)
+                    lengths = (1.0, *LENGTHS) if family == REFERENCE else (1.0,)
+                    jobs += [(task, best, seed, length) for seed in range(seeds) for length in lengths]
+        names = [*(LEARNED_NAMES if "learned" in parts else ()), *(ABLATED if "ablations" in parts else ())]
+        names += SENSITIVITY if "sensitivity" in parts else []
+        jobs += [(task, name, seed, 1.0) for name in names for seed in range(seeds)]
+    return [job for job in dict.fromkeys(jobs) if job not in results.runs]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python benchmarks/quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained", default="default", help="the weights to judge")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=[*TASKS, *MORE_TASKS], metavar="TASK", help="all by default")
+    parser.add_argument("--parts", nargs="*", default=["baselines", "learned", "ablations", "sensitivity"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", type=Path, help="folder with mnist/ and wikitext-2/: adds their tasks")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side, each on one thread")
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="where runs.jsonl, results.json and the plots go")
+    arguments = parser.parse_args(argv)
+    tasks = list(arguments.tasks)
+    if arguments.data:
+        os.environ["QUALITY_DATA"] = str(arguments.data.resolve())
+        tasks += [name for name in MORE_TASKS if name not in tasks]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    results = Results(arguments.out / "runs.jsonl", fingerprint(load_network(arguments.pretrained)))
+    with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
+        while todo := wanted(tasks, results, arguments.seeds, set(arguments.parts)):
+            began = time.monotonic()
+            for count, done in enumerate(as_completed([pool.submit(train, job, arguments.pretrained) for job in todo]), 1):
+                results.add(done.result())
+                ahead = (time.monotonic() - began) / count * (len(todo) - count)
+                print(f"\r{count}/{len(todo)} runs, {ahead / 60:.0f} min to go ", end="", file=sys.stderr, flush=True)
+            print(file=sys.stderr)
+    report(tasks, results, arguments.seeds, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

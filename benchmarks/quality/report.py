@@ -1,0 +1,166 @@
+"""Tables, JSON and plots of the quality benchmark."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from optimizers import ABLATED, DEFAULTS, GRIDS, HORIZON, LEARNED, LEARNED_NAMES, REFERENCE, SENSITIVITY
+from runs import LENGTHS, Job, Results, final
+from tasks import MORE_TASKS, TASKS
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666", "#E69F00", "#56B4E9")  # Okabe & Ito (2008)
+BOUNDS = min(LENGTHS), max(LENGTHS)  # of a speed
+
+
+def envelope(results: Results, task: str, seed: int) -> list[tuple[float, float]]:
+    """(steps, lowest training loss) that tuned AdamW reaches by then, whatever length it is run for."""
+    best = results.best(task, REFERENCE)
+    points = []
+    for length in (1.0, *LENGTHS):
+        curve = [point for point in results.runs[task, best, seed, length]["curve"] if math.isfinite(point[1])]
+        points += [(curve[i][0], statistics.fmean(point[1] for point in curve[max(0, i - 2) : i + 1])) for i in range(1, len(curve))]
+    lowest, found = math.inf, []
+    for steps, loss in sorted(points):
+        if loss < lowest:
+            lowest = loss
+            found.append((float(steps), loss))
+    return found
+
+
+def steps_to(curve: Sequence[tuple[float, float]], loss: float) -> float:
+    """Where a falling curve of (steps, loss) first gets to a loss, interpolated in the logarithms; infinite where it does not."""
+    for (a, high), (b, low) in zip(curve, curve[1:], strict=False):
+        if high <= loss:
+            return a
+        if low <= loss:
+            share = math.log(high / loss) / math.log(high / low) if low > 0 else 1.0
+            return a * (b / a) ** share
+    return math.inf
+
+
+def speed(results: Results, task: str, name: str, seed: int) -> float:
+    """See the program's description."""
+    steps, solved = (TASKS | MORE_TASKS)[task].steps, (TASKS | MORE_TASKS)[task].solved
+    run = results.runs[task, name, seed, 1.0]
+    end = final(run)
+    if not math.isfinite(end):
+        return BOUNDS[0]
+    mine = float(steps)
+    if end <= solved:  # got there earlier
+        end = solved
+        mine = next(point[0] for point in run["curve"] if point[1] <= solved)
+    reference = envelope(results, task, seed)
+    return min(max(steps_to(reference, end) / mine, BOUNDS[0]), BOUNDS[1])
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def table(rows: Sequence[Sequence[object]]) -> str:
+    """Rows as a Markdown table."""
+    cells = [[f"{cell:#.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + " --- |" * len(cells[0]), *lines[1:]])
+
+
+def report(tasks: list[str], results: Results, seeds: int, out: Path) -> None:
+    """Prints the tables and writes results.json and the plots, for what has been run on all of the tasks."""
+
+    def complete(name: str) -> bool:
+        return all((task, name, seed, 1.0) in results.runs for task in tasks for seed in range(seeds))
+
+    def runs(task: str, name: str) -> list[dict[str, Any]]:
+        return [results.runs[task, name, seed, 1.0] for seed in range(seeds)]
+
+    tuned = {family: {task: results.best(task, family) for task in tasks} for family in GRIDS}
+    columns = {f"{family} tuned": names for family, names in tuned.items()}
+    columns |= {name: dict.fromkeys(tasks, name) for name in [*LEARNED_NAMES, *DEFAULTS, *SENSITIVITY, *ABLATED] if complete(name)}
+    figures: dict[str, dict[str, Any]] = {}
+    for column, names in columns.items():
+        by_task = {}
+        for task in tasks:
+            found = runs(task, names[task])
+            by_task[task] = {
+                "setting": names[task],
+                "train": statistics.fmean(map(final, found)),
+                "validation": statistics.fmean(statistics.fmean(point[2] for point in run["curve"][-3:]) for run in found),
+                "speed": geometric_mean([speed(results, task, names[task], seed) for seed in range(seeds)]),
+                "diverged": sum(diverged(run) for run in found),
+                "ms_per_step": statistics.median(1000 * run["curve"][-1][3] / run["curve"][-1][0] for run in found),
+            }
+        speeds = {task: found["speed"] for task, found in by_task.items()}
+        worst = min(speeds, key=lambda task: speeds[task])
+        figures[column] = {
+            "speed": geometric_mean(list(speeds.values())),
+            "worst": {"task": worst, "speed": speeds[worst]},
+            "diverged": sum(found["diverged"] for found in by_task.values()),
+            "tasks": by_task,
+        }
+
+    summary: list[list[object]] = [["", "speed, geometric mean", "worst task", "its speed", "runs that diverged"]]
+    ordered = sorted(figures.items(), key=lambda item: -item[1]["speed"])
+    summary += [[name, one["speed"], one["worst"]["task"], one["worst"]["speed"], one["diverged"]] for name, one in ordered]
+    shown = [name for name in (f"{REFERENCE} tuned", DEFAULTS[0], LEARNED, HORIZON) if name in figures]
+    by_task: list[list[object]] = [["task", "tuned to", *(f"{name}: train" for name in shown), *(f"{name}: speed" for name in shown[2:])]]
+    for task in tasks:
+        losses = [figures[name]["tasks"][task]["train"] for name in shown]
+        by_task.append([task, tuned[REFERENCE][task], *losses, *(figures[name]["tasks"][task]["speed"] for name in shown[2:])])
+    text = f"{table(summary)}\n\n{table(by_task)}\n"
+    print(f"\n{len(tasks)} tasks, {seeds} seeds, weights {results.weights}\n\n{text}")
+    machine = {"platform": platform.platform(), "torch": torch.__version__}
+    found = {"weights": results.weights, "seeds": seeds, "machine": machine, "optimizers": figures}
+    (out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "tables.md").write_text(text)
+    draw(tasks, results, figures, seeds, out)
+    print(f"figures: {out / 'results.json'}\ntables: {out / 'tables.md'}\nplots: {out / 'speed.png'}, {out / 'curves.png'}")
+
+
+def diverged(run: dict[str, Any]) -> bool:
+    """Not finite, or at the end above twice the start."""
+    return not math.isfinite(final(run)) or final(run) > 2 * max(run["curve"][0][1], 0.1)
+
+
+def draw(tasks: list[str], results: Results, figures: dict[str, dict[str, Any]], seeds: int, out: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [name for name in (LEARNED, HORIZON) if name in figures]
+    figure = Figure(figsize=(8, 0.28 * len(tasks) + 1), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for colour, name in zip(COLOURS, shown, strict=False):
+        axes.plot([figures[name]["tasks"][task]["speed"] for task in tasks], tasks, "o", color=colour, label=name)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="speed: steps of tuned AdamW over ours", xlim=BOUNDS)
+    axes.set_xticks([0.125, 0.25, 0.5, 0.7, 1, 1.5, 2, 4], ["1/8", "1/4", "1/2", "0.7", "1", "1.5", "2", "4"])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.invert_yaxis()
+    axes.legend(frameon=False)
+    figure.savefig(out / "speed.png")
+
+    columns = 5
+    figure = Figure(figsize=(3.2 * columns, 2.4 * math.ceil(len(tasks) / columns)), dpi=80, layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, task in enumerate(tasks):
+        axes = figure.add_subplot(math.ceil(len(tasks) / columns), columns, index + 1)
+        for colour, name in zip(COLOURS, [*shown, f"{REFERENCE} tuned", DEFAULTS[0]], strict=False):
+            if name not in figures:
+                continue
+            setting = figures[name]["tasks"][task]["setting"]
+            for seed in range(seeds):
+                curve = results.runs[task, setting, seed, 1.0]["curve"]
+                steps, losses = [point[0] for point in curve], [point[1] for point in curve]
+                axes.plot(steps, losses, color=colour, linewidth=0.9, alpha=0.8, label=name if seed == 0 else None)
+        axes.set(title=task, yscale="log")
+        if index == 0:
+            axes.legend(frameon=False, fontsize="small")
+    figure.savefig(out / "curves.png")
