@@ -412,7 +412,7 @@ def new_digits(seed: int) -> Problem:
 
 TASKS: dict[str, HeldOut] = {
     "mlp": HeldOut(lambda seed: digits(seed, lambda: mlp([64, 128, 128, 10], nn.ReLU)), 200),
-    "wide mlp": HeldOut(lambda seed: digits(seed, lambda: mlp([64, 512, 512, 10], nn.ReLU)), 150),
+    "wide mlp": HeldOut(lambda seed: digits(seed, lambda: mlp([64, 512, 10], nn.ReLU)), 150),
     "deep tanh": HeldOut(lambda seed: digits(seed, lambda: mlp([64, *[48] * 9, 10], nn.Tanh)), 300),
     "logistic": HeldOut(lambda seed: digits(seed, lambda: nn.Linear(64, 10)), 300),
     "bf16 mlp": HeldOut(half_precision, 200),
