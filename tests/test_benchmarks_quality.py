@@ -1,0 +1,141 @@
+"""The quality benchmark: its tasks are held out, it resumes, and its speed measures what it says."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator
+
+from learned_optim.config import from_json
+from learned_optim.meta_train import FAMILIES, MetaTrainConfig
+from learned_optim.meta_train.families.text import source_text
+
+FOLDER = Path(__file__).parents[1] / "benchmarks/quality"
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
+
+
+@pytest.fixture(scope="module")
+def quality() -> Iterator[Any]:
+    """The benchmark's modules."""
+    sys.path.insert(0, str(FOLDER))
+    names = ("tasks", "optimizers", "runs", "report")
+    spec = importlib.util.spec_from_file_location("quality", FOLDER / "__main__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    main = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(main)
+    yield SimpleNamespace(main=main, **{name: sys.modules[name] for name in names})
+    sys.path.remove(str(FOLDER))
+    for name in names:
+        del sys.modules[name]
+
+
+def meta_trained_families() -> set[str]:
+    """The families that any of the bundled weights was meta-trained on."""
+    configs = [from_json(MetaTrainConfig, path.read_text(), str(path)) for path in PRETRAINED.glob("*/meta_train*.json")]
+    assert configs
+    assert all(config.families for config in configs)
+    return {family for config in configs for family in config.families}
+
+
+def test_no_held_out_model_has_the_shapes_of_one_that_was_meta_trained_on(quality: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = importlib.import_module("learned_optim.meta_train.families.fine_tuning")
+    monkeypatch.setattr(family, "pretrain", lambda task, generator: task.init(generator)[0])  # the shapes are the same
+    monkeypatch.setattr(family, "pretrained_task", family.pretrained_task.__wrapped__)  # the cache is for trained ones
+    monkeypatch.setattr(quality.tasks, "pretrain", lambda problem, steps: problem.model.state_dict())
+    shapes = set()
+    for family in meta_trained_families():
+        for seed in range(20):
+            shapes.add(tuple(sorted(map(tuple, FAMILIES[family](Generator().manual_seed(seed)).shapes.values()))))
+    for name, task in quality.tasks.TASKS.items():
+        model = task.make(0).model
+        assert tuple(sorted(tuple(param.shape) for param in model.parameters())) not in shapes, name
+
+
+def test_no_held_out_data_were_meta_trained_on(quality: Any) -> None:
+    assert not meta_trained_families() & {"digits", "tabular", "hub"}  # the families on real data that the benchmark or the demo uses
+    read = bytes((source_text() + 32).tolist())
+    chosen = random.Random(0)
+    for text in (quality.tasks.manual(), quality.tasks.docstrings()):
+        printable = bytes(text[(text >= 32) & (text < 127)].tolist())
+        windows = [printable[start : start + 40] for start in (chosen.randrange(len(printable) - 40) for _ in range(500))]
+        assert sum(window in read for window in windows) < 5
+
+
+def test_every_task_trains(quality: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality.tasks, "pretrain", lambda problem, steps: problem.model.state_dict())
+    for name, task in quality.tasks.TASKS.items():
+        problem = task.make(0)
+        problem.loss(problem.model, problem.batch()).backward()
+        assert any(param.grad is not None and param.grad.any() for param in problem.model.parameters()), name
+        measure = problem.measure or problem.loss
+        assert torch.isfinite(measure(problem.model, problem.train) + measure(problem.model, problem.validation)), name
+
+
+def test_the_program_runs_and_resumes(quality: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = {"AdamW": ["AdamW 0.001 constant", "AdamW 0.03 cosine"], "Muon": ["Muon 0.01 cosine"]}
+    for module in (quality.main, quality.runs, quality.report):
+        monkeypatch.setattr(module, "GRIDS", grids)
+    monkeypatch.setattr(quality.main, "DEFAULTS", ["AdamW-default 0.001"])
+    monkeypatch.setattr(quality.report, "DEFAULTS", ["AdamW-default 0.001"])
+    monkeypatch.setattr(quality.main, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(quality.main, "as_completed", list)
+    arguments = ["--tasks", "linear", "--seeds", "1", "--parts", "baselines", "learned", "--out", str(tmp_path)]
+    quality.main.main(arguments)
+    written = (tmp_path / "runs.jsonl").read_text()
+    found = json.loads((tmp_path / "results.json").read_text())["optimizers"]
+    assert found["AdamW tuned"]["tasks"]["linear"]["setting"] == "AdamW 0.03 cosine"  # a thousandth is far too small for 200 steps
+    assert found["AdamW-default 0.001"]["speed"] < 0.5 < found["AdamW tuned"]["speed"]
+    assert found["learned"]["tasks"]["linear"]["train"] < 0.6
+    assert (tmp_path / "speed.png").stat().st_size > 0
+    quality.main.main(arguments)
+    assert (tmp_path / "runs.jsonl").read_text() == written  # nothing was run again
+
+
+class InThisProcess:
+    def __init__(self, *_: object) -> None: ...
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, function: Any, *arguments: Any) -> Any:
+        result = function(*arguments)
+        return SimpleNamespace(result=lambda: result)
+
+
+def test_speed_is_the_ratio_of_steps_to_the_same_loss(quality: Any, tmp_path: Path) -> None:
+    """AdamW halves the loss every 50 steps; what ends the task's 200 steps at AdamW's loss after 100 has half its speed."""
+    results = quality.runs.Results(tmp_path / "runs.jsonl", "weights")
+    best = "AdamW 0.01 cosine"
+
+    def add(name: str, length: float, loss_at: Any) -> None:
+        steps = round(200 * length)
+        curve = [(step, loss_at(step), loss_at(step), 0.0) for step in range(0, steps + 1, max(1, steps // 40))]
+        results.runs["linear", name, 0, length] = {"curve": curve, "optimizer": name}
+
+    for name in quality.optimizers.GRIDS["AdamW"]:
+        add(name, 1.0, lambda step: 1.0)
+    for length in (1.0, *quality.runs.LENGTHS):
+        add(best, length, lambda step: 0.5 ** (step / 50))
+    add("half", 1.0, lambda step: 0.25)
+    add("twice", 1.0, lambda step: 0.5**8)
+    add("gone", 1.0, lambda step: float("nan"))
+    measured = [quality.report.speed(results, "linear", name, 0) for name in ("half", "twice", "gone")]
+    assert measured == pytest.approx([0.5, 2.0, 0.125], rel=0.06)
+
+
+def test_an_unknown_loss_is_never_reached(quality: Any) -> None:
+    assert quality.report.steps_to([(1.0, 2.0), (4.0, 0.5)], 1.0) == pytest.approx(2.0)
+    assert quality.report.steps_to([(1.0, 2.0), (4.0, 0.5)], 0.1) == float("inf")
