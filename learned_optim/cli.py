@@ -108,10 +108,27 @@ def _info(args: Namespace) -> None:
         print(f"{name:20} {value}")
 
 
+def _push_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of a finished meta-training run, or of saved weights")
+    parser.add_argument("repo_id", metavar="USER/NAME")
+    parser.add_argument("--private", action="store_true", default=None, help="only you may read a repository that is made here")
+
+
+def _push(args: Namespace) -> None:
+    if not args.folder.is_dir():
+        raise CommandError(f"{args.folder} is not a folder; `learned-optim push` takes what meta-training or save_pretrained wrote")
+    try:
+        commit = _load(str(args.folder)).push_to_hub(args.repo_id, folder=args.folder, private=args.private)
+    except (OSError, ValueError) as error:
+        raise CommandError(error) from error
+    print(f'{args.repo_id} is at {commit}. Use it: LearnedOptimizer(model.parameters(), "{args.repo_id}", revision="{commit}")')
+
+
 COMMANDS = {
     "demo": Command(
         summary="train two small models beside AdamW, and print and plot who wins (about 3 minutes)", arguments=_demo_arguments, run=_demo
     ),
     "list": Command(summary="names of the bundled weights", arguments=lambda parser: None, run=_list),
     "info": Command(summary="configuration, size and fingerprint of a set of weights", arguments=_info_arguments, run=_info),
+    "push": Command(summary="publish a folder of weights on the Hugging Face Hub", arguments=_push_arguments, run=_push),
 }

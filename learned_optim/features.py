@@ -25,7 +25,11 @@ ABSOLUTE_FLOOR = 1e-20
 # Bound of the normalised gradient: one outlier batch must not drive the LSTM into saturation.
 GRADIENT_BOUND = 3.0
 
-ODD, EVEN, STATISTICS = 2, 3, 11  # how many features and statistics there are
+# A tensor's age counts up to here, in steps. Training runs of a user are longer than those of meta-training, and must not look new.
+AGE_BOUND = 200.0
+
+ODD, EVEN, STATISTICS = 2, 3, 10  # how many features and statistics there are
+COSINE = 0  # the statistic that tells too short steps from too long ones
 
 
 class Layout:
@@ -44,7 +48,6 @@ class Layout:
             [math.log(out) / 8, math.log(into) / 8, float(matrix)] for (out, into), matrix in zip(self.fans, self.is_matrix, strict=True)
         ]
         self.constants = torch.tensor(known, dtype=torch.float32, device=device)  # (K, 3), features for the controller
-        self.log_fan_in = 8 * self.constants[:, 1]
 
     @staticmethod
     @functools.lru_cache(maxsize=4)
@@ -128,7 +131,6 @@ def tensor_statistics(
     previous_momentum: Tensor,
     signal: Tensor,
     mean: Tensor,
-    param: Tensor,
     step: Tensor,
     progress: Tensor,
     horizon_known: Tensor,
@@ -142,21 +144,19 @@ def tensor_statistics(
             are too short, negative once they overshoot.
         signal: mean square of the normalised momentum, the gradient's signal-to-noise ratio, (..., K).
         mean: mean of the bias-corrected second moment, (..., K).
-        param: the tensors, (..., N).
         step: steps since the first gradient, this one included, (..., K).
         progress: step / horizon in [0, 1], 0 where no horizon is known, (..., K).
         horizon_known: 1 or 0, (..., K).
     """
-    products = torch.stack([grad.square(), previous_momentum.square(), grad * previous_momentum, param.square()])
-    grad_square, momentum_square, product, param_square = layout.mean(products)
+    products = torch.stack([grad.square(), previous_momentum.square(), grad * previous_momentum])
+    grad_square, momentum_square, product = layout.mean(products)
     cosine = product * (grad_square + ABSOLUTE_FLOOR).rsqrt() * (momentum_square + ABSOLUTE_FLOOR).rsqrt()
     surprise = 0.5 * ((grad_square + ABSOLUTE_FLOOR).log() - (mean + ABSOLUTE_FLOOR).log())
     measured = [
         cosine,
         surprise.clamp(-3, 3),
         0.5 * (signal + 1e-4).log(),
-        0.125 * ((param_square + 1e-8).log() + layout.log_fan_in),
-        torch.log1p(step) / 8,
+        torch.log1p(step.clamp(max=AGE_BOUND)) / 8,
         torch.exp(-step / 10),
         progress,
         horizon_known,

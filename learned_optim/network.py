@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import NetworkConfig
-from .features import EVEN, ODD, STATISTICS, CoordinateFeatures
+from .features import COSINE, EVEN, ODD, STATISTICS, CoordinateFeatures
 
 
 class CoordinateLSTM(nn.Module):
@@ -69,15 +69,28 @@ class CoordinateLSTM(nn.Module):
 
 
 class Controller(nn.Module):
-    """A per-tensor LSTM that chooses each tensor's step size, since no single coordinate sees the scale of its layer (as in VeLO, Metz et
-    al. 2022).
+    """Chooses each tensor's step size, since no single coordinate sees the scale of its layer.
 
-    It reads every tensor's statistics beside their mean over all tensors, and writes the logarithm of a correction to the prior step size,
-    bounded to exp(±3), and a bias for the gates of the coordinate-wise LSTM. Both are zero at initialisation.
+    Two parts add up to the logarithm of a correction to the prior step size. The first one follows the hypergradient (Baydin et al. 2018,
+    "Online learning rate adaptation with hypergradient descent"): while gradients go on pointing where the steps before them went, steps
+    are too short, and once they point back, too long. With `c` half of a tensor's cosine between gradient and momentum plus half of the
+    mean over all tensors, at the tensor's step `t`,
+
+        k' = k + rate / (1 + t / patience) * (1 - t / T) * (c if c > 0 else caution * c),        |k'| <= 3,
+
+    without the factor of the horizon `T` where none is known. Caution is small: a step that is right for the whole run overshoots along
+    the steepest directions, and a greedy controller would take that for too long. Correcting fades, since once the scale is found what
+    the cosine shows is the schedule and the noise.
+
+    The second part is a per-tensor LSTM (as in VeLO, Metz et al. 2022) that reads every tensor's statistics beside their mean over all
+    tensors. It also writes a bias for the gates of the coordinate-wise LSTM. Both of its outputs are zero at initialisation.
     """
 
     def __init__(self, control_units: int, hidden_units: int) -> None:
         super().__init__()
+        self.log_rate = nn.Parameter(torch.tensor(math.log(0.1)))
+        self.log_patience = nn.Parameter(torch.tensor(math.log(30.0)))
+        self.log_caution = nn.Parameter(torch.tensor(math.log(0.2)))
         self.input = nn.Linear(2 * STATISTICS + control_units, 4 * control_units)
         self.correction = nn.Linear(control_units, 1)
         self.context = nn.Linear(control_units, 3 * hidden_units)
@@ -88,24 +101,34 @@ class Controller(nn.Module):
             nn.init.zeros_(output.weight)
             nn.init.zeros_(output.bias)
 
-    def forward(self, statistics: Tensor, control: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, statistics: Tensor, age: Tensor, progress: Tensor, correction: Tensor, control: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Runs one step.
 
         Args:
             statistics: of every tensor, (..., K, S).
-            control: the controller's hidden state and cell, (..., K, 2, C).
+            age: of every tensor, in steps, (..., K).
+            progress: age over horizon, 0 where that is not known, (..., K).
+            correction: what the hypergradient has added up to, (..., K).
+            control: the LSTM's hidden state and cell, (..., K, 2, C).
 
         Returns:
-            logarithm of the step-size correction (..., K), context (..., K, 3 H), new control (..., K, 2, C).
+            logarithm of the step-size correction (..., K), context (..., K, 3 H), new correction (..., K), new control (..., K, 2, C).
         """
-        hidden, cell = control.unbind(-2)
         everywhere = statistics.mean(-2, keepdim=True).expand_as(statistics)
+        cosine = 0.5 * (statistics[..., COSINE] + everywhere[..., COSINE])
+        pull = cosine.clamp(min=0) + self.log_caution.exp() * cosine.clamp(max=0)
+        rate = self.log_rate.exp() / (1 + age / self.log_patience.exp()) * (1 - progress)
+        correction = (correction + rate * pull).clamp(-3, 3)
+
+        hidden, cell = control.unbind(-2)
         gates = self.input(torch.cat([statistics, everywhere, hidden], -1))
         gate_in, gate_forget, gate_out, candidate = gates.chunk(4, -1)
         cell = gate_forget.sigmoid() * cell + gate_in.sigmoid() * candidate.tanh()
         hidden = gate_out.sigmoid() * cell.tanh()
-        log_correction = 3 * torch.tanh(self.correction(hidden).squeeze(-1) / 3)
-        return log_correction, self.context(hidden), torch.stack([hidden, cell], -2)
+        log_correction = correction + 3 * torch.tanh(self.correction(hidden).squeeze(-1) / 3)
+        return log_correction, self.context(hidden), correction, torch.stack([hidden, cell], -2)
 
 
 class OptimizerNetwork(nn.Module):

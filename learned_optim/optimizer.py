@@ -23,6 +23,8 @@ from .weights import fingerprint, load_network
 # section 2.2), so this turns the size of our update into the learning rate that AdamW's weight decay would be multiplied by.
 ADAMW_UPDATE_RMS = 0.2
 
+PER_TENSOR = ("step", "correction", "control")  # state that a parameter has once; the rest belongs to its coordinates
+
 
 class LearnedOptimizer(torch.optim.Optimizer):
     r"""A pretrained LSTM in place of AdamW. It needs no learning rate.
@@ -62,6 +64,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self.network = network.float().requires_grad_(False)
         defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "weights": fingerprint(self.network)}
         super().__init__(params, defaults)
+        self._rates: dict[Tensor, Tensor] = {}  # of each parameter's last update, see `effective_lr`
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -133,9 +136,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         horizons = torch.tensor([members[param]["total_steps"] or math.inf for param in params], dtype=torch.float32, device=device)
         grads = flatten([param.grad for param in params if param.grad is not None])
         with torch.autocast(device.type, enabled=False):
-            change, new_state = update(network, layout, grads, flatten(params), join(states), horizons)
+            change, new_state = update(network, layout, grads, join(states), horizons)
         changes = change.split(layout.sizes)
         rates = (layout.mean(change.square()).sqrt() / ADAMW_UPDATE_RMS).unbind()
+        self._rates.update(zip(params, rates, strict=True))
         for param, part, rate in zip(params, changes, rates, strict=True):
             lr, weight_decay = members[param]["lr"], members[param]["weight_decay"]
             part = part.view(param.shape)
@@ -146,8 +150,19 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for key, value in state.items():
                 value.copy_(new[key].view(value.shape))
 
+    def effective_lr(self) -> list[float | None]:
+        """What the optimizer does, in familiar units: for each group, the learning rate that would give AdamW updates of the size of the
+        last step's (their root mean square over the group). None for a group that has not been updated yet. Waits for the device."""
+        found: list[float | None] = []
+        for group in self.param_groups:
+            updated = [param for param in group["params"] if param in self._rates]
+            squares = sum(param.numel() * self._rates[param].item() ** 2 for param in updated)
+            count = sum(param.numel() for param in updated)
+            found.append(float(group["lr"]) * math.sqrt(squares / count) if count else None)
+        return found
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "network": self.network}
+        return {**super().__getstate__(), "network": self.network, "_rates": {}}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -185,12 +200,14 @@ def init_state(param: Tensor, config: NetworkConfig) -> State:
     """The state of a parameter that has seen no gradient, in fp32.
 
     What belongs to coordinates is made by `zeros_like`, so that it is placed and sharded like the parameter: `momentum` and `second_moment`
-    have its shape, `hidden` and `cell` are (H, *shape). `control` is (2, C), and `step`, the tensor's clock in steps, ().
+    have its shape, `hidden` and `cell` are (H, *shape). `control` is (2, C); `step`, the tensor's clock
+    in steps, and `correction`, the logarithm of its step size's, are ().
     """
     zeros = torch.zeros_like(param, dtype=torch.float32, memory_format=torch.contiguous_format)
     units = torch.stack([zeros] * config.hidden_units)
     return {
         "step": torch.zeros((), dtype=torch.float32, device=param.device),
+        "correction": torch.zeros((), dtype=torch.float32, device=param.device),
         "control": torch.zeros(2, config.control_units, dtype=torch.float32, device=param.device),
         "momentum": zeros,
         "second_moment": zeros.clone(),
@@ -206,14 +223,14 @@ def flatten(tensors: list[Tensor]) -> Tensor:
 
 def join(states: list[State]) -> State:
     """The states of `K` parameters as the rule takes them, see `rule.init_state`."""
-    joined = {key: torch.stack([state[key] for state in states]) for key in ("step", "control")}
+    joined = {key: torch.stack([state[key] for state in states]) for key in PER_TENSOR}
     joined |= {key: flatten([state[key] for state in states]) for key in ("momentum", "second_moment")}
     return joined | {key: torch.cat([state[key].reshape(len(state[key]), -1) for state in states], 1) for key in ("hidden", "cell")}
 
 
 def split(state: State, layout: Layout) -> list[State]:
     """The inverse of `join`, with the coordinates flat."""
-    parts = {key: value.unbind() if key in ("step", "control") else value.split(layout.sizes, -1) for key, value in state.items()}
+    parts = {key: value.unbind() if key in PER_TENSOR else value.split(layout.sizes, -1) for key, value in state.items()}
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 

@@ -9,8 +9,9 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
 
 1. **Moments** as in Adam (Kingma & Ba 2015): :math:`m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t`,
    :math:`v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2`, used bias-corrected.
-2. **Step size.** Statistics of the tensor (`features.tensor_statistics`) go to the controller, a small LSTM with one state per tensor. It
-   returns a correction :math:`e^{\kappa_t}` of the prior step size, and a bias for the gates of the next LSTM.
+2. **Step size.** Statistics of the tensor (`features.tensor_statistics`) go to the controller (`network.Controller`): the hypergradient
+   added up, and a small LSTM with one state per tensor. It returns a correction :math:`e^{\kappa_t}` of the prior step size, and a bias
+   for the gates of the next LSTM.
 3. **Direction.** Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise
    LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`.
 4. **Length.** The direction loses its length, so that the LSTM cannot change the step size by accident. A matrix (fan_out x fan_in;
@@ -52,12 +53,13 @@ BLOCK = 2**15  # coordinates of a block; its intermediate results then fit into 
 def init_state(layout: Layout, config: NetworkConfig, leading: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> State:
     """The state of tensors that have seen no gradient: zeros.
 
-    `step`, each tensor's clock, is (..., K) and `control` (..., K, 2, C); `momentum` and `second_moment` are (..., N), `hidden` and `cell`
-    (H, ..., N).
+    `step`, each tensor's clock, and `correction`, the logarithm of its step size's, are (..., K) and `control` is (..., K, 2, C);
+    `momentum` and `second_moment` are (..., N), `hidden` and `cell` (H, ..., N).
     """
     device, count, size = layout.constants.device, len(layout.sizes), sum(layout.sizes)
     shapes = {
         "step": (*leading, count),
+        "correction": (*leading, count),
         "control": (*leading, count, 2, config.control_units),
         "momentum": (*leading, size),
         "second_moment": (*leading, size),
@@ -67,14 +69,12 @@ def init_state(layout: Layout, config: NetworkConfig, leading: tuple[int, ...] =
     return {key: torch.zeros(shape, dtype=dtype, device=device) for key, shape in shapes.items()}
 
 
-def update(
-    network: OptimizerNetwork, layout: Layout, grad: Tensor, param: Tensor, state: State, total_steps: Tensor
-) -> tuple[Tensor, State]:
+def update(network: OptimizerNetwork, layout: Layout, grad: Tensor, state: State, total_steps: Tensor) -> tuple[Tensor, State]:
     """One step of the rule for all tensors at once.
 
     Args:
         layout: the tensors' shapes.
-        grad, param: gradients and parameters, (..., N), in the network's dtype.
+        grad: gradients, (..., N), in the network's dtype.
         state: see `init_state`.
         total_steps: each tensor's horizon in steps, (..., K); infinite where it is not known.
 
@@ -97,8 +97,8 @@ def update(
     progress = ((age - 1) / total_steps).clamp(max=1)
     noise = second_moment + layout.spread(RELATIVE_FLOOR * mean * correction2 + ABSOLUTE_FLOOR)
     signal = layout.mean(momentum.square() / noise) * correction2 / correction1.square()
-    statistics = tensor_statistics(layout, grad, state["momentum"], signal, mean, param, step, progress, known)
-    log_correction, context, control = network.controller(statistics, state["control"])
+    statistics = tensor_statistics(layout, grad, state["momentum"], signal, mean, step, progress, known)
+    log_correction, context, correction, control = network.controller(statistics, age, progress, state["correction"], state["control"])
     annealed = 0.5 + 0.5 * torch.cos(math.pi * progress)
     decayed = (1 + step / DECAY_STEPS).rsqrt()
     step_size = (network.log_step_size + log_correction).exp() * torch.where(known > 0, annealed, decayed) * started
@@ -115,8 +115,8 @@ def update(
 
     # 4. Length, 5. Update
     change = -layout.spread(step_size) * normalize(direction, layout, network)
-    control = control * started[..., None, None]
-    return change, {"step": step, "momentum": momentum, "second_moment": second_moment, "hidden": hidden, "cell": cell, "control": control}
+    per_tensor = {"step": step, "correction": correction * started, "control": control * started[..., None, None]}
+    return change, per_tensor | {"momentum": momentum, "second_moment": second_moment, "hidden": hidden, "cell": cell}
 
 
 def blockwise(function: Callable[..., tuple[Tensor, ...]], layout: Layout, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,8 +1,11 @@
 """The `learned-optim` command, but for what `demo` does (see test_demo.py)."""
 
+import os
+import subprocess
 import sys
 
 import pytest
+from hub_server import HubServer
 
 from learned_optim import NetworkConfig, OptimizerNetwork
 from learned_optim.cli import COMMANDS, main
@@ -37,6 +40,36 @@ def test_bad_weights_are_one_line_and_status_2(command, damage, tmp_path, capsys
     assert captured.err.startswith("learned-optim: ")
     assert captured.err.count("\n") == 1
     assert "config.json" in captured.err
+
+
+def test_push_publishes_a_folder_that_loads_again(tmp_path):
+    """By the real client, in a process of its own: it reads HF_ENDPOINT when it is imported."""
+    network = OptimizerNetwork(NetworkConfig(hidden_units=3))
+    network.save_pretrained(tmp_path / "mine")
+    (tmp_path / "mine/README.md").write_text("# Mine\n")
+    with HubServer() as hub:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "hf_test",
+            "HF_HOME": str(tmp_path / "hf"),
+        }
+
+        def command(*arguments):
+            call = [sys.executable, "-c", "import sys; from learned_optim.cli import main; sys.exit(main())", *arguments]
+            return subprocess.run(call, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+        pushed = command("push", "mine", "user/mine")
+        assert pushed.returncode == 0, pushed.stderr
+        repository = hub.repositories["user/mine"]
+        commit = repository.refs["main"]
+        assert f'revision="{commit}"' in pushed.stdout
+        assert repository.commits[commit]["README.md"] == b"# Mine\n"
+        assert fingerprint(network) in command("info", "user/mine").stdout
+        missing = command("push", "nowhere", "user/mine")
+        assert missing.returncode == 2
+        assert missing.stderr.startswith("learned-optim: nowhere is not a folder")
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "sklearn", "tqdm"])

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -26,3 +28,11 @@ def test_meta_train_your_own(tmp_path: Path) -> None:
     assert list(losses)[:2] == ["default", "mine"]
     assert len(losses) == 6
     assert float(losses["mine"]) < 1.0
+
+
+@pytest.mark.parametrize("name", ["trainer_gpt.py", "trainer_classifier.py"])
+def test_trainer(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'learned-optim[transformers]'")
+    out = run(name, "--steps", "4", "--seeds", "1", folder=tmp_path)
+    losses = dict(re.findall(r"^(\S.*?) +([\d.]+)  \(", out, re.MULTILINE))
+    assert list(losses) == ["Trainer, as it comes", "LearnedOptimizerTrainer"]

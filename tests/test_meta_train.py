@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import subprocess
@@ -377,3 +378,26 @@ def test_meta_training_runs_unchanged_on_cuda() -> None:
     on_gpu = meta_train(families, config, device="cuda")
     assert on_gpu.network.log_step_size.is_cuda
     assert on_gpu.meta_losses == pytest.approx(on_cpu.meta_losses, rel=1e-2)
+
+
+def test_scalars_are_held_during_the_run_and_get_their_own_values_back(tmp_path: Path) -> None:
+    """What is learned is what a network without them learns; and a resumed run ends the same."""
+    config = tiny_config(estimators={"coordinate": "exact"}, held={"controller.log_rate": -30.0})
+    result = meta_train(FAMILIES, config, folder=tmp_path)
+    own = OptimizerNetwork(config.network).controller.log_rate
+    assert torch.equal(result.network.controller.log_rate, own)
+    torch.manual_seed(config.seed)
+    without = OptimizerNetwork(config.network)
+    with torch.no_grad():
+        without.controller.log_rate.fill_(-30.0)
+    alone = meta_train(FAMILIES, dataclasses.replace(config, held={}), network=without)
+    assert torch.equal(alone.network.coordinate.gate_weight, result.network.coordinate.gate_weight)
+    again = meta_train(FAMILIES, config, folder=tmp_path)
+    assert torch.equal(again.network.controller.log_rate, own)
+
+
+@pytest.mark.parametrize("name", ["coordinate.skip", "no.such", "log_step_size"])
+def test_what_cannot_be_held_is_named(name: str) -> None:
+    config = tiny_config(estimators={"log_": "exact", "coordinate": "exact"}, held={name: 0.0})
+    with pytest.raises(ValueError, match=f"held is for frozen scalars of the network, which '{name}' is not"):
+        meta_train(FAMILIES, config)

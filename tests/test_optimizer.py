@@ -24,7 +24,7 @@ from learned_optim import rule
 from learned_optim.config import NetworkConfig
 from learned_optim.features import Layout
 from learned_optim.network import OptimizerNetwork
-from learned_optim.optimizer import ADAMW_UPDATE_RMS, LearnedOptimizer, init_state
+from learned_optim.optimizer import ADAMW_UPDATE_RMS, PER_TENSOR, LearnedOptimizer, init_state
 from learned_optim.weights import fingerprint, load_network, save_network
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
@@ -126,16 +126,16 @@ def test_step_is_the_rule(network: OptimizerNetwork) -> None:
         optimizer.zero_grad()
         loss_of(model, step).backward()
         before = [param.detach().clone() for param in params]
-        grad, flat = (torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in ([param.grad for param in params], before))
+        grad = torch.cat([param.grad.reshape(-1) for param in params])
         with torch.no_grad():
-            change, state = rule.update(network, layout, grad, flat, state, horizons)
+            change, state = rule.update(network, layout, grad, state, horizons)
         optimizer.step()
         for k, (param, part) in enumerate(zip(params, change.split(layout.sizes), strict=True)):
             lr, weight_decay = (0.5, 0.1) if k < 2 else (1.0, 0.0)
             share = lr * weight_decay * part.square().mean().sqrt() / ADAMW_UPDATE_RMS
             torch.testing.assert_close(param.detach(), before[k] * (1 - share) + lr * part.view(param.shape), rtol=1e-5, atol=1e-7)
             own = optimizer.state[param]
-            assert_same([own["step"], own["control"]], [state["step"][k], state["control"][k]])
+            assert_same([own[key] for key in PER_TENSOR], [state[key][k] for key in PER_TENSOR])
             for key in ("momentum", "second_moment", "hidden", "cell"):
                 expected = state[key].split(layout.sizes, -1)[k]
                 assert_same(own[key].reshape(expected.shape), expected)

@@ -72,7 +72,7 @@ def step(
 ) -> tuple[list[Tensor], State]:
     """One step of the rule, with the tensors in their shapes."""
     horizons = torch.tensor(total_steps, dtype=network.log_step_size.dtype).expand(len(params))
-    change, state = update(network, layout_of(params), flat(grads), flat(params), state, horizons)
+    change, state = update(network, layout_of(params), flat(grads), state, horizons)
     parts = change.split([param.numel() for param in params])
     return [part.view(param.shape) for part, param in zip(parts, params, strict=True)], state
 
@@ -129,6 +129,7 @@ def test_init_state() -> None:
     state = init_state(layout, NetworkConfig(hidden_units=3, control_units=5), (6,), torch.float64)
     assert {key: tuple(value.shape) for key, value in state.items()} == {
         "step": (6, 3),
+        "correction": (6, 3),
         "control": (6, 3, 2, 5),
         "momentum": (6, 12),
         "second_moment": (6, 12),
@@ -143,7 +144,7 @@ def test_update_is_pure(network: OptimizerNetwork, generator: torch.Generator) -
     params, grads = draw(SHAPES, generator), draw(SHAPES, generator)
     _, state = run(network, params, [grads])
     weights = copy.deepcopy(network.state_dict())
-    arguments = (flat(grads), flat(params), state, torch.full((len(SHAPES),), 10.0))
+    arguments = (flat(grads), state, torch.full((len(SHAPES),), 10.0))
     before = copy.deepcopy(arguments)
     change, new_state = update(network, layout_of(params), *arguments)
     for result in [change, *new_state.values()]:
@@ -163,7 +164,7 @@ def test_default_dtype_does_not_matter(network: OptimizerNetwork, generator: tor
     torch.set_default_dtype(torch.float64)
     try:
         state = fresh(params, network)
-        change, _ = update(network, layout_of(params), flat(gradients[0]), flat(params), state, torch.full((2,), 9.0, dtype=torch.float32))
+        change, _ = update(network, layout_of(params), flat(gradients[0]), state, torch.full((2,), 9.0, dtype=torch.float32))
     finally:
         torch.set_default_dtype(torch.float32)
     assert change.dtype == torch.float32
@@ -302,6 +303,7 @@ def test_orthogonalize_keeps_the_singular_vectors(generator: torch.Generator, sh
 
 def test_step_size_anneals_to_a_known_horizon(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
     """It falls all the way, ends near zero, and does not come back after the horizon."""
+    untrained.controller.log_rate.fill_(-math.inf)  # no hypergradient: the schedule alone
     params, gradients = draw([(9,)], generator), [draw([(9,)], generator) for _ in range(50)]
     sizes = [rms(updates[0]) for updates in run(untrained, params, gradients, total_steps=40.0)[0]]
     assert all(later < earlier for earlier, later in itertools.pairwise(sizes[:40]))
@@ -310,10 +312,47 @@ def test_step_size_anneals_to_a_known_horizon(untrained: OptimizerNetwork, gener
 
 
 def test_step_size_decays_slowly_without_a_horizon(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
+    untrained.controller.log_rate.fill_(-math.inf)
     params, gradients = draw([(9,)], generator), [draw([(9,)], generator) for _ in range(40)]
     sizes = [rms(updates[0]) for updates in run(untrained, params, gradients)[0]]
     assert all(later < earlier for earlier, later in itertools.pairwise(sizes))
     assert sizes[-1] > 0.7 * sizes[0]
+
+
+def test_steps_grow_while_gradients_agree_and_shrink_where_they_turn_back(untrained: OptimizerNetwork) -> None:
+    """The hypergradient, against the formula of `Controller`: with a cosine of 1 everywhere, and of -1 once it has turned."""
+    untrained.controller.log_rate.fill_(math.log(0.3))
+    untrained.controller.log_patience.fill_(math.log(10))
+    grad = [torch.tensor([1.0, -2.0, 3.0])]
+    state, corrections = fresh(grad, untrained), []
+    for turned in [1, 1, 1, 1, -1, -1]:
+        _, state = step(untrained, grad, [turned * grad[0]], state)
+        corrections.append(state["correction"].item())
+    caution = untrained.controller.log_caution.exp().item()
+    rises = [0.0, *[0.3 / (1 + age / 10) for age in (2, 3, 4)], *[-caution * 0.3 / (1 + age / 10) for age in (5, 6)]]
+    assert corrections == pytest.approx(list(itertools.accumulate(rises)), rel=1e-4)
+
+
+def test_the_correction_is_bounded_and_acts_on_the_step_size(untrained: OptimizerNetwork) -> None:
+    untrained.controller.log_rate.fill_(math.log(5))
+    grads = [[torch.tensor([1.0, -2.0, 3.0])]] * 9
+    history, state = run(untrained, grads[0], grads, total_steps=1e6)
+    assert state["correction"].item() == pytest.approx(3)
+    assert rms(history[-1][0]) == pytest.approx(math.exp(3) * rms(history[0][0]), rel=1e-3)
+
+
+def test_the_correction_is_half_a_tensors_own_and_half_everybodys(untrained: OptimizerNetwork) -> None:
+    """Beside a tensor whose gradient agrees, one whose gradient is orthogonal to the last one is corrected by a quarter, not by nothing."""
+    gradients = [[torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0])]]
+    _, state = run(untrained, gradients[0], gradients)
+    agreeing, turning = state["correction"].tolist()
+    assert turning == pytest.approx(agreeing / 3, rel=1e-4)  # (0 + 1/2) / 2 against (1 + 1/2) / 2
+
+
+def test_correcting_ends_with_a_known_horizon(untrained: OptimizerNetwork) -> None:
+    grads = [[torch.tensor([1.0, -2.0, 3.0])]] * 30
+    corrections = [run(untrained, grads[0], grads[:count], total_steps=10.0)[1]["correction"].item() for count in (5, 11, 30)]
+    assert 0 < corrections[0] < corrections[1] == corrections[2]
 
 
 def test_horizon_may_differ_between_tensors(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
@@ -391,12 +430,11 @@ def test_replicas_side_by_side_are_a_loop(network: OptimizerNetwork, generator: 
     """Leading dimensions are separate models: none sees another."""
     replicas = [(draw(SHAPES, generator), [draw(SHAPES, generator) for _ in range(3)]) for _ in range(4)]
     replicas[2][1][0][3].zero_()  # one replica's tensor starts later than the others'
-    params = torch.stack([flat(params) for params, _ in replicas])
     layout = layout_of(replicas[0][0])
     state = init_state(layout, network.config, (4,))
     for step in range(3):
         grads = torch.stack([flat(gradients[step]) for _, gradients in replicas])
-        change, state = update(network, layout, grads, params, state, torch.full((4, len(SHAPES)), total_steps))
+        change, state = update(network, layout, grads, state, torch.full((4, len(SHAPES)), total_steps))
     for replica, (own, gradients) in enumerate(replicas):
         history, own_state = run(network, own, gradients, total_steps)
         torch.testing.assert_close(change[replica], flat(history[-1]), rtol=1e-4, atol=1e-5)
@@ -454,6 +492,8 @@ class Optimizee:
 def test_meta_gradient_matches_finite_differences(generator: torch.Generator, total_steps: float) -> None:
     """In every tensor of the network, along a random direction, through the optimizee's second derivatives too."""
     network, optimizee = acting_network(torch.float64), Optimizee(generator)
+    with torch.no_grad():
+        network.log_step_size.fill_(math.log(1.0))  # far too long steps, so that the controller shortens them within the few there are
     weights = dict(network.named_parameters())
     gradients = torch.autograd.grad(optimizee.meta_loss(network, total_steps), list(weights.values()))
     width = 1e-6

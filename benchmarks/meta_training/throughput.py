@@ -46,7 +46,7 @@ class TensorRule:
 
     def change(self, grad: Tensor, param: Tensor, state: State) -> tuple[Tensor, State]:
         """What to add to the parameter, and the new state."""
-        change, state = update(self.network, self.layout(param), grad.flatten(), param.flatten(), state, self.total_steps)
+        change, state = update(self.network, self.layout(param), grad.flatten(), state, self.total_steps)
         return change.view_as(param), state
 
     def layout(self, param: Tensor) -> Layout:

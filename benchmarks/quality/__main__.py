@@ -6,10 +6,10 @@
 Each baseline is tuned task by task: a grid of learning rates and schedules on the first seed, then its best on all seeds. A run's result
 is its loss at the end on a fixed sample of the training data, and on validation data.
 
-**Speed** is the number of steps that tuned AdamW needs to get to the loss where an optimizer ends, over the steps that this one needed to get
-there (VeLOdrome's measure, Metz et al. 2022, section 4). AdamW may take its best setting for each of several lengths, from an eighth to four
-times the steps; what it does not reach then counts as four times. What diverges, or ends above where AdamW is after an eighth of the steps,
-counts as an eighth.
+**Speed** is the number of steps that tuned AdamW needs to get to the loss where an optimizer ends, over the steps that this one needed to
+get there (VeLOdrome's measure, Metz et al. 2022, section 4). AdamW may take its best setting for each of several lengths, from an eighth
+to four times the steps; what it does not reach then counts as four times. What diverges, or ends above where AdamW is after an eighth of
+the steps, counts as an eighth.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from pathlib import Path
 
 from optimizers import ABLATED, DEFAULTS, GRIDS, LEARNED_NAMES, REFERENCE, SENSITIVITY
 from report import report
-from runs import LENGTHS, Job, Results, train
 from tasks import MORE_TASKS, TASKS
 
 from learned_optim import load_network
 from learned_optim.weights import fingerprint
+from runs import LENGTHS, Job, Results, train
+
 
 def wanted(tasks: list[str], results: Results, seeds: int, parts: set[str]) -> list[Job]:
     """What can be run by now: the grids on the first seed, and once a task's are complete, the best settings on all seeds."""
@@ -49,7 +50,9 @@ def wanted(tasks: list[str], results: Results, seeds: int, parts: set[str]) -> l
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python benchmarks/quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pretrained", default="default", help="the weights to judge")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=[*TASKS, *MORE_TASKS], metavar="TASK", help="all by default")
     parser.add_argument("--parts", nargs="*", default=["baselines", "learned", "ablations", "sensitivity"])

@@ -62,7 +62,9 @@ class Both(Optimizer):
     def __init__(self, model: nn.Module, lr: float) -> None:
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         last = [name for name, param in named if param.ndim == 2][-1:]
-        hidden = [param for name, param in named if param.ndim == 2 and "embed" not in name and "positions" not in name and name not in last]
+        hidden = [
+            param for name, param in named if param.ndim == 2 and "embed" not in name and "positions" not in name and name not in last
+        ]
         chosen = set(hidden)
         rest = [param for _, param in named if param not in chosen]
         self.parts: list[Optimizer] = [torch.optim.Muon(hidden, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")] if hidden else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import platform
@@ -12,8 +13,9 @@ from typing import Any
 
 import torch
 from optimizers import ABLATED, DEFAULTS, GRIDS, HORIZON, LEARNED, LEARNED_NAMES, REFERENCE, SENSITIVITY
-from runs import LENGTHS, Job, Results, final
 from tasks import MORE_TASKS, TASKS
+
+from runs import LENGTHS, Results, final
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666", "#E69F00", "#56B4E9")  # Okabe & Ito (2008)
 BOUNDS = min(LENGTHS), max(LENGTHS)  # of a speed
@@ -36,7 +38,7 @@ def envelope(results: Results, task: str, seed: int) -> list[tuple[float, float]
 
 def steps_to(curve: Sequence[tuple[float, float]], loss: float) -> float:
     """Where a falling curve of (steps, loss) first gets to a loss, interpolated in the logarithms; infinite where it does not."""
-    for (a, high), (b, low) in zip(curve, curve[1:], strict=False):
+    for (a, high), (b, low) in itertools.pairwise(curve):
         if high <= loss:
             return a
         if low <= loss:

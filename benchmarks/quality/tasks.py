@@ -1,8 +1,8 @@
 """The held-out tasks of the quality benchmark.
 
-None of them is like a task that the weights were meta-trained on: other data (handwritten digits, a manual, docstrings, patients; on request
-MNIST and WikiText-2), other shapes, and kinds of model and loss that no meta-training family has. Nothing is ever tuned on them but the
-baselines.
+None of them is like a task that the weights were meta-trained on: other data (handwritten digits, a manual, docstrings, patients; on
+request MNIST and WikiText-2), other shapes, and kinds of model and loss that no meta-training family has. Nothing is ever tuned on them
+but the baselines.
 
 Shapes: `B` examples of a batch, `T` characters of a text.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import gzip
 import inspect
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -147,7 +148,7 @@ def language(seed: int, text: Tensor, build: Callable[[], nn.Module], length: in
 
 def mlp(sizes: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), activation()]
     return nn.Sequential(*layers[:-1])
 

@@ -25,6 +25,8 @@ class MetaTrainConfig:
         estimators: which estimator serves which meta-parameters: prefix of their names -> estimator; the longest prefix counts. The names
             are those of `OptimizerNetwork` and, for learned initial parameters, "initial". See `learned_optim.meta_train.estimators`:
             "exact" and "first_order" backprop, "pes", "es", "reptile" (initial parameters only), and "frozen" for what stays as it is.
+        held: values at which frozen scalars of the network are held during the run, by name; at its end they get their own back. A
+            "controller.log_rate" of -30, say, keeps the hypergradient out of it.
         truncation: optimizee steps that one meta-gradient sees at most. Backprop makes step sizes too small where this is less than the
             horizon (Wu et al. 2018, "Understanding short-horizon bias in stochastic meta-optimization"); PES does not.
         recompute: keep the optimizees at every sqrt(truncation)-th step only and compute the steps between once more on the way back. The
@@ -74,6 +76,7 @@ class MetaTrainConfig:
     meta_steps: int = 1000
 
     estimators: dict[str, str] = field(default_factory=lambda: {"": "exact"})
+    held: dict[str, float] = field(default_factory=dict)
     truncation: int = 200
     recompute: bool = False
     pairs: int = 4

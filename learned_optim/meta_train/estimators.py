@@ -211,22 +211,22 @@ class _RuleModule(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, layout: Layout, grad: Tensor, params: Tensor, state: State, total_steps: Tensor) -> tuple[Tensor, State]:
-        return update(self.network, layout, grad, params, state, total_steps)
+    def forward(self, layout: Layout, grad: Tensor, state: State, total_steps: Tensor) -> tuple[Tensor, State]:
+        return update(self.network, layout, grad, state, total_steps)
 
 
 def perturbed_rule(network: OptimizerNetwork, weights: Mapping[str, Tensor]) -> Rule:
-    """The rule of several networks at once: weights (P, *shape); gradients, parameters and state (P, ...)."""
+    """The rule of several networks at once: weights (P, *shape); gradients and state (P, ...)."""
     module = _RuleModule(network)
     stacked = {f"network.{name}": weight for name, weight in weights.items()}
 
-    def rule(layout: Layout, grad: Tensor, params: Tensor, state: State, total_steps: Tensor) -> tuple[Tensor, State]:
+    def rule(layout: Layout, grad: Tensor, state: State, total_steps: Tensor) -> tuple[Tensor, State]:
         def one(weights: dict[str, Tensor], *inputs: Tensor | State) -> tuple[Tensor, State]:
             result: tuple[Tensor, State] = functional_call(module, weights, (layout, *inputs))
             return result
 
         chunk = max(1, VMAP_LIMIT // grad[0].numel())
-        result: tuple[Tensor, State] = vmap(one, chunk_size=chunk)(stacked, grad, params, state, total_steps)
+        result: tuple[Tensor, State] = vmap(one, chunk_size=chunk)(stacked, grad, state, total_steps)
         return result
 
     return rule

@@ -111,11 +111,11 @@ def adamw(unroll: Unroll, lr: float, cosine: bool) -> Rule:
     optimizer = torch.optim.AdamW([leaf], lr=lr)
     schedule = CosineAnnealingLR(optimizer, unroll.horizon) if cosine else None
 
-    def rule(layout: Layout, grad: Tensor, params: Tensor, state: State, total_steps: Tensor) -> tuple[Tensor, State]:
-        leaf.grad = grad
+    def rule(layout: Layout, grad: Tensor, state: State, total_steps: Tensor) -> tuple[Tensor, State]:
+        before, leaf.grad = leaf.detach().clone(), grad
         optimizer.step()
         if schedule is not None:
             schedule.step()
-        return leaf.detach() - params, state
+        return leaf.detach() - before, state
 
     return rule

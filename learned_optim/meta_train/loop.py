@@ -93,6 +93,7 @@ def meta_train(
     if initial is not None:
         meta_parameters[INITIAL] = nn.Parameter(initial.detach().clone().to(device))
     start = meta_parameters.get(INITIAL)
+    own = hold(meta_parameters, config)
     weights = by_estimator(meta_parameters, config)
     trained = [weight for group in weights.values() for weight in group.values()]
     meta_optimizer = make_meta_optimizer(trained, config)
@@ -158,7 +159,7 @@ def meta_train(
             if done % WINDOW == 0 and (trouble := divergence(so_far.history, config)):
                 break
 
-    set_values(meta_parameters, so_far.best)
+    set_values(meta_parameters, so_far.best | own)
     network.requires_grad_(False)
     if folder is not None and distributed.rank() == 0:
         hand_over(folder, network, config, names, so_far, command)
@@ -171,6 +172,17 @@ def meta_train(
 def set_values(weights: Weights, values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         weights[name].copy_(value)
+
+
+def hold(meta_parameters: Weights, config: MetaTrainConfig) -> dict[str, Tensor]:
+    """Gives the scalars of `config.held` their values for the run. Returns their own."""
+    for name in config.held:
+        if name not in meta_parameters or meta_parameters[name].ndim or config.estimator_of(name) != "frozen":
+            scalars = [name for name, weight in meta_parameters.items() if not weight.ndim]
+            raise ValueError(f"held is for frozen scalars of the network, which {name!r} is not; its scalars are {scalars}")
+    own = {name: meta_parameters[name].detach().clone() for name in config.held}
+    set_values(meta_parameters, {name: torch.tensor(value) for name, value in config.held.items()})
+    return own
 
 
 def by_estimator(meta_parameters: Weights, config: MetaTrainConfig) -> dict[str, Weights]:

@@ -20,8 +20,8 @@ from ..features import Layout
 from ..rule import State, init_state
 from .tasks import Batch, Buffers, Task
 
-# The optimizer: gradients (..., N), parameters (..., N), state and horizons (..., K) -> what to add to the parameters, and the new state.
-Rule = Callable[[Layout, Tensor, Tensor, State, Tensor], tuple[Tensor, State]]
+# The optimizer: gradients (..., N), state and horizons (..., K) -> what to add to the parameters, and the new state.
+Rule = Callable[[Layout, Tensor, State, Tensor], tuple[Tensor, State]]
 
 # From so many coordinates on, optimizees run one after the other: there is nothing left to win by batching them, and not every module
 # that is large can be vmapped.
@@ -96,7 +96,7 @@ class Unroll:
         if self.gradient_noise:
             grad = grad + self.gradient_noise * self._noise(grad.detach(), seed)
         total_steps = torch.full_like(state["step"], self.horizon if self.horizon_known else torch.inf)
-        change, new_state = rule(self.layout, grad, params, state, total_steps)
+        change, new_state = rule(self.layout, grad, state, total_steps)
         # Unless validation data are asked for, the loss that the gradient is taken of counts: it, too, is on data not trained on yet.
         if self.validation:
             loss = self.measure(t, optimizees)
