@@ -3,16 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint
+.PHONY: help demo test test-integrations lint
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 demo: $(VENV)/demo.stamp ## compare the learned optimizer with tuned AdamW on small tasks
 	$(BIN)/learned-optim demo
 
 test: $(VENV)/test.stamp ## run the tests
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile
+
+test-integrations: $(VENV)/integrations.stamp ## run the tests with PEFT, TRL, Lightning and sentence-transformers, which it installs
+	$(BIN)/pytest tests/test_integration_transformers.py tests/test_integrations.py
 
 lint: $(VENV)/test.stamp ## check style, formatting and types
 	$(BIN)/ruff check .
@@ -27,6 +30,7 @@ $(VENV)/%.stamp: pyproject.toml constraints.txt | $(BIN)/python
 
 EXTRAS_demo := demo
 EXTRAS_test := demo,test
+EXTRAS_integrations := test,integrations
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
