@@ -76,9 +76,10 @@ class Controller(nn.Module):
     are too short, and once they point back, too long. With `c` half of a tensor's cosine between gradient and momentum plus half of the
     mean over all tensors, at the tensor's step `t`,
 
-        k' = k + rate / (1 + t / patience) * (1 - t / T) * (c if c > 0 else caution * c),        |k'| <= 3,
+        k' = k + rate / (1 + t / patience) * 2 (1 - t / T) * (c if c > 0 else caution * c),        |k'| <= 3,
 
-    without the factor of the horizon `T` where none is known. Caution is small: a step that is right for the whole run overshoots along
+    where 1 stands in for the factor of the horizon `T` if none is known. With one the controller may be bolder at first, since annealing
+    will undo what was too bold, and must end with it, or it would undo the annealing. Caution is small: a step that is right for the whole run overshoots along
     the steepest directions, and a greedy controller would take that for too long. Correcting fades, since once the scale is found what
     the cosine shows is the schedule and the noise.
 
@@ -102,14 +103,14 @@ class Controller(nn.Module):
             nn.init.zeros_(output.bias)
 
     def forward(
-        self, statistics: Tensor, age: Tensor, progress: Tensor, correction: Tensor, control: Tensor
+        self, statistics: Tensor, age: Tensor, boldness: Tensor, correction: Tensor, control: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Runs one step.
 
         Args:
             statistics: of every tensor, (..., K, S).
             age: of every tensor, in steps, (..., K).
-            progress: age over horizon, 0 where that is not known, (..., K).
+            boldness: the horizon's factor, (..., K).
             correction: what the hypergradient has added up to, (..., K).
             control: the LSTM's hidden state and cell, (..., K, 2, C).
 
@@ -119,7 +120,7 @@ class Controller(nn.Module):
         everywhere = statistics.mean(-2, keepdim=True).expand_as(statistics)
         cosine = 0.5 * (statistics[..., COSINE] + everywhere[..., COSINE])
         pull = cosine.clamp(min=0) + self.log_caution.exp() * cosine.clamp(max=0)
-        rate = self.log_rate.exp() / (1 + age / self.log_patience.exp()) * (1 - progress)
+        rate = self.log_rate.exp() / (1 + age / self.log_patience.exp()) * boldness
         correction = (correction + rate * pull).clamp(-3, 3)
 
         hidden, cell = control.unbind(-2)

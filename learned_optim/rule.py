@@ -18,8 +18,9 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    convolution kernels flattened) is orthogonalised by Newton-Schulz (Muon, Jordan et al. 2024) and given a spectral norm of
    :math:`\sqrt{fan_{out}/fan_{in}}`, the size that transfers over widths (Bernstein & Newhouse 2024, "Modular duality in deep learning").
    Any other tensor is divided by its root mean square and scaled by a learned constant.
-5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t} \, d_t`, where the schedule :math:`s` is half a cosine if the
-   horizon `T` is known, else :math:`1/\sqrt{1 + t/100}`.
+5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t} \, d_t`, where the schedule :math:`s` is constant and
+   then falls linearly to zero over the last 60 % of the horizon `T` if that is known (Haegele et al. 2024, "Scaling laws and
+   compute-optimal training beyond fixed training durations"), else :math:`1/\sqrt{1 + t/100}`.
 
 A tensor's clock `t` starts with its first non-zero gradient. Until then its state stays as it was made and its update is zero.
 
@@ -45,6 +46,7 @@ State = dict[str, Tensor]
 # Newton-Schulz coefficients of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): singular values end within about [0.7, 1.2].
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
+COOLDOWN = 0.6  # share of a known horizon over which the step size falls to zero
 DECAY_STEPS = 100.0  # time constant of the prior step size's decay without a horizon, in steps
 EPSILON = 1e-12
 BLOCK = 2**15  # coordinates of a block; its intermediate results then fit into a core's L2 cache
@@ -98,8 +100,9 @@ def update(network: OptimizerNetwork, layout: Layout, grad: Tensor, state: State
     noise = second_moment + layout.spread(RELATIVE_FLOOR * mean * correction2 + ABSOLUTE_FLOOR)
     signal = layout.mean(momentum.square() / noise) * correction2 / correction1.square()
     statistics = tensor_statistics(layout, grad, state["momentum"], signal, mean, step, progress, known)
-    log_correction, context, correction, control = network.controller(statistics, age, progress, state["correction"], state["control"])
-    annealed = 0.5 + 0.5 * torch.cos(math.pi * progress)
+    boldness = torch.where(known > 0, 2 * (1 - progress), 1.0)
+    log_correction, context, correction, control = network.controller(statistics, age, boldness, state["correction"], state["control"])
+    annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + step / DECAY_STEPS).rsqrt()
     step_size = (network.log_step_size + log_correction).exp() * torch.where(known > 0, annealed, decayed) * started
 

@@ -302,12 +302,13 @@ def test_orthogonalize_keeps_the_singular_vectors(generator: torch.Generator, sh
 
 
 def test_step_size_anneals_to_a_known_horizon(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
-    """It falls all the way, ends near zero, and does not come back after the horizon."""
+    """It stays for two fifths of the way, falls from there, ends near zero, and does not come back after the horizon."""
     untrained.controller.log_rate.fill_(-math.inf)  # no hypergradient: the schedule alone
     params, gradients = draw([(9,)], generator), [draw([(9,)], generator) for _ in range(50)]
     sizes = [rms(updates[0]) for updates in run(untrained, params, gradients, total_steps=40.0)[0]]
-    assert all(later < earlier for earlier, later in itertools.pairwise(sizes[:40]))
-    assert sizes[39] < 0.02 * sizes[0]
+    assert sizes[:17] == pytest.approx([sizes[0]] * 17, rel=1e-5)
+    assert all(later < earlier for earlier, later in itertools.pairwise(sizes[17:40]))
+    assert sizes[39] < 0.05 * sizes[0]
     assert all(size <= sizes[39] for size in sizes[40:])
 
 
@@ -358,8 +359,8 @@ def test_correcting_ends_with_a_known_horizon(untrained: OptimizerNetwork) -> No
 def test_horizon_may_differ_between_tensors(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
     params, gradients = draw([(9,)] * 3, generator), [draw([(9,)] * 3, generator) for _ in range(10)]
     short, long, unknown = map(rms, run(untrained, params, gradients, [10.0, 100.0, math.inf])[0][-1])
-    assert short < 0.1 * long
-    assert short < 0.1 * unknown
+    assert short < 0.25 * long
+    assert short < 0.25 * unknown
 
 
 def test_coordinates_without_gradient_never_move(network: OptimizerNetwork, generator: torch.Generator) -> None:

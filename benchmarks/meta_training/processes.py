@@ -27,7 +27,7 @@ from learned_optim.meta_train import FAMILIES, MetaTrainConfig, distributed, met
 
 # An odd number of families, since slots take turns with the processes: with an even number a process would keep to half of the families.
 NAMES = ("mlp", "cnn", "recurrent")
-UNROLLS = 12  # of a meta-step, half of them for each of two processes
+UNROLLS = 24  # of a meta-step, half of them for each of two processes
 WARM_UP = 2  # meta-steps that are not counted
 CHECKPOINT_EVERY = 4
 
