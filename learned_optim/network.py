@@ -79,9 +79,9 @@ class Controller(nn.Module):
         k' = k + rate / (1 + t / patience) * 2 (1 - t / T) * (c if c > 0 else caution * c),        |k'| <= 3,
 
     where 1 stands in for the factor of the horizon `T` if none is known. With one the controller may be bolder at first, since annealing
-    will undo what was too bold, and must end with it, or it would undo the annealing. Caution is small: a step that is right for the whole run overshoots along
-    the steepest directions, and a greedy controller would take that for too long. Correcting fades, since once the scale is found what
-    the cosine shows is the schedule and the noise.
+    undoes what was too bold, and it must come to rest, or it would undo the annealing. Caution is small: a step that is right for the
+    whole run overshoots along the steepest directions, and a greedy controller would take that for too long. Correcting fades, since once
+    the scale is found what the cosine shows is the schedule and the noise.
 
     The second part is a per-tensor LSTM (as in VeLO, Metz et al. 2022) that reads every tensor's statistics beside their mean over all
     tensors. It also writes a bias for the gates of the coordinate-wise LSTM. Both of its outputs are zero at initialisation.
