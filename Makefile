@@ -3,16 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint
+.PHONY: help demo test test-integrations lint
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 demo: $(VENV)/demo.stamp ## compare the learned optimizer with tuned AdamW on small tasks
 	$(BIN)/learned-optim demo
 
 test: $(VENV)/test.stamp ## run the tests
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile
+
+test-integrations: $(VENV)/test-integrations.stamp ## run the tests against transformers, accelerate, peft, trl, lightning and others
+	$(BIN)/pytest --numprocesses=auto --dist=loadfile $(INTEGRATIONS)
 
 lint: $(VENV)/test.stamp ## check style, formatting and types
 	$(BIN)/ruff check .
@@ -27,6 +30,8 @@ $(VENV)/%.stamp: pyproject.toml constraints.txt | $(BIN)/python
 
 EXTRAS_demo := demo
 EXTRAS_test := demo,test
+EXTRAS_test-integrations := demo,test-integrations
+INTEGRATIONS := $(addprefix tests/,test_trainer.py test_trl.py test_frameworks.py test_integration_examples.py)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
