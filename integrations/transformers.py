@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ except ImportError as error:
     message = 'learned_optim.integrations.transformers needs transformers 5; install it with: pip install "learned-optim[transformers]"'
     raise ImportError(message) from error
 
+NAME = "learned_optim.LearnedOptimizer"  # in model cards
 # What the weights were meta-trained with: nothing scales the update from outside, and nothing clips the gradient.
 CHOSEN = {"lr_scheduler_type": SchedulerType.CONSTANT, "max_grad_norm": 0.0}
 # What the optimizer has no use for.
@@ -76,7 +78,7 @@ class LearnedOptimizerTrainer(Trainer):
         _check(self.args)
         for name, value in CHOSEN.items():
             setattr(self.args, name, value)
-        self._optimizer_description = f"pretrained={pretrained!r}, weights {fingerprint(network)}, total_steps = all training steps"
+        self._weights = f"pretrained={pretrained!r}, weights {fingerprint(network)}, total_steps of the whole training"
         self._watch = _Watch()
         self.add_callback(self._watch)
 
@@ -93,11 +95,14 @@ class LearnedOptimizerTrainer(Trainer):
         # The card is written from the arguments, which know torch's own optimizers only.
         real = self.args
         self.args = copy.copy(real)
-        self.args.learning_rate, self.args.optim, self.args.optim_args = 1.0, "learned_optim.LearnedOptimizer", self._optimizer_description
+        self.args.learning_rate, self.args.optim, self.args.optim_args = 1.0, NAME, self._weights
         try:
             super().create_model_card(*args, **kwargs)
         finally:
             self.args = real
+        card = Path(real.output_dir, "README.md")
+        if self.is_world_process_zero() and NAME not in (text := card.read_text(encoding="utf-8")):  # TRL's cards name no optimizer
+            card.write_text(f"{text.rstrip()}\n\n## Optimizer\n\n`{NAME}`: {self._weights}\n", encoding="utf-8")
 
 
 class _Watch(TrainerCallback):
