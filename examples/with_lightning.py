@@ -16,12 +16,12 @@ class Regression(lightning.LightningModule):
         super().__init__()
         self.net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))
 
-    def training_step(self, batch, _):
+    def training_step(self, batch):
         x, y = batch
         return F.mse_loss(self.net(x), y)
 
-    def validation_step(self, batch, _):
-        self.log("loss", self.training_step(batch, _))
+    def test_step(self, batch):
+        self.log("loss", self.training_step(batch))
 
     def configure_optimizers(self):
         return LearnedOptimizer(self.parameters(), total_steps=int(self.trainer.estimated_stepping_batches))
@@ -35,7 +35,7 @@ if __name__ == "__main__":
         max_steps=STEPS, accelerator="cpu", default_root_dir="runs/with_lightning", logger=False, enable_progress_bar=False
     )
     model = Regression()
-    (before,) = trainer.validate(model, loader, verbose=False)
+    (before,) = trainer.test(model, loader, verbose=False)
     trainer.fit(model, loader)
-    (after,) = trainer.validate(model, loader, verbose=False)
+    (after,) = trainer.test(model, loader, verbose=False)
     print(f"loss {before['loss']:.3f} before, {after['loss']:.3f} after {STEPS} steps")

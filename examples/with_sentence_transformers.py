@@ -1,4 +1,4 @@
-"""LearnedOptimizer in sentence-transformers: word vectors, from scratch, that match a number's digits with its name. Optional argument: steps."""
+"""LearnedOptimizer in sentence-transformers: word vectors that match numbers with their names. Optional argument: steps."""
 
 import sys
 
@@ -11,7 +11,7 @@ from transformers import set_seed
 
 from learned_optim.integrations.transformers import LearnedOptimizerTrainer
 
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 TENS, ONES = (
     ["zero", "ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"],
     ["null", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],

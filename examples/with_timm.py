@@ -11,7 +11,7 @@ from learned_optim import LearnedOptimizer
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 30
 
-# No underscore in the name, which timm removes when it looks one up. `defaults` keep timm's learning rate away: ours is a multiplier.
+# No underscore in the name, which timm removes when it looks one up.
 default_registry.register(OptimInfo("learned", LearnedOptimizer, "A pretrained LSTM in place of AdamW", has_eps=False, has_momentum=False))
 
 if __name__ == "__main__":
