@@ -114,7 +114,6 @@ class _Watch(TrainerCallback):
         self._before: list[list[Tensor]] = []
 
     def on_train_begin(self, _: TrainingArguments, state: TrainerState, *__: Any, optimizer: Any, **___: Any) -> None:
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper passes nothing through
         if state.global_step == 0:
             # Trainer keeps the optimizer for a second `train()`. Its clock would stand at the end of the horizon, where it no longer moves.
             optimizer.state.clear()
