@@ -14,8 +14,8 @@ demo: $(VENV)/demo.stamp ## compare the learned optimizer with tuned AdamW on sm
 test: $(VENV)/test.stamp ## run the tests
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile
 
-test-integrations: $(VENV)/integrations.stamp ## run the tests with PEFT, TRL, Lightning and sentence-transformers, which it installs
-	$(BIN)/pytest tests/test_integration_transformers.py tests/test_integrations.py
+test-integrations: $(VENV)/test-integrations.stamp ## run the tests against transformers, accelerate, peft, trl, lightning and others
+	$(BIN)/pytest --numprocesses=auto --dist=loadfile $(INTEGRATIONS)
 
 lint: $(VENV)/test.stamp ## check style, formatting and types
 	$(BIN)/ruff check .
@@ -30,7 +30,8 @@ $(VENV)/%.stamp: pyproject.toml constraints.txt | $(BIN)/python
 
 EXTRAS_demo := demo
 EXTRAS_test := demo,test
-EXTRAS_integrations := test,integrations
+EXTRAS_test-integrations := demo,test-integrations
+INTEGRATIONS := $(addprefix tests/,test_trainer.py test_trl.py test_frameworks.py test_integration_examples.py)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,7 @@
-"""Meta-trains the default weights on a problem of your own and compares them on fresh ones. Optional argument: meta-steps."""
+"""Meta-trains the default weights on a problem of your own and compares them on fresh ones.
+
+Optional arguments: meta-steps, and "user/name" to push the weights to the Hugging Face Hub with a model card of what was measured.
+"""
 
 import sys
 
@@ -31,9 +34,13 @@ def final_loss(make_optimizer, seed):  # an ordinary training run
 
 if __name__ == "__main__":
     config = MetaTrainConfig(meta_steps=META_STEPS, horizon_min=STEPS, horizon_max=STEPS, truncation=STEPS, horizon_known=1.0)
-    network = meta_train({"mine": mine}, config, network=load_network("default"), progress=print).network
+    folder = "runs/meta_train_your_own" if len(sys.argv) > 2 else None
+    network = meta_train({"mine": mine}, config, network=load_network("default"), folder=folder, progress=print).network
     rows = {name: lambda p, w=w: LearnedOptimizer(p, w, total_steps=STEPS) for name, w in (("default", "default"), ("mine", network))}
     rows |= {f"AdamW {lr}": lambda p, lr=lr: torch.optim.AdamW(p, lr) for lr in (0.001, 0.003, 0.01, 0.03)}
     for name, make_optimizer in rows.items():
         losses = torch.tensor([final_loss(make_optimizer, seed) for seed in range(5)])
         print(f"{name:12} final loss {losses.mean():.4f} ± {losses.std():.4f} over 5 fresh problems")
+    if folder:
+        commit = network.push_to_hub(sys.argv[2], folder=folder)
+        print(f'LearnedOptimizer(model.parameters(), "{sys.argv[2]}", revision="{commit}")')

@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _load(name: str) -> OptimizerNetwork:
+def _load(name: str, revision: str | None = None) -> OptimizerNetwork:
     try:
-        return load_network(name)
+        return load_network(name, revision=revision)
     except (ValueError, OSError) as error:
         raise CommandError(error) from error
 
@@ -95,10 +95,11 @@ def _list(_: Namespace) -> None:
 
 def _info_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("pretrained", metavar="NAME_OR_FOLDER_OR_HUB_ID")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
 
 
 def _info(args: Namespace) -> None:
-    network = _load(args.pretrained)
+    network = _load(args.pretrained, args.revision)
     facts = {
         **asdict(network.config),
         "parameters": sum(param.numel() for param in network.parameters()),
@@ -109,19 +110,19 @@ def _info(args: Namespace) -> None:
 
 
 def _push_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of a finished meta-training run, or of saved weights")
-    parser.add_argument("repo_id", metavar="USER/NAME")
-    parser.add_argument("--private", action="store_true", default=None, help="only you may read a repository that is made here")
+    parser.add_argument("folder", type=Path, help="what a meta-training run or save_pretrained wrote")
+    parser.add_argument("repo_id", metavar="USER/NAME", help="made if it does not exist")
+    parser.add_argument("--private", action="store_true", help="nobody else may read a repository that is made here")
+    parser.add_argument("--message", default="Upload optimizer network", help="of the commit (%(default)s)")
 
 
 def _push(args: Namespace) -> None:
-    if not args.folder.is_dir():
-        raise CommandError(f"{args.folder} is not a folder; `learned-optim push` takes what meta-training or save_pretrained wrote")
     try:
-        commit = _load(str(args.folder)).push_to_hub(args.repo_id, folder=args.folder, private=args.private)
-    except (OSError, ValueError) as error:
+        network = load_network(args.folder)  # a path always means a folder
+        commit = network.push_to_hub(args.repo_id, folder=args.folder, private=True if args.private else None, commit_message=args.message)
+    except (ValueError, OSError) as error:  # huggingface_hub's errors are among them
         raise CommandError(error) from error
-    print(f'{args.repo_id} is at {commit}. Use it: LearnedOptimizer(model.parameters(), "{args.repo_id}", revision="{commit}")')
+    print(f'pushed; load it with LearnedOptimizer(params, "{args.repo_id}", revision="{commit}")')
 
 
 COMMANDS = {
@@ -130,5 +131,5 @@ COMMANDS = {
     ),
     "list": Command(summary="names of the bundled weights", arguments=lambda parser: None, run=_list),
     "info": Command(summary="configuration, size and fingerprint of a set of weights", arguments=_info_arguments, run=_info),
-    "push": Command(summary="publish a folder of weights on the Hugging Face Hub", arguments=_push_arguments, run=_push),
+    "push": Command(summary="upload a folder of weights and its model card to the Hugging Face Hub", arguments=_push_arguments, run=_push),
 }

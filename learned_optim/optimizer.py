@@ -64,7 +64,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self.network = network.float().requires_grad_(False)
         defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "weights": fingerprint(self.network)}
         super().__init__(params, defaults)
-        self._rates: dict[Tensor, Tensor] = {}  # of each parameter's last update, see `effective_lr`
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -139,7 +138,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
             change, new_state = update(network, layout, grads, join(states), horizons)
         changes = change.split(layout.sizes)
         rates = (layout.mean(change.square()).sqrt() / ADAMW_UPDATE_RMS).unbind()
-        self._rates.update(zip(params, rates, strict=True))
         for param, part, rate in zip(params, changes, rates, strict=True):
             lr, weight_decay = members[param]["lr"], members[param]["weight_decay"]
             part = part.view(param.shape)
@@ -150,19 +148,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for key, value in state.items():
                 value.copy_(new[key].view(value.shape))
 
-    def effective_lr(self) -> list[float | None]:
-        """What the optimizer does, in familiar units: for each group, the learning rate that would give AdamW updates of the size of the
-        last step's (their root mean square over the group). None for a group that has not been updated yet. Waits for the device."""
-        found: list[float | None] = []
-        for group in self.param_groups:
-            updated = [param for param in group["params"] if param in self._rates]
-            squares = sum(param.numel() * self._rates[param].item() ** 2 for param in updated)
-            count = sum(param.numel() for param in updated)
-            found.append(float(group["lr"]) * math.sqrt(squares / count) if count else None)
-        return found
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "network": self.network, "_rates": {}}
+        return {**super().__getstate__(), "network": self.network}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

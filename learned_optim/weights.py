@@ -195,7 +195,7 @@ def push_to_hub(
     if folder is not None:
         present = [path for path in sorted(Path(folder).glob("*")) if path.name in (CARD, CURVES) or path.match("meta_train*.json")]
         files |= {path.name: path.read_bytes() for path in present}
-    elif not api.file_exists(repo_id, CARD):  # a model card that somebody wrote is worth more than this one
+    if CARD not in files and not api.file_exists(repo_id, CARD):  # a model card that somebody wrote is worth more than this one
         files[CARD] = MODEL_CARD.format(repo_id=repo_id).encode()
     # One commit (upload_folder may make several), so that no revision has the config of one network and the weights of another.
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]

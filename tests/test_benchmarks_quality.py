@@ -28,7 +28,7 @@ PRETRAINED = Path(__file__).parents[1] / "pretrained"
 def quality() -> Iterator[Any]:
     """The benchmark's modules."""
     sys.path.insert(0, str(FOLDER))
-    names = ("tasks", "optimizers", "runs", "report")
+    names = ("tasks", "optimizers", "training", "report")
     spec = importlib.util.spec_from_file_location("quality", FOLDER / "__main__.py")
     assert spec is not None
     assert spec.loader is not None
@@ -84,7 +84,7 @@ def test_every_task_trains(quality: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_program_runs_and_resumes(quality: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grids = {"AdamW": ["AdamW 0.001 constant", "AdamW 0.03 cosine"], "Muon": ["Muon 0.01 cosine"]}
-    for module in (quality.main, quality.runs, quality.report):
+    for module in (quality.main, quality.training, quality.report):
         monkeypatch.setattr(module, "GRIDS", grids)
     monkeypatch.setattr(quality.main, "DEFAULTS", ["AdamW-default 0.001"])
     monkeypatch.setattr(quality.report, "DEFAULTS", ["AdamW-default 0.001"])
@@ -117,7 +117,7 @@ class InThisProcess:
 
 def test_speed_is_the_ratio_of_steps_to_the_same_loss(quality: Any, tmp_path: Path) -> None:
     """AdamW halves the loss every 50 steps; what ends the task's 200 steps at AdamW's loss after 100 has half its speed."""
-    results = quality.runs.Results(tmp_path / "runs.jsonl", "weights")
+    results = quality.training.Results(tmp_path / "runs.jsonl", "weights")
     best = "AdamW 0.01 cosine"
 
     def add(name: str, length: float, loss_at: Any) -> None:
@@ -127,7 +127,7 @@ def test_speed_is_the_ratio_of_steps_to_the_same_loss(quality: Any, tmp_path: Pa
 
     for name in quality.optimizers.GRIDS["AdamW"]:
         add(name, 1.0, lambda step: 1.0)
-    for length in (1.0, *quality.runs.LENGTHS):
+    for length in (1.0, *quality.training.LENGTHS):
         add(best, length, lambda step: 0.5 ** (step / 50))
     add("half", 1.0, lambda step: 0.25)
     add("twice", 1.0, lambda step: 0.5**8)

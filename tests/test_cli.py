@@ -1,8 +1,10 @@
 """The `learned-optim` command, but for what `demo` does (see test_demo.py)."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hub_server import HubServer
@@ -42,36 +44,6 @@ def test_bad_weights_are_one_line_and_status_2(command, damage, tmp_path, capsys
     assert "config.json" in captured.err
 
 
-def test_push_publishes_a_folder_that_loads_again(tmp_path):
-    """By the real client, in a process of its own: it reads HF_ENDPOINT when it is imported."""
-    network = OptimizerNetwork(NetworkConfig(hidden_units=3))
-    network.save_pretrained(tmp_path / "mine")
-    (tmp_path / "mine/README.md").write_text("# Mine\n")
-    with HubServer() as hub:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_TOKEN": "hf_test",
-            "HF_HOME": str(tmp_path / "hf"),
-        }
-
-        def command(*arguments):
-            call = [sys.executable, "-c", "import sys; from learned_optim.cli import main; sys.exit(main())", *arguments]
-            return subprocess.run(call, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-
-        pushed = command("push", "mine", "user/mine")
-        assert pushed.returncode == 0, pushed.stderr
-        repository = hub.repositories["user/mine"]
-        commit = repository.refs["main"]
-        assert f'revision="{commit}"' in pushed.stdout
-        assert repository.commits[commit]["README.md"] == b"# Mine\n"
-        assert fingerprint(network) in command("info", "user/mine").stdout
-        missing = command("push", "nowhere", "user/mine")
-        assert missing.returncode == 2
-        assert missing.stderr.startswith("learned-optim: nowhere is not a folder")
-
-
 @pytest.mark.parametrize("module", ["matplotlib", "sklearn", "tqdm"])
 def test_demo_without_its_extra_names_the_fix(module, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
@@ -99,3 +71,43 @@ def test_every_command_explains_itself(command, capsys):
         main([command, "--help"])
     assert stop.value.code == 0
     assert COMMANDS[command].summary.split()[0] in capsys.readouterr().out
+
+
+def learned_optim(*arguments: str, home: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, since the Hub's client reads its settings at import."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}
+    env |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_token", "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-c", "import sys; from learned_optim.cli import main; sys.exit(main())", *arguments]
+    return subprocess.run(call, env=env, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.slow
+def test_push_and_info_of_what_was_pushed(tmp_path):
+    networks = [OptimizerNetwork(NetworkConfig(hidden_units=units)) for units in (2, 3)]
+    folder = tmp_path / "set"
+    commits = []
+    with HubServer() as hub:
+        for network in networks:
+            network.save_pretrained(folder)
+            done = learned_optim("push", str(folder), "user/mine", "--private", "--message", "Mine", home=tmp_path, endpoint=hub.url)
+            assert done.returncode == 0, done.stderr
+            commits.append(re.search(r'LearnedOptimizer\(params, "user/mine", revision="(\w+)"\)', done.stdout)[1])
+        assert hub.repositories["user/mine"].private
+        assert hub.repositories["user/mine"].refs["main"] == commits[1]
+        assert {"config.json", "model.safetensors", "README.md"} <= hub.repositories["user/mine"].commits[commits[0]].keys()
+        for network, commit in zip(networks, commits, strict=True):
+            done = learned_optim("info", "user/mine", "--revision", commit, home=tmp_path, endpoint=hub.url)
+            assert fingerprint(network) in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_push_refuses_what_is_no_folder_of_weights_and_tells_what_the_hub_refused(tmp_path, capsys):
+    assert main(["push", str(tmp_path), "user/mine"]) == 2
+    assert capsys.readouterr().err.startswith(f"learned-optim: {tmp_path} has no config.json")
+    OptimizerNetwork(NetworkConfig()).save_pretrained(tmp_path / "set")
+    with HubServer() as hub:
+        done = learned_optim("push", str(tmp_path / "set"), "user/na--me", home=tmp_path, endpoint=hub.url)
+    assert done.returncode == 2
+    assert done.stderr.startswith("learned-optim: ")
+    assert "na--me" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub_server import HubServer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -22,7 +23,7 @@ def run(name: str, *arguments: str, folder: Path) -> str:
 
 
 def test_meta_train_your_own(tmp_path: Path) -> None:
-    assert len((EXAMPLES / "meta_train_your_own.py").read_text().splitlines()) < 40
+    assert len((EXAMPLES / "meta_train_your_own.py").read_text().splitlines()) < 50
     out = run("meta_train_your_own.py", "1", folder=tmp_path)
     losses = dict(re.findall(r"^(\S+(?: [\d.]+)?) +final loss ([\d.]+)", out, re.MULTILINE))
     assert list(losses)[:2] == ["default", "mine"]
@@ -30,9 +31,14 @@ def test_meta_train_your_own(tmp_path: Path) -> None:
     assert float(losses["mine"]) < 1.0
 
 
-@pytest.mark.parametrize("name", ["trainer_gpt.py", "trainer_classifier.py"])
-def test_trainer(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="needs transformers: pip install 'learned-optim[transformers]'")
-    out = run(name, "--steps", "4", "--seeds", "1", folder=tmp_path)
-    losses = dict(re.findall(r"^(\S.*?) +([\d.]+)  \(", out, re.MULTILINE))
-    assert list(losses) == ["Trainer, as it comes", "LearnedOptimizerTrainer"]
+@pytest.mark.slow
+def test_meta_train_your_own_and_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HubServer() as hub:
+        settings = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_token"}
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        out = run("meta_train_your_own.py", "1", "user/mine", folder=tmp_path)
+        (commit,) = re.findall(r'^LearnedOptimizer\(model\.parameters\(\), "user/mine", revision="(\w+)"\)', out, re.MULTILINE)
+        files = hub.repositories["user/mine"].commits[commit]
+    assert {"config.json", "model.safetensors", "meta_train.json"} <= files.keys()
+    assert "mine" in files["README.md"].decode(), "the model card of the run"

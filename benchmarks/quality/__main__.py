@@ -25,10 +25,10 @@ from pathlib import Path
 from optimizers import ABLATED, DEFAULTS, GRIDS, LEARNED_NAMES, REFERENCE, SENSITIVITY
 from report import report
 from tasks import MORE_TASKS, TASKS
+from training import LENGTHS, Job, Results, train
 
 from learned_optim import load_network
 from learned_optim.weights import fingerprint
-from runs import LENGTHS, Job, Results, train
 
 
 def wanted(tasks: list[str], results: Results, seeds: int, parts: set[str]) -> list[Job]:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from optimizers import ABLATED, DEFAULTS, GRIDS, HORIZON, LEARNED, LEARNED_NAMES, REFERENCE, SENSITIVITY
 from tasks import MORE_TASKS, TASKS
-
-from runs import LENGTHS, Results, final
+from training import LENGTHS, Results, final
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666", "#E69F00", "#56B4E9")  # Okabe & Ito (2008)
 BOUNDS = min(LENGTHS), max(LENGTHS)  # of a speed

@@ -1,0 +1,434 @@
+"""The real Hugging Face Trainer: with the optimizer as it is, and with `LearnedOptimizerTrainer`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason='needs transformers: pip install "learned-optim[transformers]"')
+pytest.importorskip("accelerate", reason='Trainer needs accelerate: pip install "learned-optim[transformers]"')
+
+from hub_server import HubServer
+from test_distributed import torchrun
+from trainer_helpers import Counting, StopAt, arguments, clocks, gpt, helped, inner, network, plain, weights
+from transformers import Trainer, TrainerCallback
+
+from learned_optim import LearnedOptimizer, load_network
+from learned_optim.integrations.transformers import LearnedOptimizerTrainer
+from learned_optim.weights import fingerprint
+
+MAKERS = {"plain": plain, "helped": helped}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# As it is
+
+
+def test_trainer_takes_the_optimizer_as_it_is(tmp_path: Path) -> None:
+    trainer = plain(arguments(tmp_path, max_steps=40, weight_decay=0.1))
+    result = trainer.train()
+    assert result.training_loss < 1.5, "the untrained model's loss is log(8), 2.08"
+    optimizer = inner(trainer)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert {group["initial_lr"] for group in optimizer.param_groups} == {1.0}, "args.learning_rate is for other optimizers"
+    assert {group["total_steps"] for group in optimizer.param_groups} == {None}
+    assert clocks(trainer) == {40}
+
+
+def test_what_trainer_would_take_for_its_own() -> None:
+    # Trainer pops these from the keyword arguments, and calls these methods at every step where they exist.
+    assert not {"model", "optimizer_dict"} & inspect.signature(LearnedOptimizer.__init__).parameters.keys()
+    assert not hasattr(LearnedOptimizer, "train")
+    assert not hasattr(LearnedOptimizer, "eval")
+
+
+def test_an_optimizer_made_beforehand_gets_trainers_linear_schedule(tmp_path: Path) -> None:
+    model = gpt()
+    optimizer = LearnedOptimizer(model.parameters())
+    trainer = plain(arguments(tmp_path), model=model, optimizers=(optimizer, None), optimizer_cls_and_kwargs=None)
+    trainer.train()
+    assert inner(trainer) is optimizer
+    assert optimizer.param_groups[0]["lr"] == 0.0, "a linear schedule ends at 0"
+
+
+def test_a_second_train_goes_on_with_the_state(tmp_path: Path) -> None:
+    trainer = plain(arguments(tmp_path, max_steps=3))
+    trainer.train()
+    optimizer = inner(trainer)
+    trainer.train()
+    assert inner(trainer) is optimizer
+    assert clocks(trainer) == {6}
+
+
+# Arguments
+
+
+def test_arguments_are_chosen_on_a_copy(tmp_path: Path) -> None:
+    args = arguments(tmp_path, max_steps=3, logging_steps=1, logging_strategy="steps")
+    trainer = helped(args)
+    trainer.train()
+    assert (trainer.args.lr_scheduler_type, trainer.args.max_grad_norm) == ("constant", 0.0)
+    assert [log["learning_rate"] for log in trainer.state.log_history if "loss" in log] == [1.0, 1.0, 1.0]
+    assert (args.lr_scheduler_type, args.max_grad_norm) == ("linear", 1.0), "another trainer may be made with them"
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_only_the_helper_leaves_gradients_unclipped(tmp_path: Path, maker: str) -> None:
+    class Norm(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
+            self.norm = torch.nn.utils.get_total_norm([param.grad for param in model.parameters()])
+
+    class Steep(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gpt = gpt()
+
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": 100 * self.gpt(input_ids=input_ids, labels=labels).loss}
+
+    callback = Norm()
+    MAKERS[maker](arguments(tmp_path, max_steps=1), model=Steep(), callbacks=[callback]).train()
+    assert (callback.norm > 10) == (maker == "helped")
+
+
+def test_every_conflict_is_named_at_once(tmp_path: Path) -> None:
+    args = arguments(tmp_path, learning_rate=3e-4, lr_scheduler_type="cosine", warmup_steps=5, max_grad_norm=0.5, optim="adafactor")
+    with pytest.raises(ValueError, match=r"schedule=?") as caught:
+        helped(args)
+    for name in ("learning_rate=0.0003", "lr_scheduler_type=", "warmup_steps=5", "max_grad_norm=0.5", "optim="):
+        assert name in str(caught.value)
+    assert "adam_beta1" not in str(caught.value)
+    assert "optimizer_cls_and_kwargs" in str(caught.value), "the way to have them all the same"
+
+
+def test_a_constant_schedule_without_clipping_may_be_asked_for(tmp_path: Path) -> None:
+    helped(arguments(tmp_path, lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.01))
+
+
+def test_missing_weights_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is no bundled set"):
+        helped(arguments(tmp_path), pretrained="nope")
+
+
+def test_without_transformers_the_error_names_the_extra(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['transformers'] = None; import learned_optim.integrations.transformers"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert 'pip install "learned-optim[transformers]"' in done.stderr
+
+
+# The horizon
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"max_steps": 5}, 5),
+        ({"max_steps": -1, "num_train_epochs": 2}, 16),
+        ({"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 3}, 6),
+    ],
+)
+def test_the_optimizer_knows_how_long_training_takes(tmp_path: Path, options: dict[str, Any], steps: int) -> None:
+    trainer = helped(arguments(tmp_path, **options))
+    trainer.train()
+    assert {group["total_steps"] for group in inner(trainer).param_groups} == {steps}
+    assert clocks(trainer) == {steps}, "its clock counts optimizer steps"
+
+
+def test_a_longer_run_may_resume_a_shorter_one(tmp_path: Path) -> None:
+    helped(arguments(tmp_path, max_steps=8), callbacks=[StopAt(4)]).train()
+    trainer = helped(arguments(tmp_path, max_steps=12))
+    trainer.train(resume_from_checkpoint=True)
+    assert {group["total_steps"] for group in inner(trainer).param_groups} == {12}
+    assert clocks(trainer) == {12}
+
+
+def test_a_second_train_is_a_new_run(tmp_path: Path) -> None:
+    trainer = helped(arguments(tmp_path, max_steps=6))
+    trainer.train()
+    middle = weights(trainer)
+    trainer.train()
+    assert clocks(trainer) == {6}
+    moved = max((param - middle[name]).abs().max().item() for name, param in weights(trainer).items())
+    assert moved > 0.01, "at the end of its horizon the optimizer would hardly move"
+
+
+def test_auto_find_batch_size_starts_again(tmp_path: Path) -> None:
+    class OutOfMemory(LearnedOptimizerTrainer):
+        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.state.global_step == 2 and len(inputs["input_ids"]) > 4:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    args = arguments(tmp_path, max_steps=-1, num_train_epochs=1, per_device_train_batch_size=8, auto_find_batch_size=True)
+    trainer = OutOfMemory(model=gpt(), args=args, train_dataset=Counting())
+    trainer.train()
+    assert trainer.state.train_batch_size <= 4
+    assert trainer.state.max_steps > 4
+    assert {group["total_steps"] for group in inner(trainer).param_groups} == {trainer.state.max_steps}
+    assert clocks(trainer) == {trainer.state.max_steps}
+
+
+# Logs
+
+
+def test_logs_tell_the_size_of_the_update(tmp_path: Path) -> None:
+    trainer = helped(arguments(tmp_path, max_steps=1, logging_steps=1, logging_strategy="steps", weight_decay=0.1))
+    start = weights(trainer)
+    trainer.train()
+    (log,) = (log for log in trainer.state.log_history if "loss" in log)
+    names = {param: name for name, param in trainer.model.named_parameters()}
+    end = weights(trainer)
+    for i, group in enumerate(inner(trainer).param_groups):
+        change = torch.cat([(end[names[param]] - start[names[param]]).flatten() for param in group["params"]])
+        assert log[f"update_rms/group_{i}"] == pytest.approx(change.square().mean().sqrt().item())
+    assert log["update_rms/group_0"] > 1e-3
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_every_log_has_a_new_size(tmp_path: Path, strategy: str) -> None:
+    options = {"logging_steps": 4} if strategy == "steps" else {}
+    trainer = helped(arguments(tmp_path, max_steps=-1, num_train_epochs=3, logging_strategy=strategy, eval_strategy="epoch", **options))
+    trainer.train()
+    sizes = [log["update_rms/group_0"] for log in trainer.state.log_history if "loss" in log]
+    assert len(set(sizes)) == len(sizes) == (3 if strategy == "epoch" else 6)
+    assert sizes == sorted(sizes, reverse=True), "along the cosine"
+    assert not any("update_rms/group_0" in log for log in trainer.state.log_history if "eval_loss" in log)
+
+
+# Ways to train
+
+
+def test_gradient_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
+    ends = []
+    for batch, pieces in ((8, 1), (2, 4)):
+        model = gpt()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        args = arguments(tmp_path, max_steps=3, per_device_train_batch_size=batch, gradient_accumulation_steps=pieces)
+        trainer = helped(args, model=model)
+        trainer.train()
+        ends.append(weights(trainer))
+    for name, end in ends[0].items():
+        torch.testing.assert_close(ends[1][name], end, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["parameters", "autocast"])
+def test_bf16(tmp_path: Path, kind: str) -> None:
+    options = {"bf16": True} if kind == "autocast" else {}
+    model = gpt(dtype=torch.bfloat16 if kind == "parameters" else torch.float32)
+    trainer = helped(arguments(tmp_path, max_steps=40, **options), model=model)
+    assert trainer.train().training_loss < 1.5
+    assert {state["hidden"].dtype for state in inner(trainer).state.values()} == {torch.float32}
+
+
+def test_model_init_trains_each_model_anew(tmp_path: Path) -> None:
+    trainer = helped(arguments(tmp_path, max_steps=4), model_init=lambda: gpt())
+    trainer.train()
+    first, optimizer = weights(trainer), inner(trainer)
+    trainer.train()
+    assert inner(trainer) is not optimizer
+    assert same(weights(trainer), first)
+
+
+def test_hyperparameter_search(tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="needs optuna: make test-integrations")
+    trainer = helped(arguments(tmp_path, max_steps=3, eval_strategy="steps", eval_steps=3), model_init=lambda: gpt())
+    decays = []
+
+    def space(trial: Any) -> dict[str, float]:
+        decays.append(trial.suggest_float("weight_decay", 0.0, 0.1))
+        return {"weight_decay": decays[-1]}
+
+    best = trainer.hyperparameter_search(hp_space=space, n_trials=2, backend="optuna")
+    assert best.hyperparameters["weight_decay"] in decays
+    assert inner(trainer).param_groups[0]["weight_decay"] == decays[-1]
+    with pytest.raises(ValueError, match=r"learning_rate=.*Leave them out"):
+        trainer.hyperparameter_search(hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 0, 1)}, n_trials=1)
+
+
+DDP = """
+import sys
+from pathlib import Path
+import torch
+from trainer_helpers import arguments, clocks, gpt, helped, inner
+
+folder, world = Path(sys.argv[1]), int(sys.argv[2])
+model = gpt()
+for module in model.modules():
+    if isinstance(module, torch.nn.Dropout):
+        module.p = 0.0
+trainer = helped(arguments(folder, max_steps=4, per_device_train_batch_size=8 // world, ddp_backend="gloo"), model=model)
+trainer.train()
+assert trainer.args.world_size == world
+assert clocks(trainer) == {4}
+assert inner(trainer).param_groups[0]["total_steps"] == 4
+torch.save(trainer.model.state_dict(), folder / f"rank{trainer.args.process_index}.pt")
+if world > 1:
+    torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    (tmp_path / "ddp.py").write_text(DDP)
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    ends = {}
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        done = torchrun(world, tmp_path, str(tmp_path / "ddp.py"), str(folder), str(world), PYTHONPATH=paths)
+        assert done.returncode == 0, done.stderr
+        ends[world] = [torch.load(folder / f"rank{rank}.pt") for rank in range(world)]
+    assert same(*ends[2]), "every process holds the same weights"
+    for name, end in ends[1][0].items():
+        torch.testing.assert_close(ends[2][0][name], end, rtol=0, atol=1e-3)
+
+
+# Checkpoints
+
+
+# Within an epoch of four steps, at its end, within the next.
+@pytest.mark.parametrize(("kind", "stop"), [("fp32", 1), ("fp32", 4), ("fp32", 7), ("bf16 parameters", 7), ("bf16 autocast", 7)])
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_resume_gives_the_same_weights_bit_for_bit(tmp_path: Path, maker: str, kind: str, stop: int) -> None:
+    options = {"max_steps": 9, "gradient_accumulation_steps": 2, "bf16": kind == "bf16 autocast"}
+    dtype = torch.bfloat16 if kind == "bf16 parameters" else torch.float32
+
+    def make(folder: str, seed: int, *callbacks: Any) -> Trainer:
+        return MAKERS[maker](arguments(tmp_path / folder, **options), model=gpt(seed, dtype), callbacks=list(callbacks))
+
+    whole = make("whole", 0)
+    whole.train()
+    make("stopped", 0, StopAt(stop)).train()
+    resumed = make("stopped", 1)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights(resumed), weights(whole))
+    for a, b in zip(inner(resumed).state.values(), inner(whole).state.values(), strict=True):
+        assert same(a, b)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_resume_with_other_weights_names_both(tmp_path: Path, maker: str) -> None:
+    network().save_pretrained(tmp_path / "mine")
+    make = MAKERS[maker]
+    source = {"pretrained": str(tmp_path / "mine")}
+    options = source if maker == "helped" else {"optimizer_cls_and_kwargs": (LearnedOptimizer, source)}
+    make(arguments(tmp_path / "run"), callbacks=[StopAt(2)], **options).train()
+    with pytest.raises(ValueError, match="Build LearnedOptimizer with the weights") as caught:
+        make(arguments(tmp_path / "run")).train(resume_from_checkpoint=True)
+    assert fingerprint(network()) in str(caught.value)
+    assert fingerprint(load_network("default")) in str(caught.value)
+
+
+# The model card
+
+
+def card(trainer: Trainer) -> str:
+    trainer.create_model_card(model_name="mine")
+    return (Path(trainer.args.output_dir) / "README.md").read_text()
+
+
+def test_the_model_card_names_the_optimizer(tmp_path: Path) -> None:
+    for make, truthful in ((plain, False), (helped, True)):
+        args = arguments(tmp_path, max_steps=2)
+        trainer = make(args)
+        trainer.train()
+        text = card(trainer).lower()
+        assert ("learned_optim.learnedoptimizer" in text) == truthful
+        assert ("adamw" in text) != truthful, "without the helper, Trainer's card names the optimizer that its arguments stand for"
+    assert fingerprint(load_network("default")) in text
+    assert "lr_scheduler_type: constant" in text
+    assert "5e-05" not in text
+    assert trainer.args.optim == args.optim, "the arguments are as they were"
+
+
+PUSH = """
+import sys
+from pathlib import Path
+from trainer_helpers import arguments, helped
+trainer = helped(arguments(Path(sys.argv[1]), max_steps=2, hub_model_id="user/counts", hub_token="hf_token"))
+trainer.train()
+print(trainer.push_to_hub().oid)
+"""
+
+
+@pytest.mark.slow
+def test_push_to_hub(tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}
+    env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = str(Path(__file__).parent)
+    with HubServer() as hub:
+        command = [sys.executable, "-c", PUSH, str(tmp_path / "out")]
+        done = subprocess.run(command, env={**env, "HF_ENDPOINT": hub.url}, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
+        files = hub.repositories["user/counts"].commits[done.stdout.split()[-1]]
+    assert {"README.md", "config.json", "model.safetensors", "training_args.bin"} <= files.keys()
+    assert not [name for name in files if "optimizer" in name]
+    text = files["README.md"].decode()
+    assert "learned_optim.LearnedOptimizer" in text
+    assert fingerprint(load_network("default")) in text
+    assert "adamw" not in text.lower()
+    assert json.loads(files["config.json"])["model_type"] == "gpt2"
+
+
+# The README
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+SECTION = README[README.index("\n## Hugging Face\n") :].split("\n## ")[1]
+
+PASTED = """
+import sys
+from pathlib import Path
+import torch
+from torch import nn
+from learned_optim import LearnedOptimizer, load_network
+from learned_optim.integrations.transformers import LearnedOptimizerTrainer
+from learned_optim.meta_train import MetaTrainConfig, ModuleTask, meta_train
+from trainer_helpers import Counting, arguments, gpt
+model, args, data = gpt(), arguments(Path("out"), max_steps=2), Counting()
+def mine(generator):
+    data = [(torch.randn(8, 4, generator=generator), torch.randn(8, 1, generator=generator))]
+    return ModuleTask(lambda: nn.Linear(4, 1), data, nn.functional.mse_loss)
+"""
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_readme_work_as_pasted(tmp_path: Path) -> None:
+    train, meta, push = re.findall(r"```python\n(.+)\n```", SECTION)[:3]
+    code = [
+        PASTED,
+        train,
+        "trainer.train()",
+        meta.replace("meta_steps=100", "meta_steps=1, horizon_min=3, horizon_max=3, truncation=3"),
+        push,
+    ]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}
+    env |= {"HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_token", "OMP_NUM_THREADS": "1"}
+    with HubServer() as hub:
+        env |= {"HF_ENDPOINT": hub.url, "PYTHONPATH": str(Path(__file__).parent)}
+        call = [sys.executable, "-c", "\n".join(code)]
+        done = subprocess.run(call, env=env, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
+        files = hub.repositories["user/my-optimizer"].commits[hub.repositories["user/my-optimizer"].refs["main"]]
+    assert {"config.json", "model.safetensors", "meta_train.json", "README.md"} <= files.keys()
+
+
+def test_the_versions_of_the_readme_are_those_tested_with() -> None:
+    constraints = (Path(__file__).parents[1] / "constraints.txt").read_text()
+    rows = re.findall(r"^\| ([\w, -]+) \| ([\d.]+(?:, [\d.]+)*) \|", SECTION, re.MULTILINE)
+    pins = [f"{name}=={version}" for names, versions in rows for name, version in zip(names.split(", "), versions.split(", "), strict=True)]
+    assert len(pins) == 8
+    assert not [pin for pin in pins if f"\n{pin}\n" not in constraints]
