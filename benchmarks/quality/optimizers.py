@@ -118,6 +118,7 @@ def without_lstm(network: OptimizerNetwork) -> None:
 
 
 def without_controller(network: OptimizerNetwork) -> None:
+    network.controller.log_rate.data.fill_(-math.inf)
     for output in (network.controller.correction, network.controller.context):
         for weight in output.parameters():
             weight.data.zero_()
@@ -126,8 +127,6 @@ def without_controller(network: OptimizerNetwork) -> None:
 def skeleton(network: OptimizerNetwork) -> None:
     without_lstm(network)
     without_controller(network)
-    fresh = OptimizerNetwork(network.config)
-    network.log_step_size.data, network.log_vector_gain.data = fresh.log_step_size.data, fresh.log_vector_gain.data
 
 
 ABLATIONS: dict[str, Callable[[OptimizerNetwork], None]] = {
@@ -139,17 +138,19 @@ LEARNED, HORIZON = "learned", "learned+T"
 MULTIPLIERS = (0.3, 3.0)
 LEARNED_NAMES = [LEARNED, HORIZON]
 SENSITIVITY = [f"{mode} x{multiplier:g}" for mode in LEARNED_NAMES for multiplier in MULTIPLIERS]
-ABLATED = [f"{mode} {off}" for mode in LEARNED_NAMES for off in ABLATIONS]
+# The skeleton gets the best of three constants; the other two are what `lr` makes of it.
+ABLATED = [f"{mode} {off}" for mode in LEARNED_NAMES for off in (*ABLATIONS, "skeleton x3", "skeleton x10")]
 
 
 def learned(name: str, params: Iterable[nn.Parameter], pretrained: str, steps: int) -> Trained:
-    """ "learned" or "learned+T" (with the horizon), then "x0.3" for another multiplier or an ablation."""
-    mode, *change = name.split()
+    """ "learned" or "learned+T" (with the horizon), then perhaps an ablation, and "x0.3" for another multiplier."""
+    mode, *changes = name.split()
     network, lr = load_network(pretrained), 1.0
-    if change and change[0].startswith("x"):
-        lr = float(change[0][1:])
-    elif change:
-        ABLATIONS[change[0]](network)
+    for change in changes:
+        if change.startswith("x"):
+            lr = float(change[1:])
+        else:
+            ABLATIONS[change](network)
     return Trained(LearnedOptimizer(params, network, lr=lr, total_steps=steps if mode == HORIZON else None))
 
 
