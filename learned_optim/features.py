@@ -127,8 +127,7 @@ def coordinate_features(grad: Tensor, momentum: Tensor, second_moment: Tensor, m
 
 def tensor_statistics(
     layout: Layout,
-    grad: Tensor,
-    previous_momentum: Tensor,
+    products: Tensor,
     signal: Tensor,
     mean: Tensor,
     step: Tensor,
@@ -138,18 +137,16 @@ def tensor_statistics(
     """What the controller sees of each tensor, (..., K, STATISTICS).
 
     Args:
-        grad: gradient, (..., N).
-        previous_momentum: running mean of the gradients before this one, (..., N). Its cosine with `grad` is the hypergradient of the step
-            size up to scale (Baydin et al. 2018, "Online learning rate adaptation with hypergradient descent"): positive while the steps
-            are too short, negative once they overshoot.
+        products: means of the squared gradient, of the squared running mean of the gradients before it, and of the product of the two,
+            (3, ..., K). The cosine that they make is the hypergradient of the step size up to scale (Baydin et al. 2018, "Online learning
+            rate adaptation with hypergradient descent"): positive while the steps are too short, negative once they overshoot.
         signal: mean square of the normalised momentum, the gradient's signal-to-noise ratio, (..., K).
         mean: mean of the bias-corrected second moment, (..., K).
         step: steps since the first gradient, this one included, (..., K).
         progress: step / horizon in [0, 1], 0 where no horizon is known, (..., K).
         horizon_known: 1 or 0, (..., K).
     """
-    products = torch.stack([grad.square(), previous_momentum.square(), grad * previous_momentum])
-    grad_square, momentum_square, product = layout.mean(products)
+    grad_square, momentum_square, product = products
     cosine = product * (grad_square + ABSOLUTE_FLOOR).rsqrt() * (momentum_square + ABSOLUTE_FLOOR).rsqrt()
     surprise = 0.5 * ((grad_square + ABSOLUTE_FLOOR).log() - (mean + ABSOLUTE_FLOOR).log())
     measured = [
@@ -161,5 +158,5 @@ def tensor_statistics(
         progress,
         horizon_known,
     ]
-    constants = layout.constants.to(grad.dtype).expand(*step.shape, -1)
+    constants = layout.constants.to(step.dtype).expand(*step.shape, -1)
     return torch.cat([torch.stack(measured, -1), constants], -1)

@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from .config import NetworkConfig
 from .features import Layout
+from .kernels import cpu
 from .network import OptimizerNetwork
 from .rule import State, update
 from .weights import fingerprint, load_network
@@ -22,6 +23,8 @@ from .weights import fingerprint, load_network
 # AdamW's updates have a root mean square of 0.2 to 0.4 times its learning rate (Liu et al. 2025, "Muon is scalable for LLM training",
 # section 2.2), so this turns the size of our update into the learning rate that AdamW's weight decay would be multiplied by.
 ADAMW_UPDATE_RMS = 0.2
+
+KERNELS = ("auto", "reference", "compiled")
 
 PER_TENSOR = ("step", "correction", "control")  # state that a parameter has once; the rest belongs to its coordinates
 
@@ -45,9 +48,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
             step size towards the end. None, the default, works without that knowledge. A group that is added later counts from its own
             first step.
         revision: branch, tag or commit of a Hub repository.
+        kernel: what runs the rule: "reference", PyTorch operations on any device; "compiled", the C code that comes with the package,
+            several times faster and for parameters on a CPU; or "auto", the compiled one where it can run.
 
     Raises:
         ValueError: a hyperparameter is out of range, or the weights cannot be used as asked; the message names the file and the reason.
+        RuntimeError: the compiled kernel was asked for by name and cannot run.
     """
 
     def __init__(
@@ -59,9 +65,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         total_steps: int | None = None,
         revision: str | None = None,
+        kernel: str = "auto",
     ) -> None:
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel must be one of {list(KERNELS)}, got {kernel!r}")
+        self.kernel = kernel
         network = copy.deepcopy(pretrained) if isinstance(pretrained, OptimizerNetwork) else load_network(pretrained, revision=revision)
         self.network = network.float().requires_grad_(False)
+        if kernel != "reference" and (trouble := cpu.trouble(self.network)):
+            if kernel == "compiled":
+                raise RuntimeError(trouble)
+            warnings.warn(f"{trouble} Steps on a CPU take PyTorch operations instead, and several times as long.", stacklevel=2)
+            self.kernel = "reference"
         defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "weights": fingerprint(self.network)}
         super().__init__(params, defaults)
 
@@ -122,7 +137,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step_device(self, device: torch.device, members: dict[Tensor, dict[str, Any]]) -> None:
-        """Runs the rule for all parameters of a device at once: lays them end to end, steps, and writes the results back in place."""
+        """Runs the rule for all parameters of a device at once and writes the results back in place."""
         network = self.network.to(device)
         for param in members:
             if not self.state[param]:
@@ -131,25 +146,29 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if not params:
             return
         states = [self.state[param] for param in params]
+        grads = [param.grad.detach() for param in params if param.grad is not None]
         layout = Layout.of(tuple(param.shape for param in params), device)
         horizons = torch.tensor([members[param]["total_steps"] or math.inf for param in params], dtype=torch.float32, device=device)
-        grads = flatten([param.grad for param in params if param.grad is not None])
         with torch.autocast(device.type, enabled=False):
-            change, new_state = update(network, layout, grads, join(states), horizons)
-        changes = change.split(layout.sizes)
-        rates = (layout.mean(change.square()).sqrt() / ADAMW_UPDATE_RMS).unbind()
-        for param, part, rate in zip(params, changes, rates, strict=True):
+            if device.type == "cpu" and self.kernel != "reference":
+                changes, new_state = cpu.update(network, layout, grads, states, horizons)
+            else:
+                change, new_state = update(network, layout, flatten(grads), join(states), horizons)
+                changes = list(change.split(layout.sizes))
+        for param, change in zip(params, changes, strict=True):
             lr, weight_decay = members[param]["lr"], members[param]["weight_decay"]
-            part = part.view(param.shape)
+            change = change.view(param.shape)
             if weight_decay != 0:
-                part = part - weight_decay * rate * param
-            param.add_((lr.reshape(()) if isinstance(lr, Tensor) else lr) * part)
+                change = change - weight_decay * (change.square().mean().sqrt() / ADAMW_UPDATE_RMS) * param
+            if isinstance(lr, Tensor):
+                change, lr = change * lr.reshape(()), 1.0
+            param.add_(change, alpha=lr)
         for state, new in zip(states, split(new_state, layout), strict=True):
-            for key, value in state.items():
-                value.copy_(new[key].view(value.shape))
+            for key, value in new.items():
+                state[key].copy_(value.view(state[key].shape))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "network": self.network}
+        return {**super().__getstate__(), "network": self.network, "kernel": self.kernel}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -172,7 +191,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             indices = [index for group in saved["param_groups"] for index in group["params"]]
             for param, index in zip(params, indices, strict=True):
                 for key, value in saved["state"].get(index, {}).items():
-                    self.state[param][key] = value.to(param.device, copy=True)
+                    self.state[param][key] = value.to(param.device, copy=True, memory_format=torch.contiguous_format)
 
         # Between the user's hooks: one of theirs may replace the dict before, and those after find the state as it was saved.
         hooks = [self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(restore, prepend=True)]

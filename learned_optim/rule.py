@@ -32,6 +32,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,39 +88,80 @@ def update(network: OptimizerNetwork, layout: Layout, grad: Tensor, state: State
     # 1. Moments
     momentum = torch.lerp(grad, state["momentum"], config.momentum)
     second_moment = torch.lerp(grad.square(), state["second_moment"], config.second_moment)
-    mean = layout.mean(second_moment)
-    started = (mean > 0).to(grad.dtype)
-    step = state["step"] + started
-    age = step.clamp(min=1)
-    correction1, correction2 = 1 - config.momentum**age, 1 - config.second_moment**age
-    mean = mean / correction2
+    products = layout.mean(torch.stack([grad.square(), state["momentum"].square(), grad * state["momentum"]]))
 
     # 2. Step size
-    known = total_steps.isfinite().to(grad.dtype)
-    progress = ((age - 1) / total_steps).clamp(max=1)
-    noise = second_moment + layout.spread(RELATIVE_FLOOR * mean * correction2 + ABSOLUTE_FLOOR)
-    signal = layout.mean(momentum.square() / noise) * correction2 / correction1.square()
-    statistics = tensor_statistics(layout, grad, state["momentum"], signal, mean, step, progress, known)
-    boldness = torch.where(known > 0, 2 * (1 - progress), 1.0)
-    log_correction, context, correction, control = network.controller(statistics, age, boldness, state["correction"], state["control"])
-    annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
-    decayed = (1 + step / DECAY_STEPS).rsqrt()
-    step_size = (network.log_step_size + log_correction).exp() * torch.where(known > 0, annealed, decayed) * started
+    clock = Clock.after(state["step"], layout.mean(second_moment), config)
+    signal = layout.mean(momentum.square() / (second_moment + layout.spread(clock.floor)))
+    control = step_sizes(network, layout, clock, products, signal, state, total_steps)
 
     # 3. Direction
-    context = context.movedim(-1, 0)
+    context = control.context.movedim(-1, 0)
 
     def direct(block: Block, grad: Tensor, momentum: Tensor, second_moment: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
-        moments = momentum / block.spread(correction1), second_moment / block.spread(correction2)
-        features = coordinate_features(grad, *moments, block.spread(mean))
+        moments = momentum / block.spread(clock.correction1), second_moment / block.spread(clock.correction2)
+        features = coordinate_features(grad, *moments, block.spread(clock.mean))
         return network.coordinate(features, block.spread(context), hidden, cell)  # type: ignore[no-any-return]
 
     direction, hidden, cell = blockwise(direct, layout, [grad, momentum, second_moment, state["hidden"], state["cell"]])
 
     # 4. Length, 5. Update
-    change = -layout.spread(step_size) * normalize(direction, layout, network)
-    per_tensor = {"step": step, "correction": correction * started, "control": control * started[..., None, None]}
-    return change, per_tensor | {"momentum": momentum, "second_moment": second_moment, "hidden": hidden, "cell": cell}
+    change = -layout.spread(control.step_size) * torch.cat(normalize(direction.split(layout.sizes, -1), layout, network), -1)
+    return change, control.state | {"momentum": momentum, "second_moment": second_moment, "hidden": hidden, "cell": cell}
+
+
+class Clock(NamedTuple):
+    """What follows from each tensor's clock; all (..., K)."""
+
+    started: Tensor  # 1 from the first non-zero gradient on, before that 0
+    step: Tensor  # steps since then, that one included
+    correction1: Tensor  # of the momentum's bias
+    correction2: Tensor  # of the second moment's
+    mean: Tensor  # of the tensor's second moments, corrected
+    floor: Tensor  # of its second moments, not corrected
+
+    @staticmethod
+    def after(step: Tensor, mean: Tensor, config: NetworkConfig) -> Clock:
+        """The clock after `step` steps and one more, with the mean of the tensor's new second moments, (..., K)."""
+        started = (mean > 0).to(mean.dtype)
+        step = step + started
+        age = step.clamp(min=1)
+        correction1, correction2 = 1 - config.momentum**age, 1 - config.second_moment**age
+        mean = mean / correction2
+        return Clock(started, step, correction1, correction2, mean, RELATIVE_FLOOR * mean * correction2 + ABSOLUTE_FLOOR)
+
+
+class Control(NamedTuple):
+    """What step 2 of the method decides for each tensor."""
+
+    step_size: Tensor  # (..., K)
+    context: Tensor  # bias for the gates of the coordinate-wise LSTM, (..., K, 3 H)
+    state: State  # the part of the new state that tensors have once
+
+
+def step_sizes(
+    network: OptimizerNetwork, layout: Layout, clock: Clock, products: Tensor, signal: Tensor, state: State, total_steps: Tensor
+) -> Control:
+    """Step 2 of the method.
+
+    Args:
+        products: means of the squared gradient, of the squared momentum before it and of their product, (3, ..., K).
+        signal: mean of the squared momentum over the second moment, neither of them corrected, (..., K).
+        state: see `init_state`; `correction` and `control` are read.
+        total_steps: (..., K).
+    """
+    age = clock.step.clamp(min=1)
+    known = total_steps.isfinite().to(signal.dtype)
+    progress = ((age - 1) / total_steps).clamp(max=1)
+    signal = signal * clock.correction2 / clock.correction1.square()
+    statistics = tensor_statistics(layout, products, signal, clock.mean, clock.step, progress, known)
+    boldness = torch.where(known > 0, 2 * (1 - progress), 1.0)
+    log_correction, context, correction, control = network.controller(statistics, age, boldness, state["correction"], state["control"])
+    annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
+    decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
+    step_size = (network.log_step_size + log_correction).exp() * torch.where(known > 0, annealed, decayed) * clock.started
+    new_state = {"step": clock.step, "correction": correction * clock.started, "control": control * clock.started[..., None, None]}
+    return Control(step_size, context, new_state)
 
 
 def blockwise(function: Callable[..., tuple[Tensor, ...]], layout: Layout, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -144,11 +186,11 @@ def blockwise(function: Callable[..., tuple[Tensor, ...]], layout: Layout, tenso
     return [torch.cat(pieces, -1) for pieces in zip(*parts, strict=True)]
 
 
-def normalize(direction: Tensor, layout: Layout, network: OptimizerNetwork) -> Tensor:
-    """Directions (..., N) with the length that each tensor's shape calls for (step 4 of the method)."""
+def normalize(directions: Sequence[Tensor], layout: Layout, network: OptimizerNetwork) -> list[Tensor]:
+    """Each tensor's direction (..., n) with the length that its shape calls for (step 4 of the method)."""
     orthogonal = network.config.orthogonalize_steps > 0
     groups: dict[tuple[int, int], list[int]] = {}  # matrices of one shape are orthogonalised together
-    parts = list(direction.split(layout.sizes, -1))
+    parts = list(directions)
     for k, part in enumerate(parts):
         if orthogonal and layout.is_matrix[k]:
             groups.setdefault(layout.fans[k], []).append(k)
@@ -159,7 +201,7 @@ def normalize(direction: Tensor, layout: Layout, network: OptimizerNetwork) -> T
         matrices = math.sqrt(fan_out / fan_in) * orthogonalize(matrices, network.config.orthogonalize_steps)
         for k, matrix in zip(members, matrices.flatten(-2).unbind(), strict=True):
             parts[k] = matrix
-    return torch.cat(parts, -1)
+    return parts
 
 
 def orthogonalize(matrix: Tensor, steps: int) -> Tensor:

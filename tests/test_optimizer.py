@@ -118,7 +118,7 @@ def test_step_is_the_rule(network: OptimizerNetwork) -> None:
     model = make_model()
     params = [param for param in model.parameters() if param.numel()]
     groups = [{"params": params[:2], "lr": 0.5, "weight_decay": 0.1, "total_steps": 9}, {"params": params[2:]}]
-    optimizer = LearnedOptimizer(groups, network)
+    optimizer = LearnedOptimizer(groups, network, kernel="reference")
     layout = Layout.of(tuple(param.shape for param in params), torch.device("cpu"))
     state = rule.init_state(layout, network.config)
     horizons = torch.tensor([9.0, 9.0, *[torch.inf] * 3])

@@ -1,0 +1,272 @@
+/* The passes of the update rule over coordinates, in place; `learned_optim/rule.py` says what they compute.
+ *
+ * A caller describes its tensors in a table and cuts them into blocks. Any number of threads may run one pass together: each takes the next
+ * block until none is left. A block's sums have places of their own, so the result does not depend on which thread took it.
+ *
+ * There is no libm here but for the square root, which is an instruction. Loops marked `omp simd` do one coordinate an iteration; the
+ * compiler turns them into vector code, once for each instruction set that is worth it.
+ */
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
+#define EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EACH_CPU /* NEON is there on every 64-bit ARM; elsewhere the compiler's flags decide */
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { CHUNK = 256, MAX_UNITS = 8, ODD = 2, EVEN = 3 }; /* CHUNK: coordinates whose intermediate results fit into the L1 cache */
+
+/* Constants of `learned_optim/features.py`. */
+static const float RELATIVE_FLOOR = 1e-8f, ABSOLUTE_FLOOR = 1e-20f, GRADIENT_BOUND = 3.0f;
+
+/* Every field has 8 bytes, so that the caller may fill the table with integers. */
+typedef struct {
+    int64_t size;
+    const float *grad;
+    float *momentum, *second_moment;
+    float *hidden, *cell; /* (units, size) */
+    float *direction;
+} Tensor;
+
+typedef struct {
+    int64_t tensor, begin, end;
+} Block;
+
+/* What all passes have in common. */
+typedef struct {
+    const Tensor *tensors;
+    const Block *blocks;
+    int64_t count; /* of blocks */
+    int64_t next;  /* the first block that no thread has taken */
+    double *sums;  /* (count, sums of the pass) */
+} Job;
+
+typedef struct {
+    int64_t units;
+    const float *gate_weight, *gate_bias, *candidate_weight, *skip, *out; /* as in `learned_optim/network.py` */
+} Network;
+
+/* The index of a block that is now the caller's. */
+static int64_t take(Job *job) { return __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED); }
+
+/* Compiled to an instruction each. NaN may get lost here; it stays in the moments and in the direction. */
+INLINE float at_most(float x, float bound) { return x > bound ? bound : x; }
+INLINE float at_least(float x, float bound) { return x < bound ? bound : x; }
+
+INLINE float bits_to_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* 2^x for |x| <= 40, and 2^40 or 2^-40 beyond, so that products of three stay finite; relative error 3e-6.
+ *
+ * Adding 1.5 * 2^23 + 127 rounds x to an integer and leaves it, with the exponent's bias, in the lowest bits. The polynomial is the minimax
+ * fit on [-1/2, 1/2]. */
+INLINE float exp2_bounded(float x) {
+    const float magic = 12583039.0f;
+    x = at_least(at_most(x, 40.0f), -40.0f);
+    float shifted = x + magic;
+    float r = x - (shifted - magic);
+    float power = 9.570102e-3f;
+    power = power * r + 5.5917863e-2f;
+    power = power * r + 2.40247448e-1f;
+    power = power * r + 6.93121814e-1f;
+    power = power * r + 9.99999261e-1f;
+    return power * bits_to_float(float_to_bits(shifted) << 23);
+}
+
+/* ln x of a normal number, absolute error 1e-7 for x near 1 and relative error 2e-7 elsewhere; minimax fit on [sqrt(1/2), sqrt(2)]. */
+INLINE float log_normal(float x) {
+    uint32_t bits = float_to_bits(x) - 0x3f3504f3u; /* of sqrt(1/2) */
+    float exponent = (float)((int32_t)bits >> 23);
+    float r = bits_to_float((bits & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
+    float slope = -1.0102293e-1f;
+    slope = slope * r + 1.6420090e-1f;
+    slope = slope * r - 1.7333487e-1f;
+    slope = slope * r + 1.9873035e-1f;
+    slope = slope * r - 2.4959341e-1f;
+    slope = slope * r + 3.3336183e-1f;
+    slope = slope * r - 5.0000668e-1f;
+    slope = slope * r + 9.9999982e-1f;
+    return exponent * 0.69314718f + slope * r;
+}
+
+typedef struct {
+    float numerator, denominator;
+} Ratio;
+
+/* tanh as a ratio, so that its division can be shared; odd to the last bit, relative error 2e-6; minimax fit on [0, 7]. */
+INLINE Ratio tanh_ratio(float x) {
+    x = at_least(at_most(x, 7.0f), -7.0f);
+    float s = x * x;
+    float p = 3.995905259e-6f;
+    p = p * s + 2.293097681e-3f;
+    p = p * s + 1.232206542e-1f;
+    p = p * s + 9.999989669e-1f;
+    float q = 1.439853416e-4f;
+    q = q * s + 2.115165731e-2f;
+    q = q * s + 4.565462535e-1f;
+    q = q * s + 1.0f;
+    return (Ratio){x * p, q};
+}
+
+/* Step 1 of the rule, and its sums: of squared gradients, of squared momenta before, of their products, and of second moments. */
+EACH_CPU void moments(Job *job, float decay1, float decay2) {
+    for (int64_t b; (b = take(job)) < job->count;) {
+        const Block *block = &job->blocks[b];
+        const Tensor *tensor = &job->tensors[block->tensor];
+        double *sums = job->sums + 4 * b;
+        memset(sums, 0, 4 * sizeof *sums);
+        for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) {
+            const int64_t n = block->end - begin < CHUNK ? block->end - begin : CHUNK;
+            const float *restrict grad = tensor->grad + begin;
+            float *restrict momentum = tensor->momentum + begin, *restrict second_moment = tensor->second_moment + begin;
+            float grad_square = 0, momentum_square = 0, product = 0, second = 0;
+#pragma omp simd reduction(+ : grad_square, momentum_square, product, second)
+            for (int64_t j = 0; j < n; j++) {
+                float g = grad[j], m = momentum[j], v = second_moment[j];
+                grad_square += g * g;
+                momentum_square += m * m;
+                product += g * m;
+                momentum[j] = m + (1.0f - decay1) * (g - m);
+                second_moment[j] = v = v + (1.0f - decay2) * (g * g - v);
+                second += v;
+            }
+            sums[0] += grad_square, sums[1] += momentum_square, sums[2] += product, sums[3] += second;
+        }
+    }
+}
+
+/* The sum of squared momenta over second moments; `floors` of the second moment, one a tensor. */
+EACH_CPU void signal_to_noise(Job *job, const float *floors) {
+    for (int64_t b; (b = take(job)) < job->count;) {
+        const Block *block = &job->blocks[b];
+        const Tensor *tensor = &job->tensors[block->tensor];
+        const float floor = floors[block->tensor];
+        double sum = 0;
+        for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) {
+            const int64_t n = block->end - begin < CHUNK ? block->end - begin : CHUNK;
+            const float *restrict momentum = tensor->momentum + begin, *restrict second_moment = tensor->second_moment + begin;
+            float part = 0;
+#pragma omp simd reduction(+ : part)
+            for (int64_t j = 0; j < n; j++) part += momentum[j] * momentum[j] / (second_moment[j] + floor);
+            sum += part;
+        }
+        job->sums[b] = sum;
+    }
+}
+
+/* Weights of the LSTM's gates for one tensor: bias, features, units. They are multiplied by -log2(e): sigmoid(x) = 1 / (1 + 2^-x'). */
+typedef float GateWeights[3 * MAX_UNITS][1 + EVEN + MAX_UNITS];
+
+static void gather(GateWeights weights, const Network *network, const float *context) {
+    const int64_t columns = EVEN + network->units;
+    for (int64_t row = 0; row < 3 * network->units; row++) {
+        weights[row][0] = -1.44269504f * (network->gate_bias[row] + context[row]);
+        for (int64_t i = 0; i < columns; i++) weights[row][1 + i] = -1.44269504f * network->gate_weight[row * columns + i];
+    }
+}
+
+/* What is between the loops of a chunk; it stays in the L1 cache. */
+typedef struct {
+    float odd[ODD + MAX_UNITS][CHUNK], even[EVEN + MAX_UNITS][CHUNK]; /* features, then hidden units and their sizes */
+    float gates[3 * MAX_UNITS][CHUNK];                                /* 1 / sigmoid */
+} Scratch;
+
+/* Step 3 of the rule for `n` coordinates of a tensor. `UNITS` is a constant where this is inlined, so that sums over units are unrolled.
+ * Short loops one after the other let a processor work on several of their iterations at once; in a long one each waits for its own
+ * results.
+ *
+ * constants: 1 / correction1, 1 / correction2, the second moment's floor, 1 / its mean. */
+INLINE void lstm(const int UNITS, int64_t n, int64_t size, const Network *network, const GateWeights gate_weights, const float *constants,
+                 Scratch *restrict s, const float *restrict grad, const float *restrict momentum, const float *restrict second_moment,
+                 float *restrict hidden, float *restrict cell, float *restrict direction) {
+    const float inverse1 = constants[0], inverse2 = constants[1], floor = constants[2], inverse_mean = constants[3];
+    const float skip_slow = network->skip[0], skip_fast = network->skip[1];
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) {
+        float variance = second_moment[j] * inverse2 + floor;
+        float scale = 1.0f / __builtin_sqrtf(variance);
+        float slow = momentum[j] * inverse1 * scale;
+        float fast = grad[j] * scale;
+        fast = fast / __builtin_sqrtf(1.0f + fast * fast * (1.0f / (GRADIENT_BOUND * GRADIENT_BOUND)));
+        s->odd[0][j] = slow;
+        s->odd[1][j] = fast;
+        s->even[0][j] = __builtin_fabsf(slow);
+        s->even[1][j] = __builtin_fabsf(fast);
+        s->even[2][j] = log_normal(variance * inverse_mean) * 0.125f;
+        direction[j] = skip_slow * slow + skip_fast * fast;
+    }
+    for (int h = 0; h < UNITS; h++) {
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) {
+            s->odd[ODD + h][j] = hidden[h * size + j];
+            s->even[EVEN + h][j] = __builtin_fabsf(hidden[h * size + j]);
+        }
+    }
+    for (int row = 0; row < 3 * UNITS; row++) {
+        const float *weights = gate_weights[row];
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) {
+            float x = weights[0];
+#pragma GCC unroll 16
+            for (int i = 0; i < EVEN + UNITS; i++) x += weights[1 + i] * s->even[i][j];
+            s->gates[row][j] = 1.0f + exp2_bounded(x);
+        }
+    }
+    for (int h = 0; h < UNITS; h++) {
+        const float *weights = network->candidate_weight + h * (ODD + UNITS), out_weight = network->out[h];
+        const float *in = s->gates[h], *forget = s->gates[UNITS + h], *out = s->gates[2 * UNITS + h];
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) {
+            float x = 0;
+#pragma GCC unroll 16
+            for (int i = 0; i < ODD + UNITS; i++) x += weights[i] * s->odd[i][j];
+            Ratio candidate = tanh_ratio(x);
+            float divisor = in[j] * candidate.denominator; /* cell / forget + candidate / in, with one division */
+            cell[h * size + j] = (cell[h * size + j] * divisor + candidate.numerator * forget[j]) / (divisor * forget[j]);
+        }
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) {
+            Ratio squashed = tanh_ratio(cell[h * size + j]);
+            float unit = squashed.numerator / (squashed.denominator * out[j]);
+            hidden[h * size + j] = unit;
+            direction[j] += out_weight * unit;
+        }
+    }
+}
+
+/* Step 3 of the rule.
+ *
+ * scalars: of each tensor 1 / correction1, 1 / correction2, mean, and context (3 units). */
+EACH_CPU void directions(Job *job, const Network *network, const float *scalars) {
+    const int64_t units = network->units, stride = 3 + 3 * units;
+    GateWeights weights;
+    Scratch scratch;
+    for (int64_t b; (b = take(job)) < job->count;) {
+        const Block *block = &job->blocks[b];
+        const Tensor *t = &job->tensors[block->tensor];
+        const float *own = scalars + stride * block->tensor;
+        const float constants[4] = {own[0], own[1], RELATIVE_FLOOR * own[2] + ABSOLUTE_FLOOR, 1.0f / (own[2] + ABSOLUTE_FLOOR)};
+        gather(weights, network, own + 3);
+        for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) {
+            const int64_t n = block->end - begin < CHUNK ? block->end - begin : CHUNK;
+#define LSTM(UNITS)                                                                                                               \
+    case UNITS:                                                                                                                   \
+        lstm(UNITS, n, t->size, network, weights, constants, &scratch, t->grad + begin, t->momentum + begin,                      \
+             t->second_moment + begin, t->hidden + begin, t->cell + begin, t->direction + begin);                                 \
+        break;
+            switch (units) { LSTM(1) LSTM(2) LSTM(3) LSTM(4) LSTM(5) LSTM(6) LSTM(7) LSTM(8) }
+        }
+    }
+}

@@ -1,0 +1,168 @@
+"""The compiled kernel beside `rule.update`, which it must equal to rounding, and its choice."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from test_rule import acting_network
+from torch import Generator, Tensor, nn
+
+from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
+from learned_optim.kernels import cpu
+
+SHAPES = [(), (1,), (17,), (1, 9), (5, 7), (7, 5), (40, 3, 3, 3), (2, 16411)]  # the last one is some blocks, and no multiple of a vector
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the package was installed without a C compiler")
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def gradients(step: int, scale: float) -> list[Tensor]:
+    generator = Generator().manual_seed(step)
+    return [scale * torch.randn(shape, generator=generator) for shape in SHAPES]
+
+
+def run(
+    kernel: str, network: OptimizerNetwork, grads: Callable[[int], list[Tensor]], dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], LearnedOptimizer]:
+    """Parameters after some steps from zero, and the optimizer."""
+    params = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in SHAPES]
+    optimizer = LearnedOptimizer(params, network, total_steps=20, kernel=kernel)
+    for step in range(5):
+        for param, grad in zip(params, grads(step), strict=True):
+            param.grad = grad.to(dtype)
+        optimizer.step()
+    return [param.detach() for param in params], optimizer
+
+
+def assert_near(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-4) -> None:
+    """Within a share of each tensor's root mean square. The kernel's sigmoid and tanh are exact to 3e-6, and Newton-Schulz magnifies."""
+    for one, other in zip(actual, expected, strict=True):
+        assert (one - other).abs().max() <= tolerance * other.square().mean().sqrt() + 1e-30, tuple(one.shape)
+
+
+def assert_states_near(actual: LearnedOptimizer, expected: LearnedOptimizer) -> None:
+    for one, other in zip(actual.state.values(), expected.state.values(), strict=True):
+        assert one.keys() == other.keys()
+        assert_near(list(one.values()), list(other.values()))
+
+
+@pytest.mark.parametrize("units", range(1, cpu.MAX_UNITS + 1))
+def test_equals_the_rule(units: int) -> None:
+    network = acting_network(hidden_units=units)
+    (mine, optimizer), (theirs, reference) = (
+        run(kernel, network, lambda step: gradients(step, 1.0)) for kernel in ("compiled", "reference")
+    )
+    assert_near(mine, theirs)
+    assert_states_near(optimizer, reference)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-9, 1e9, 1e17])
+def test_tiny_and_huge_gradients(scale: float) -> None:
+    """1e-18 is where floors count, and 1e17 squared is near the end of fp32."""
+    network = load_network("default")
+    mine, theirs = (run(kernel, network, lambda step: gradients(step, scale))[0] for kernel in ("compiled", "reference"))
+    assert all(param.isfinite().all() and param.any() for param in mine)
+    assert_near(mine, theirs)
+
+
+def test_sparse_outliers_and_zeros() -> None:
+    """Coordinates and whole tensors without a gradient, beside some that are a million times the others."""
+
+    def grads(step: int) -> list[Tensor]:
+        values = gradients(step, 1.0)
+        for k, value in enumerate(values):
+            value.view(-1)[::3] = 0
+            value.view(-1)[::7] *= 1e6
+            if k % 2 and step < 3:
+                value.zero_()
+        return values
+
+    network = acting_network()
+    (mine, optimizer), (theirs, reference) = (run(kernel, network, grads) for kernel in ("compiled", "reference"))
+    assert_near(mine, theirs)
+    assert_states_near(optimizer, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    network = load_network("default")
+    mine, theirs = (run(kernel, network, lambda step: gradients(step, 1.0), dtype=dtype)[0] for kernel in ("compiled", "reference"))
+    assert_near([param.float() for param in mine], [param.float() for param in theirs], max(1e-4, 8 * torch.finfo(dtype).eps))
+
+
+def test_non_contiguous_gradients_and_parameters() -> None:
+    params = {kernel: nn.Parameter(torch.zeros(30, 20).T) for kernel in ("compiled", "reference")}
+    for kernel, param in params.items():
+        optimizer = LearnedOptimizer([param], kernel=kernel)
+        for step in range(3):
+            param.grad = torch.randn(20, 90, generator=Generator().manual_seed(step))[:, ::3]
+            optimizer.step()
+        assert not param.is_contiguous()
+    assert_near([params["compiled"].detach()], [params["reference"].detach()])
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_poison_stays_in_its_tensor_and_shows(poison: float) -> None:
+    """As in the rule, a tensor that had a gradient of NaN is NaN, and no other one is but through what tensors share."""
+
+    def grads(step: int) -> list[Tensor]:
+        values = gradients(step, 1.0)
+        values[2][5] = poison
+        return values
+
+    network = load_network("default")
+    (mine, _), (theirs, _) = (run(kernel, network, grads) for kernel in ("compiled", "reference"))
+    assert [param.isnan().any() for param in mine] == [param.isnan().any() for param in theirs]
+    assert mine[2].isnan().any()
+
+
+def test_passes_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
+    """To the last bit: on which thread took which block. What torch does between them does depend on that."""
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        param = nn.Parameter(torch.zeros(300_001))
+        optimizer = LearnedOptimizer([param], kernel="compiled")
+        for step in range(3):
+            param.grad = torch.randn(300_001, generator=Generator().manual_seed(step))
+            optimizer.step()
+        results.append(torch.cat([value.flatten() for value in optimizer.state[param].values()]))
+    assert results[0].equal(results[1])
+    assert results[0].equal(results[2])
+
+
+def test_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = acting_network()
+    expected, _ = run("reference", network, lambda step: gradients(step, 1.0))
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    with pytest.warns(UserWarning, match="C compiler") as warned:
+        actual, optimizer = run("auto", network, lambda step: gradients(step, 1.0))
+    assert len(warned) == 1
+    assert optimizer.kernel == "reference"
+    assert all(one.equal(other) for one, other in zip(actual, expected, strict=True))
+    with pytest.raises(RuntimeError, match="Install gcc or clang"):
+        run("compiled", network, lambda step: gradients(step, 1.0))
+
+
+def test_networks_that_are_too_large_are_named() -> None:
+    with pytest.raises(RuntimeError, match=f"up to {cpu.MAX_UNITS} hidden units, and this one has 9"):
+        run("compiled", acting_network(hidden_units=9), lambda step: gradients(step, 1.0))
+
+
+def test_unknown_kernel() -> None:
+    with pytest.raises(ValueError, match="kernel must be one of"):
+        LearnedOptimizer([nn.Parameter(torch.zeros(2))], kernel="fast")
+
+
+def test_the_choice_survives_pickling() -> None:
+    optimizer = LearnedOptimizer([nn.Parameter(torch.zeros(2))], kernel="reference")
+    assert pickle.loads(pickle.dumps(optimizer)).kernel == "reference"
