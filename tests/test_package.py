@@ -1,5 +1,6 @@
 """What is installed: the wheel and the editable install, each run from outside the repository, and what importing the package costs."""
 
+import importlib.machinery
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ else:
     import tomli as tomllib
 
 import learned_optim
+from learned_optim.kernels import cpu
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {"learned_optim": "learned_optim", "integrations": "learned_optim.integrations", "pretrained": "learned_optim.pretrained"}
@@ -124,6 +126,9 @@ def test_wheel_contents(wheel):
     for pattern in ("*/*.json", "*/model.safetensors", "*/README.md"):
         data |= {("learned_optim.pretrained", path.relative_to(ROOT / "pretrained")) for path in (ROOT / "pretrained").glob(pattern)}
     expected = {f"{package.replace('.', '/')}/{path.as_posix()}" for package, path in code | data}
+    expected.add("learned_optim/kernels/coordinate.c")
+    if cpu.library() is not None:  # there is a C compiler
+        expected.add(f"learned_optim/kernels/coordinate{importlib.machinery.EXTENSION_SUFFIXES[-2]}")
     assert {f"learned_optim/pretrained/default/{name}" for name in ("config.json", "model.safetensors")} <= expected
 
     names = set(zipfile.ZipFile(wheel).namelist())
