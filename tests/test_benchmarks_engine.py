@@ -1,4 +1,4 @@
-"""The benchmarks of meta-training, each at a tiny size: they run, and what they check of the engine holds."""
+"""The benchmarks of meta-training and of speed, each at a tiny size: they run, and what they check of the engine holds."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "benchmarks/meta_training"
+FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
 def program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(FOLDER)
+    for folder in (FOLDER, FOLDER / "meta_training"):
+        monkeypatch.syspath_prepend(folder)
     return importlib.import_module(request.param)
 
 
@@ -75,3 +76,13 @@ def test_processes(program: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_pat
     program.work(tmp_path, 2, kill_at=-1)
     assert (tmp_path / "done.txt").read_text().split() == ["0", "1"]
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("program", ["speed"], indirect=True)
+def test_speed(program: ModuleType, tmp_path: Path) -> None:
+    found = results(program, tmp_path, "--sizes", 200000, "--tensors", 1, "--rounds", 3, "--skip-iterations")
+    row = dict(zip(*found["by weights"], strict=True))
+    assert row["LearnedOptimizer, ms"] < row["LearnedOptimizer, reference, ms"], "the compiled kernel pays"
+    state = {name: size for name, size, _ in found["state"][1:]}
+    assert state["AdamW, fused"] == pytest.approx(8, abs=0.01)
+    assert state["LearnedOptimizer"] == pytest.approx(40, abs=0.01)
