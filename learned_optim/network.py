@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from .config import NetworkConfig
 from .features import COSINE, EVEN, ODD, STATISTICS, CoordinateFeatures
 
+# How much the controller's cosine goes on counting without a horizon, and its bound there, which lets noise cancel out.
+STEADY, BOUND = 0.4, 0.1
+
 
 class CoordinateLSTM(nn.Module):
     """One LSTM shared by every weight of the optimizee (Andrychowicz et al. 2016, section 2.1), made odd.
@@ -74,14 +77,17 @@ class Controller(nn.Module):
     Two parts add up to the logarithm of a correction to the prior step size. The first one follows the hypergradient (Baydin et al. 2018,
     "Online learning rate adaptation with hypergradient descent"): while gradients go on pointing where the steps before them went, steps
     are too short, and once they point back, too long. With `c` half of a tensor's cosine between gradient and momentum plus half of the
-    mean over all tensors, at the tensor's step `t`,
+    mean over all tensors, at the tensor's step `t`, and `fading = 1 / (1 + t / patience)`,
 
-        k' = k + rate / (1 + t / patience) * 2 (1 - t / T) * (c if c > 0 else caution * c),        |k'| <= 3,
+        k' = k + rate * 2 (1 - t / T) * fading * (c if c > 0 else caution * c)      where the horizon `T` is known, else
+        k' = k + rate * (fading * max(c, 0) + STEADY * clamp(c, -BOUND, BOUND)),    both with |k'| <= 3.
 
-    where 1 stands in for the factor of the horizon `T` if none is known. With one the controller may be bolder at first, since annealing
-    undoes what was too bold, and it must come to rest, or it would undo the annealing. Caution is small: a step that is right for the
-    whole run overshoots along the steepest directions, and a greedy controller would take that for too long. Correcting fades, since once
-    the scale is found what the cosine shows is the schedule and the noise.
+    Correcting fades, since once the scale is found what the cosine shows is the schedule and the noise. With a horizon the controller may
+    be bolder at first, since annealing undoes what was too bold, and it must come to rest, or it would undo the annealing. Caution is
+    small: a step that is right for the whole run overshoots along the steepest directions, and a greedy controller would take that for too
+    long. Without a horizon nothing else anneals. There a bounded cosine goes on counting: where steps only bounce about in the gradients'
+    noise it is negative on average (Pflug 1983; Chee & Toulis 2018, "Convergence diagnostics for stochastic gradient descent"), and they
+    shrink.
 
     The second part is a per-tensor LSTM (as in VeLO, Metz et al. 2022) that reads every tensor's statistics beside their mean over all
     tensors. It also writes a bias for the gates of the coordinate-wise LSTM. Both of its outputs are zero at initialisation.
@@ -103,14 +109,15 @@ class Controller(nn.Module):
             nn.init.zeros_(output.bias)
 
     def forward(
-        self, statistics: Tensor, age: Tensor, boldness: Tensor, correction: Tensor, control: Tensor
+        self, statistics: Tensor, age: Tensor, progress: Tensor, known: Tensor, correction: Tensor, control: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Runs one step.
 
         Args:
             statistics: of every tensor, (..., K, S).
             age: of every tensor, in steps, (..., K).
-            boldness: the horizon's factor, (..., K).
+            progress: age / horizon in [0, 1], (..., K).
+            known: 1 where the horizon is known, else 0, (..., K).
             correction: what the hypergradient has added up to, (..., K).
             control: the LSTM's hidden state and cell, (..., K, 2, C).
 
@@ -119,9 +126,11 @@ class Controller(nn.Module):
         """
         everywhere = statistics.mean(-2, keepdim=True).expand_as(statistics)
         cosine = 0.5 * (statistics[..., COSINE] + everywhere[..., COSINE])
-        pull = cosine.clamp(min=0) + self.log_caution.exp() * cosine.clamp(max=0)
-        rate = self.log_rate.exp() / (1 + age / self.log_patience.exp()) * boldness
-        correction = (correction + rate * pull).clamp(-3, 3)
+        longer, shorter = cosine.clamp(min=0), cosine.clamp(max=0)
+        fading = 1 / (1 + age / self.log_patience.exp())
+        annealed = 2 * (1 - progress) * fading * (longer + self.log_caution.exp() * shorter)
+        endless = fading * longer + STEADY * cosine.clamp(-BOUND, BOUND)
+        correction = (correction + self.log_rate.exp() * torch.where(known > 0, annealed, endless)).clamp(-3, 3)
 
         hidden, cell = control.unbind(-2)
         gates = self.input(torch.cat([statistics, everywhere, hidden], -1))

@@ -155,8 +155,8 @@ def step_sizes(
     progress = ((age - 1) / total_steps).clamp(max=1)
     signal = signal * clock.correction2 / clock.correction1.square()
     statistics = tensor_statistics(layout, products, signal, clock.mean, clock.step, progress, known)
-    boldness = torch.where(known > 0, 2 * (1 - progress), 1.0)
-    log_correction, context, correction, control = network.controller(statistics, age, boldness, state["correction"], state["control"])
+    last = state["correction"], state["control"]
+    log_correction, context, correction, control = network.controller(statistics, age, progress, known, *last)
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
     step_size = (network.log_step_size + log_correction).exp() * torch.where(known > 0, annealed, decayed) * clock.started
