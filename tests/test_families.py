@@ -34,7 +34,7 @@ def test_each_family_samples_trainable_tasks_from_a_seed(name: str) -> None:
         kinds.add((*task.shapes.values(), float(unroll.batch(0)[0].sum())))
         now = unroll.optimizees
         for t in range(12):
-            _, now = unroll.train_step(t, now, lambda layout, grad, params, state, _: (-0.02 * grad.sign(), state))
+            _, now = unroll.train_step(t, now, lambda layout, grad, state, _: (-0.02 * grad.sign(), state))
         losses = [unroll.measure(0, state).mean() for state in (unroll.optimizees, now)]
         assert losses[1] < losses[0]
     assert len(kinds) > 1

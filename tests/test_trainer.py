@@ -203,7 +203,7 @@ def test_every_log_has_a_new_size(tmp_path: Path, strategy: str) -> None:
     trainer.train()
     sizes = [log["update_rms/group_0"] for log in trainer.state.log_history if "loss" in log]
     assert len(set(sizes)) == len(sizes) == (3 if strategy == "epoch" else 6)
-    assert sizes == sorted(sizes, reverse=True), "along the cosine"
+    assert sizes[-1] == min(sizes), "the horizon's end is near"
     assert not any("update_rms/group_0" in log for log in trainer.state.log_history if "eval_loss" in log)
 
 

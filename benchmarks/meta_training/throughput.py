@@ -10,6 +10,7 @@ compared. The controller compares tensors with each other, which a loop over ten
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -158,6 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     for output in (network.controller.correction, network.controller.context):
         for weight in output.parameters():
             nn.init.zeros_(weight)
+    nn.init.constant_(network.controller.log_rate, -math.inf)
     weights: Gradient = {name: weight for name, weight in network.named_parameters() if not name.startswith("controller")}
 
     def unroll_of(family: str, replicas: int, steps: int) -> Unroll:

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from torch.func import vmap
 
 from ..config import NetworkConfig
-from ..features import Layout
+from ..features import ABSOLUTE_FLOOR, Layout
 from ..rule import State, init_state
 from .tasks import Batch, Buffers, Task
 
@@ -94,7 +94,7 @@ class Unroll:
             loss, new_buffers = losses(self.task, Optimizees(leaf, state, buffers), self.batch(t), seed)
             (grad,) = torch.autograd.grad(loss.sum(), leaf, create_graph=create_graph, retain_graph=differentiable)
         if self.gradient_noise:
-            grad = grad + self.gradient_noise * self._noise(grad.detach(), seed)
+            grad = grad + self.gradient_noise * self._noise(grad, seed)
         total_steps = torch.full_like(state["step"], self.horizon if self.horizon_known else torch.inf)
         change, new_state = rule(self.layout, grad, state, total_steps)
         # Unless validation data are asked for, the loss that the gradient is taken of counts: it, too, is on data not trained on yet.
@@ -104,7 +104,7 @@ class Unroll:
 
     def _noise(self, grad: Tensor, seed: int) -> Tensor:
         noise = torch.randn(grad.shape, generator=Generator().manual_seed(seed)).to(grad.device)
-        return noise * self.layout.spread(self.layout.mean(grad.square()).sqrt())
+        return noise * self.layout.spread((self.layout.mean(grad.square()) + ABSOLUTE_FLOOR).sqrt())
 
 
 def begin(
