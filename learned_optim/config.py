@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 FORMAT_VERSION = 1
+FORMATS = ("float32", "bfloat16", "int8")  # of stored state
 
 Config = TypeVar("Config")
 
@@ -22,26 +23,31 @@ class NetworkConfig:
 
     Args:
         hidden_units: hidden units `H` of the coordinate-wise LSTM. Each weight of the optimizee keeps `2 H` numbers of LSTM state.
-        control_units: hidden units `C` of the per-tensor step-size controller.
         momentum: decay per step of the gradient's running mean, in [0, 1).
         second_moment: decay per step of the squared gradient's running mean, in [0, 1).
         orthogonalize_steps: Newton-Schulz iterations for matrices; 0 leaves matrices to the RMS normalisation that vectors get.
+        moment_format, lstm_format: what the optimizer keeps of the two running means and of the LSTM's state between steps, see
+            `learned_optim.storage`: "float32", "bfloat16" or, of the LSTM's state, "int8". Meta-training computes in fp32 throughout.
     """
 
     hidden_units: int = 4
-    control_units: int = 16
     momentum: float = 0.9
     second_moment: float = 0.99
     orthogonalize_steps: int = 5
+    moment_format: str = "float32"
+    lstm_format: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        if self.hidden_units < 1 or self.control_units < 1:
-            raise ValueError(f"hidden_units and control_units must be at least 1, got {self.hidden_units} and {self.control_units}")
+        if self.hidden_units < 1:
+            raise ValueError(f"hidden_units must be at least 1, got {self.hidden_units}")
         for name in ("momentum", "second_moment"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if self.orthogonalize_steps < 0:
             raise ValueError(f"orthogonalize_steps must not be negative, got {self.orthogonalize_steps}")
+        for name, formats in (("moment_format", FORMATS[:2]), ("lstm_format", FORMATS)):
+            if getattr(self, name) not in formats:
+                raise ValueError(f"{name} must be one of {list(formats)}, got {getattr(self, name)!r}")
 
 
 def to_json(config: Any) -> str:

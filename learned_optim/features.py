@@ -25,11 +25,7 @@ ABSOLUTE_FLOOR = 1e-20
 # Bound of the normalised gradient: one outlier batch must not drive the LSTM into saturation.
 GRADIENT_BOUND = 3.0
 
-# A tensor's age counts up to here, in steps. Training runs of a user are longer than those of meta-training, and must not look new.
-AGE_BOUND = 200.0
-
-ODD, EVEN, STATISTICS = 2, 3, 10  # how many features and statistics there are
-COSINE = 0  # the statistic that tells too short steps from too long ones
+ODD, EVEN = 2, 3  # how many features change sign with the gradient, and how many do not
 
 
 class Layout:
@@ -44,10 +40,7 @@ class Layout:
         self.sizes = [shape.numel() for shape in shapes]
         self.fans = [(shape[0], math.prod(shape[1:])) if len(shape) > 1 else (shape.numel(), 1) for shape in shapes]
         self.is_matrix = [min(fans) > 1 for fans in self.fans]
-        known = [
-            [math.log(out) / 8, math.log(into) / 8, float(matrix)] for (out, into), matrix in zip(self.fans, self.is_matrix, strict=True)
-        ]
-        self.constants = torch.tensor(known, dtype=torch.float32, device=device)  # (K, 3), features for the controller
+        self.device = device
 
     @staticmethod
     @functools.lru_cache(maxsize=4)
@@ -125,38 +118,15 @@ def coordinate_features(grad: Tensor, momentum: Tensor, second_moment: Tensor, m
     return CoordinateFeatures(torch.stack([slow, fast]), torch.stack([slow.abs(), fast.abs(), share]))
 
 
-def tensor_statistics(
-    layout: Layout,
-    products: Tensor,
-    signal: Tensor,
-    mean: Tensor,
-    step: Tensor,
-    progress: Tensor,
-    horizon_known: Tensor,
-) -> Tensor:
-    """What the controller sees of each tensor, (..., K, STATISTICS).
+def cosine(products: Tensor) -> Tensor:
+    """The cosine of the angle between each tensor's gradient and its momentum before that gradient, (..., K).
+
+    Up to scale it is the hypergradient of the step size (Baydin et al. 2018, "Online learning rate adaptation with hypergradient descent"):
+    positive while the steps are too short, negative once they overshoot.
 
     Args:
-        products: means of the squared gradient, of the squared running mean of the gradients before it, and of the product of the two,
-            (3, ..., K). The cosine that they make is the hypergradient of the step size up to scale (Baydin et al. 2018, "Online learning
-            rate adaptation with hypergradient descent"): positive while the steps are too short, negative once they overshoot.
-        signal: mean square of the normalised momentum, the gradient's signal-to-noise ratio, (..., K).
-        mean: mean of the bias-corrected second moment, (..., K).
-        step: steps since the first gradient, this one included, (..., K).
-        progress: step / horizon in [0, 1], 0 where no horizon is known, (..., K).
-        horizon_known: 1 or 0, (..., K).
+        products: means of the squared gradient, of the squared momentum and of the product of the two, (3, ..., K).
     """
     grad_square, momentum_square, product = products
-    cosine = product * (grad_square + ABSOLUTE_FLOOR).rsqrt() * (momentum_square + ABSOLUTE_FLOOR).rsqrt()
-    surprise = 0.5 * ((grad_square + ABSOLUTE_FLOOR).log() - (mean + ABSOLUTE_FLOOR).log())
-    measured = [
-        cosine,
-        surprise.clamp(-3, 3),
-        0.5 * (signal + 1e-4).log(),
-        torch.log1p(step.clamp(max=AGE_BOUND)) / 8,
-        torch.exp(-step / 10),
-        progress,
-        horizon_known,
-    ]
-    constants = layout.constants.to(step.dtype).expand(*step.shape, -1)
-    return torch.cat([torch.stack(measured, -1), constants], -1)
+    cosine: Tensor = product * (grad_square + ABSOLUTE_FLOOR).rsqrt() * (momentum_square + ABSOLUTE_FLOOR).rsqrt()
+    return cosine

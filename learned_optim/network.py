@@ -1,7 +1,6 @@
-"""The optimizer network: a coordinate-wise LSTM for directions and a per-tensor LSTM for step sizes.
+"""The optimizer network: a coordinate-wise LSTM for directions and a per-tensor controller for step sizes.
 
-Shapes: `N` coordinates of `K` tensors laid end to end, `H` hidden units of the coordinate-wise LSTM, `C` hidden units of the controller,
-`S` statistics of a tensor, `...` any leading dimensions.
+Shapes: `N` coordinates of `K` tensors laid end to end, `H` hidden units of the LSTM, `...` any leading dimensions.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import NetworkConfig
-from .features import COSINE, EVEN, ODD, STATISTICS, CoordinateFeatures
+from .features import EVEN, ODD, CoordinateFeatures
 
 # How much the controller's cosine goes on counting without a horizon, and its bound there, which lets noise cancel out.
 STEADY, BOUND = 0.4, 0.1
@@ -26,7 +25,7 @@ class CoordinateLSTM(nn.Module):
     and the gates see even inputs only. Hence a flip of the gradient's sign flips the update and nothing else, a weight that never had a
     gradient never moves, and meta-training need not learn either.
 
-        i, f, o = sigmoid(W_gate [even, |h|] + b + context)
+        i, f, o = sigmoid(W_gate [even, |h|] + b)
         a       = tanh(W_candidate [odd, h])
         c'      = f c + i a
         h'      = o tanh(c')
@@ -50,19 +49,18 @@ class CoordinateLSTM(nn.Module):
         with torch.no_grad():
             self.gate_bias.copy_(torch.cat([-forget, forget, torch.zeros(hidden_units)]))
 
-    def forward(self, features: CoordinateFeatures, context: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, features: CoordinateFeatures, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Runs one step.
 
         Args:
             features: of every coordinate, (ODD, ..., N) and (EVEN, ..., N).
-            context: added to the gates' bias, (3 H, ..., N).
             hidden, cell: the LSTM's state, (H, ..., N).
 
         Returns:
             direction (..., N), new hidden and new cell (H, ..., N).
         """
-        bias = self.gate_bias.reshape(-1, *[1] * (context.ndim - 1))
-        gates = torch.tensordot(self.gate_weight, torch.cat([features.even, hidden.abs()]), 1) + context + bias
+        bias = self.gate_bias.reshape(-1, *[1] * (hidden.ndim - 1))
+        gates = torch.tensordot(self.gate_weight, torch.cat([features.even, hidden.abs()]), 1) + bias
         gate_in, gate_forget, gate_out = gates.sigmoid().chunk(3)
         candidate = torch.tanh(torch.tensordot(self.candidate_weight, torch.cat([features.odd, hidden]), 1))
         cell = gate_forget * cell + gate_in * candidate
@@ -74,10 +72,10 @@ class CoordinateLSTM(nn.Module):
 class Controller(nn.Module):
     """Chooses each tensor's step size, since no single coordinate sees the scale of its layer.
 
-    Two parts add up to the logarithm of a correction to the prior step size. The first one follows the hypergradient (Baydin et al. 2018,
-    "Online learning rate adaptation with hypergradient descent"): while gradients go on pointing where the steps before them went, steps
-    are too short, and once they point back, too long. With `c` half of a tensor's cosine between gradient and momentum plus half of the
-    mean over all tensors, at the tensor's step `t`, and `fading = 1 / (1 + t / patience)`,
+    It follows the hypergradient (Baydin et al. 2018, "Online learning rate adaptation with hypergradient descent"): while gradients go on
+    pointing where the steps before them went, steps are too short, and once they point back, too long. With `c` half of a tensor's cosine
+    between gradient and momentum plus half of the mean over all tensors, at the tensor's step `t`, and
+    `fading = 1 / (1 + t / patience)`, the logarithm `k` of the correction to the prior step size becomes
 
         k' = k + rate * 2 (1 - t / T) * fading * (c if c > 0 else caution * c)      where the horizon `T` is known, else
         k' = k + rate * (fading * max(c, 0) + STEADY * clamp(c, -BOUND, BOUND)),    both with |k'| <= 3.
@@ -88,57 +86,33 @@ class Controller(nn.Module):
     long. Without a horizon nothing else anneals. There a bounded cosine goes on counting: where steps only bounce about in the gradients'
     noise it is negative on average (Pflug 1983; Chee & Toulis 2018, "Convergence diagnostics for stochastic gradient descent"), and they
     shrink.
-
-    The second part is a per-tensor LSTM (as in VeLO, Metz et al. 2022) that reads every tensor's statistics beside their mean over all
-    tensors. It also writes a bias for the gates of the coordinate-wise LSTM. Both of its outputs are zero at initialisation.
     """
 
-    def __init__(self, control_units: int, hidden_units: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.log_rate = nn.Parameter(torch.tensor(math.log(0.1)))
         self.log_patience = nn.Parameter(torch.tensor(math.log(30.0)))
         self.log_caution = nn.Parameter(torch.tensor(math.log(0.2)))
-        self.input = nn.Linear(2 * STATISTICS + control_units, 4 * control_units)
-        self.correction = nn.Linear(control_units, 1)
-        self.context = nn.Linear(control_units, 3 * hidden_units)
-        nn.init.normal_(self.input.weight, std=1 / math.sqrt(2 * STATISTICS + control_units))
-        nn.init.zeros_(self.input.bias)
-        nn.init.ones_(self.input.bias[control_units : 2 * control_units])  # the forget gate
-        for output in (self.correction, self.context):
-            nn.init.zeros_(output.weight)
-            nn.init.zeros_(output.bias)
 
-    def forward(
-        self, statistics: Tensor, age: Tensor, progress: Tensor, known: Tensor, correction: Tensor, control: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Runs one step.
+    def forward(self, cosine: Tensor, age: Tensor, progress: Tensor, known: Tensor, correction: Tensor) -> Tensor:
+        """Runs one step; all tensors are (..., K).
 
         Args:
-            statistics: of every tensor, (..., K, S).
-            age: of every tensor, in steps, (..., K).
-            progress: age / horizon in [0, 1], (..., K).
-            known: 1 where the horizon is known, else 0, (..., K).
-            correction: what the hypergradient has added up to, (..., K).
-            control: the LSTM's hidden state and cell, (..., K, 2, C).
+            cosine: of each tensor's gradient and momentum.
+            age: in steps.
+            progress: age / horizon in [0, 1].
+            known: 1 where the horizon is known, else 0.
+            correction: logarithm of the step size's correction.
 
         Returns:
-            logarithm of the step-size correction (..., K), context (..., K, 3 H), new correction (..., K), new control (..., K, 2, C).
+            the new correction.
         """
-        everywhere = statistics.mean(-2, keepdim=True).expand_as(statistics)
-        cosine = 0.5 * (statistics[..., COSINE] + everywhere[..., COSINE])
+        cosine = 0.5 * (cosine + cosine.mean(-1, keepdim=True))
         longer, shorter = cosine.clamp(min=0), cosine.clamp(max=0)
         fading = 1 / (1 + age / self.log_patience.exp())
         annealed = 2 * (1 - progress) * fading * (longer + self.log_caution.exp() * shorter)
         endless = fading * longer + STEADY * cosine.clamp(-BOUND, BOUND)
-        correction = (correction + self.log_rate.exp() * torch.where(known > 0, annealed, endless)).clamp(-3, 3)
-
-        hidden, cell = control.unbind(-2)
-        gates = self.input(torch.cat([statistics, everywhere, hidden], -1))
-        gate_in, gate_forget, gate_out, candidate = gates.chunk(4, -1)
-        cell = gate_forget.sigmoid() * cell + gate_in.sigmoid() * candidate.tanh()
-        hidden = gate_out.sigmoid() * cell.tanh()
-        log_correction = correction + 3 * torch.tanh(self.correction(hidden).squeeze(-1) / 3)
-        return log_correction, self.context(hidden), correction, torch.stack([hidden, cell], -2)
+        return (correction + self.log_rate.exp() * torch.where(known > 0, annealed, endless)).clamp(-3, 3)
 
 
 class OptimizerNetwork(nn.Module):
@@ -152,7 +126,7 @@ class OptimizerNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.coordinate = CoordinateLSTM(config.hidden_units)
-        self.controller = Controller(config.control_units, config.hidden_units)
+        self.controller = Controller()
         # Logarithms of the prior step size, and of a vector's update RMS in units of it.
         self.log_step_size = nn.Parameter(torch.tensor(math.log(0.04)))
         self.log_vector_gain = nn.Parameter(torch.tensor(math.log(0.15)))

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
@@ -18,6 +18,7 @@ from .features import Layout
 from .kernels import cpu
 from .network import OptimizerNetwork
 from .rule import State, update
+from .storage import load, random_bits, store, zeros
 from .weights import fingerprint, load_network
 
 # AdamW's updates have a root mean square of 0.2 to 0.4 times its learning rate (Liu et al. 2025, "Muon is scalable for LLM training",
@@ -26,7 +27,7 @@ ADAMW_UPDATE_RMS = 0.2
 
 KERNELS = ("auto", "reference", "compiled")
 
-PER_TENSOR = ("step", "correction", "control")  # state that a parameter has once; the rest belongs to its coordinates
+PER_TENSOR = ("step", "correction")  # state that a parameter has once; the rest belongs to its coordinates
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -34,8 +35,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         optimizer = LearnedOptimizer(model.parameters())
 
-    The rule is described in `learned_optim.rule`. The state of a parameter is made at its first gradient: fp32 tensors of the parameter's
-    shape (two for the moments, and twice the hidden units of the LSTM), whatever the parameter's dtype.
+    The rule is described in `learned_optim.rule`. The state of a parameter is made at its first gradient: tensors of the parameter's
+    shape (two for the moments, and twice the hidden units of the LSTM), in the formats of the weights' configuration, whatever the
+    parameter's dtype.
 
     Args:
         params: parameters, named parameters or groups of them, as for every torch optimizer.
@@ -149,23 +151,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
         grads = [param.grad.detach() for param in params if param.grad is not None]
         layout = Layout.of(tuple(param.shape for param in params), device)
         horizons = torch.tensor([members[param]["total_steps"] or math.inf for param in params], dtype=torch.float32, device=device)
+        compiled = device.type == "cpu" and self.kernel != "reference"
         with torch.autocast(device.type, enabled=False):
-            if device.type == "cpu" and self.kernel != "reference":
-                changes, new_state = cpu.update(network, layout, grads, states, horizons)
-            else:
-                change, new_state = update(network, layout, flatten(grads), join(states), horizons)
-                changes = list(change.split(layout.sizes))
+            changes = (cpu.update if compiled else reference_update)(network, layout, grads, states, horizons)
         for param, change in zip(params, changes, strict=True):
             lr, weight_decay = members[param]["lr"], members[param]["weight_decay"]
-            change = change.view(param.shape)
             if weight_decay != 0:
-                change = change - weight_decay * (change.square().mean().sqrt() / ADAMW_UPDATE_RMS) * param
+                change.sub_(weight_decay * (change.square().mean().sqrt() / ADAMW_UPDATE_RMS) * param.reshape(-1))
             if isinstance(lr, Tensor):
-                change, lr = change * lr.reshape(()), 1.0
-            param.add_(change, alpha=lr)
-        for state, new in zip(states, split(new_state, layout), strict=True):
-            for key, value in new.items():
-                state[key].copy_(value.view(state[key].shape))
+                change.mul_(lr.reshape(()))
+            elif lr != 1:
+                change.mul_(lr)
+        torch._foreach_add_(params, [change.view(param.shape) for param, change in zip(params, changes, strict=True)])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "network": self.network, "kernel": self.kernel}
@@ -203,41 +200,53 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
 
 def init_state(param: Tensor, config: NetworkConfig) -> State:
-    """The state of a parameter that has seen no gradient, in fp32.
+    """The state of a parameter that has seen no gradient.
 
     What belongs to coordinates is made by `zeros_like`, so that it is placed and sharded like the parameter: `momentum` and `second_moment`
-    have its shape, `hidden` and `cell` are (H, *shape). `control` is (2, C); `step`, the tensor's clock
-    in steps, and `correction`, the logarithm of its step size's, are ().
+    have its shape, `hidden` and `cell` are (H, *shape), in the formats of the configuration; "int8" adds `hidden_scale` and `cell_scale`,
+    (H, blocks). `step`, the tensor's clock in steps, and `correction`, the logarithm of its step size's, are () and fp32.
     """
-    zeros = torch.zeros_like(param, dtype=torch.float32, memory_format=torch.contiguous_format)
-    units = torch.stack([zeros] * config.hidden_units)
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=param.device),
-        "correction": torch.zeros((), dtype=torch.float32, device=param.device),
-        "control": torch.zeros(2, config.control_units, dtype=torch.float32, device=param.device),
-        "momentum": zeros,
-        "second_moment": zeros.clone(),
-        "hidden": units,
-        "cell": units.clone(),
-    }
+    state = {key: torch.zeros((), dtype=torch.float32, device=param.device) for key in PER_TENSOR}
+    for key, (leading, fmt) in _coordinate_state(config).items():
+        state[key], scales = zeros(param, leading, fmt)
+        if scales is not None:
+            state[f"{key}_scale"] = scales
+    return state
 
 
-def flatten(tensors: list[Tensor]) -> Tensor:
-    """Tensors laid end to end in fp32, (N,)."""
-    return torch.cat([tensor.reshape(-1).float() for tensor in tensors])
+def reference_update(
+    network: OptimizerNetwork, layout: Layout, grads: Sequence[Tensor], states: Sequence[State], total_steps: Tensor
+) -> list[Tensor]:
+    """One step by `rule.update`, for parameters on any device.
 
+    Args:
+        grads: each parameter's gradient.
+        states: each parameter's state, see `init_state`; changed in place.
+        total_steps: (K,).
 
-def join(states: list[State]) -> State:
-    """The states of `K` parameters as the rule takes them, see `rule.init_state`."""
+    Returns:
+        what to add to each parameter, (n,).
+    """
     joined = {key: torch.stack([state[key] for state in states]) for key in PER_TENSOR}
-    joined |= {key: flatten([state[key] for state in states]) for key in ("momentum", "second_moment")}
-    return joined | {key: torch.cat([state[key].reshape(len(state[key]), -1) for state in states], 1) for key in ("hidden", "cell")}
+    for key, (leading, _) in _coordinate_state(network.config).items():
+        joined[key] = torch.cat([load(state[key].reshape(*leading, -1), state.get(f"{key}_scale")) for state in states], -1)
+    change, new = update(network, layout, torch.cat([grad.reshape(-1).float() for grad in grads]), joined, total_steps)
+
+    bits = [random_bits(size, state["step"]) for size, state in zip(layout.sizes, states, strict=True)]
+    for key, (leading, _) in _coordinate_state(network.config).items():
+        for part, state, halves in zip(new[key].split(layout.sizes, -1), states, bits, strict=True):
+            half = halves[key in ("second_moment", "cell")]
+            store(part, half, state[key].view(*leading, -1), state.get(f"{key}_scale"))
+    for key in PER_TENSOR:
+        for value, state in zip(new[key], states, strict=True):
+            state[key].copy_(value)
+    return list(change.split(layout.sizes))
 
 
-def split(state: State, layout: Layout) -> list[State]:
-    """The inverse of `join`, with the coordinates flat."""
-    parts = {key: value.unbind() if key in PER_TENSOR else value.split(layout.sizes, -1) for key, value in state.items()}
-    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+def _coordinate_state(config: NetworkConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Leading dimensions and format of the state that belongs to coordinates."""
+    moments, units = ((), config.moment_format), ((config.hidden_units,), config.lstm_format)
+    return {"momentum": moments, "second_moment": moments, "hidden": units, "cell": units}
 
 
 def _check_weights(state_dict: dict[str, Any], mine: str) -> None:

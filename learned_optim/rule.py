@@ -9,9 +9,8 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
 
 1. **Moments** as in Adam (Kingma & Ba 2015): :math:`m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t`,
    :math:`v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2`, used bias-corrected.
-2. **Step size.** Statistics of the tensor (`features.tensor_statistics`) go to the controller (`network.Controller`): the hypergradient
-   added up, and a small LSTM with one state per tensor. It returns a correction :math:`e^{\kappa_t}` of the prior step size, and a bias
-   for the gates of the next LSTM.
+2. **Step size.** The cosine of the tensor's gradient with its momentum, the hypergradient of its step size, goes to the controller
+   (`network.Controller`), which adds it up to a correction :math:`e^{\kappa_t}` of the prior step size.
 3. **Direction.** Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise
    LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`.
 4. **Length.** The direction loses its length, so that the LSTM cannot change the step size by accident. A matrix (fan_out x fan_in;
@@ -24,7 +23,7 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
 
 A tensor's clock `t` starts with its first non-zero gradient. Until then its state stays as it was made and its update is zero.
 
-Shapes: `N` coordinates of `K` tensors laid end to end, `H` hidden units, `C` control units, `...` any leading dimensions (replicas).
+Shapes: `N` coordinates of `K` tensors laid end to end, `H` hidden units, `...` any leading dimensions (replicas).
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .config import NetworkConfig
-from .features import ABSOLUTE_FLOOR, RELATIVE_FLOOR, Block, Layout, coordinate_features, tensor_statistics
+from .features import Block, Layout, coordinate_features, cosine
 from .network import OptimizerNetwork
 
 State = dict[str, Tensor]
@@ -56,20 +55,19 @@ BLOCK = 2**15  # coordinates of a block; its intermediate results then fit into 
 def init_state(layout: Layout, config: NetworkConfig, leading: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> State:
     """The state of tensors that have seen no gradient: zeros.
 
-    `step`, each tensor's clock, and `correction`, the logarithm of its step size's, are (..., K) and `control` is (..., K, 2, C);
-    `momentum` and `second_moment` are (..., N), `hidden` and `cell` (H, ..., N).
+    `step`, each tensor's clock, and `correction`, the logarithm of its step size's, are (..., K); `momentum` and `second_moment` are
+    (..., N), `hidden` and `cell` (H, ..., N).
     """
-    device, count, size = layout.constants.device, len(layout.sizes), sum(layout.sizes)
+    count, size = len(layout.sizes), sum(layout.sizes)
     shapes = {
         "step": (*leading, count),
         "correction": (*leading, count),
-        "control": (*leading, count, 2, config.control_units),
         "momentum": (*leading, size),
         "second_moment": (*leading, size),
         "hidden": (config.hidden_units, *leading, size),
         "cell": (config.hidden_units, *leading, size),
     }
-    return {key: torch.zeros(shape, dtype=dtype, device=device) for key, shape in shapes.items()}
+    return {key: torch.zeros(shape, dtype=dtype, device=layout.device) for key, shape in shapes.items()}
 
 
 def update(network: OptimizerNetwork, layout: Layout, grad: Tensor, state: State, total_steps: Tensor) -> tuple[Tensor, State]:
@@ -92,22 +90,20 @@ def update(network: OptimizerNetwork, layout: Layout, grad: Tensor, state: State
 
     # 2. Step size
     clock = Clock.after(state["step"], layout.mean(second_moment), config)
-    signal = layout.mean(momentum.square() / (second_moment + layout.spread(clock.floor)))
-    control = step_sizes(network, layout, clock, products, signal, state, total_steps)
+    step_size, correction = step_sizes(network, clock, products, state["correction"], total_steps)
 
     # 3. Direction
-    context = control.context.movedim(-1, 0)
-
     def direct(block: Block, grad: Tensor, momentum: Tensor, second_moment: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
         moments = momentum / block.spread(clock.correction1), second_moment / block.spread(clock.correction2)
         features = coordinate_features(grad, *moments, block.spread(clock.mean))
-        return network.coordinate(features, block.spread(context), hidden, cell)  # type: ignore[no-any-return]
+        return network.coordinate(features, hidden, cell)  # type: ignore[no-any-return]
 
     direction, hidden, cell = blockwise(direct, layout, [grad, momentum, second_moment, state["hidden"], state["cell"]])
 
     # 4. Length, 5. Update
-    change = -layout.spread(control.step_size) * torch.cat(normalize(direction.split(layout.sizes, -1), layout, network), -1)
-    return change, control.state | {"momentum": momentum, "second_moment": second_moment, "hidden": hidden, "cell": cell}
+    change = -layout.spread(step_size) * torch.cat(normalize(direction.split(layout.sizes, -1), layout, network), -1)
+    per_tensor = {"step": clock.step, "correction": correction}
+    return change, per_tensor | {"momentum": momentum, "second_moment": second_moment, "hidden": hidden, "cell": cell}
 
 
 class Clock(NamedTuple):
@@ -118,7 +114,6 @@ class Clock(NamedTuple):
     correction1: Tensor  # of the momentum's bias
     correction2: Tensor  # of the second moment's
     mean: Tensor  # of the tensor's second moments, corrected
-    floor: Tensor  # of its second moments, not corrected
 
     @staticmethod
     def after(step: Tensor, mean: Tensor, config: NetworkConfig) -> Clock:
@@ -127,41 +122,27 @@ class Clock(NamedTuple):
         step = step + started
         age = step.clamp(min=1)
         correction1, correction2 = 1 - config.momentum**age, 1 - config.second_moment**age
-        mean = mean / correction2
-        return Clock(started, step, correction1, correction2, mean, RELATIVE_FLOOR * mean * correction2 + ABSOLUTE_FLOOR)
+        return Clock(started, step, correction1, correction2, mean / correction2)
 
 
-class Control(NamedTuple):
-    """What step 2 of the method decides for each tensor."""
-
-    step_size: Tensor  # (..., K)
-    context: Tensor  # bias for the gates of the coordinate-wise LSTM, (..., K, 3 H)
-    state: State  # the part of the new state that tensors have once
-
-
-def step_sizes(
-    network: OptimizerNetwork, layout: Layout, clock: Clock, products: Tensor, signal: Tensor, state: State, total_steps: Tensor
-) -> Control:
-    """Step 2 of the method.
+def step_sizes(network: OptimizerNetwork, clock: Clock, products: Tensor, correction: Tensor, total_steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Step 2 of the method, and the schedule of step 5.
 
     Args:
         products: means of the squared gradient, of the squared momentum before it and of their product, (3, ..., K).
-        signal: mean of the squared momentum over the second moment, neither of them corrected, (..., K).
-        state: see `init_state`; `correction` and `control` are read.
+        correction: logarithms of the step sizes' corrections, (..., K).
         total_steps: (..., K).
+
+    Returns:
+        step sizes and new corrections, (..., K).
     """
     age = clock.step.clamp(min=1)
-    known = total_steps.isfinite().to(signal.dtype)
+    known = total_steps.isfinite().to(correction.dtype)
     progress = ((age - 1) / total_steps).clamp(max=1)
-    signal = signal * clock.correction2 / clock.correction1.square()
-    statistics = tensor_statistics(layout, products, signal, clock.mean, clock.step, progress, known)
-    last = state["correction"], state["control"]
-    log_correction, context, correction, control = network.controller(statistics, age, progress, known, *last)
+    correction = network.controller(cosine(products), age, progress, known, correction) * clock.started
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
-    step_size = (network.log_step_size + log_correction).exp() * torch.where(known > 0, annealed, decayed) * clock.started
-    new_state = {"step": clock.step, "correction": correction * clock.started, "control": control * clock.started[..., None, None]}
-    return Control(step_size, context, new_state)
+    return (network.log_step_size + correction).exp() * torch.where(known > 0, annealed, decayed) * clock.started, correction
 
 
 def blockwise(function: Callable[..., tuple[Tensor, ...]], layout: Layout, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -188,17 +169,33 @@ def blockwise(function: Callable[..., tuple[Tensor, ...]], layout: Layout, tenso
 
 def normalize(directions: Sequence[Tensor], layout: Layout, network: OptimizerNetwork) -> list[Tensor]:
     """Each tensor's direction (..., n) with the length that its shape calls for (step 4 of the method)."""
-    orthogonal = network.config.orthogonalize_steps > 0
-    groups: dict[tuple[int, int], list[int]] = {}  # matrices of one shape are orthogonalised together
+    parts = orthogonalize_all(directions, layout, network.config)
+    for k, orthogonal in enumerate(is_orthogonal(layout, network.config)):
+        if not orthogonal:
+            parts[k] = parts[k] * vector_scale(network, parts[k].square().mean(-1, keepdim=True))
+    return parts
+
+
+def is_orthogonal(layout: Layout, config: NetworkConfig) -> list[bool]:
+    """Which tensors are orthogonalised; the others have the length of vectors."""
+    return [matrix and config.orthogonalize_steps > 0 for matrix in layout.is_matrix]
+
+
+def vector_scale(network: OptimizerNetwork, mean_square: Tensor) -> Tensor:
+    """What gives a direction of this mean square the length of a vector's."""
+    return (mean_square + EPSILON).rsqrt() * network.log_vector_gain.exp()
+
+
+def orthogonalize_all(directions: Sequence[Tensor], layout: Layout, config: NetworkConfig) -> list[Tensor]:
+    """The directions (..., n), those of matrices orthogonalised, with spectral norms of sqrt(fan_out / fan_in)."""
     parts = list(directions)
-    for k, part in enumerate(parts):
-        if orthogonal and layout.is_matrix[k]:
+    groups: dict[tuple[int, int], list[int]] = {}  # matrices of one shape are orthogonalised together
+    for k, orthogonal in enumerate(is_orthogonal(layout, config)):
+        if orthogonal:
             groups.setdefault(layout.fans[k], []).append(k)
-        else:
-            parts[k] = part * ((part.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * network.log_vector_gain.exp())
     for (fan_out, fan_in), members in groups.items():
         matrices = torch.stack([parts[k].unflatten(-1, (fan_out, fan_in)) for k in members])
-        matrices = math.sqrt(fan_out / fan_in) * orthogonalize(matrices, network.config.orthogonalize_steps)
+        matrices = math.sqrt(fan_out / fan_in) * orthogonalize(matrices, config.orthogonalize_steps)
         for k, matrix in zip(members, matrices.flatten(-2).unbind(), strict=True):
             parts[k] = matrix
     return parts

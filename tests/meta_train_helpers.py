@@ -14,7 +14,7 @@ from learned_optim.meta_train.families.sampling import mlp_module, sampler
 from learned_optim.meta_train.tasks import Batch, Buffers, Params, Task
 from learned_optim.meta_train.unroll import Unroll, begin
 
-SMALL = NetworkConfig(hidden_units=2, control_units=3)
+SMALL = NetworkConfig(hidden_units=2)
 
 
 def tiny_task(generator: Generator) -> ModuleTask:
@@ -24,13 +24,11 @@ def tiny_task(generator: Generator) -> ModuleTask:
 
 
 def acting_network(config: NetworkConfig = SMALL) -> OptimizerNetwork:
-    """A network whose LSTM and controller are not zero."""
+    """A network whose LSTM is not zero."""
     torch.manual_seed(3)
     network = OptimizerNetwork(config)
     with torch.no_grad():
         network.coordinate.out.normal_(std=0.5)
-        network.controller.correction.weight.normal_(std=0.3)
-        network.controller.context.weight.normal_(std=0.3)
     return network
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from learned_optim.config import FORMAT_VERSION, NetworkConfig, from_json, to_json
 
-VALUES = {"hidden_units": 3, "control_units": 5, "momentum": 0.5, "second_moment": 0.75, "orthogonalize_steps": 2}
+VALUES = {"hidden_units": 3, "momentum": 0.5, "second_moment": 0.75, "orthogonalize_steps": 2}
+VALUES |= {"moment_format": "bfloat16", "lstm_format": "int8"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

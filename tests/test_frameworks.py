@@ -15,7 +15,7 @@ from learned_optim.weights import fingerprint
 
 def network(seed: int) -> OptimizerNetwork:
     torch.manual_seed(seed)
-    return OptimizerNetwork(NetworkConfig(hidden_units=2, control_units=3))
+    return OptimizerNetwork(NetworkConfig(hidden_units=2))
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections.abc import Callable, Iterator
 
@@ -12,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
 from learned_optim.kernels import cpu
+from learned_optim.storage import DTYPES
 
 SHAPES = [(), (1,), (17,), (1, 9), (5, 7), (7, 5), (40, 3, 3, 3), (2, 16411)]  # the last one is some blocks, and no multiple of a vector
 
@@ -49,6 +51,13 @@ def assert_near(actual: list[Tensor], expected: list[Tensor], tolerance: float =
         assert (one - other).abs().max() <= tolerance * other.square().mean().sqrt() + floor, tuple(one.shape)
 
 
+def network_of(kind: str, **config: str | int) -> OptimizerNetwork:
+    """Weights in which everything acts, or the default ones, that keep all bits of their state unless told otherwise."""
+    network = acting_network() if kind == "acting" else load_network("default")
+    network.config = dataclasses.replace(network.config, **{"moment_format": "float32", "lstm_format": "float32", **config})
+    return network
+
+
 def assert_states_near(actual: LearnedOptimizer, expected: LearnedOptimizer) -> None:
     for one, other in zip(actual.state.values(), expected.state.values(), strict=True):
         assert one.keys() == other.keys()
@@ -57,7 +66,7 @@ def assert_states_near(actual: LearnedOptimizer, expected: LearnedOptimizer) -> 
 
 @pytest.mark.parametrize("units", range(1, cpu.MAX_UNITS + 1))
 def test_equals_the_rule(units: int) -> None:
-    network = acting_network(hidden_units=units)
+    network = acting_network(hidden_units=units, lstm_format="float32")
     (mine, optimizer), (theirs, reference) = (
         run(kernel, network, lambda step: gradients(step, 1.0)) for kernel in ("compiled", "reference")
     )
@@ -68,7 +77,7 @@ def test_equals_the_rule(units: int) -> None:
 @pytest.mark.parametrize("scale", [1e-18, 1e-9, 1e9, 1e17])
 def test_tiny_and_huge_gradients(scale: float) -> None:
     """1e-18 is where floors count, and 1e17 squared is near the end of fp32."""
-    network = load_network("default")
+    network = network_of("default")
     mine, theirs = (run(kernel, network, lambda step: gradients(step, scale))[0] for kernel in ("compiled", "reference"))
     assert all(param.isfinite().all() and param.any() for param in mine)
     assert_near(mine, theirs)
@@ -86,7 +95,7 @@ def test_sparse_outliers_and_zeros() -> None:
                 value.zero_()
         return values
 
-    network = acting_network()
+    network = network_of("acting")
     (mine, optimizer), (theirs, reference) = (run(kernel, network, grads) for kernel in ("compiled", "reference"))
     assert_near(mine, theirs)
     assert_states_near(optimizer, reference)
@@ -94,7 +103,7 @@ def test_sparse_outliers_and_zeros() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(dtype: torch.dtype) -> None:
-    network = load_network("default")
+    network = network_of("default")
     mine, theirs = (run(kernel, network, lambda step: gradients(step, 1.0), dtype=dtype)[0] for kernel in ("compiled", "reference"))
     assert_near([param.float() for param in mine], [param.float() for param in theirs], max(1e-4, 8 * torch.finfo(dtype).eps))
 
@@ -102,12 +111,45 @@ def test_dtypes(dtype: torch.dtype) -> None:
 def test_non_contiguous_gradients_and_parameters() -> None:
     params = {kernel: nn.Parameter(torch.zeros(30, 20).T) for kernel in ("compiled", "reference")}
     for kernel, param in params.items():
-        optimizer = LearnedOptimizer([param], kernel=kernel)
+        optimizer = LearnedOptimizer([param], network_of("default"), kernel=kernel)
         for step in range(3):
             param.grad = torch.randn(20, 90, generator=Generator().manual_seed(step))[:, ::3]
             optimizer.step()
         assert not param.is_contiguous()
     assert_near([params["compiled"].detach()], [params["reference"].detach()])
+
+
+FORMATS = [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("bfloat16", "int8"), ("float32", "int8")]
+
+
+@pytest.mark.parametrize(("moments", "units"), FORMATS)
+def test_stored_formats(moments: str, units: str) -> None:
+    """Both round by the same random bits, so what differs are values on a border, and what these lead to."""
+    network = network_of("acting", moment_format=moments, lstm_format=units)
+    (mine, optimizer), (theirs, reference) = (
+        run(kernel, network, lambda step: gradients(step, 1.0)) for kernel in ("compiled", "reference")
+    )
+    assert_near(mine, theirs, 0.02)
+    for param, other in zip(optimizer.state, reference.state, strict=True):
+        for key in ("momentum", "second_moment", "hidden", "cell"):
+            one, two = optimizer.state[param][key], reference.state[other][key]
+            assert one.dtype == two.dtype == DTYPES[moments if "moment" in key else units]
+            if two.numel() > 100:
+                assert (one.float() - two.float()).abs().mean() <= 0.002 * two.float().abs().max(), key
+
+
+@pytest.mark.parametrize("kernel", ["compiled", "reference"])
+def test_rounding_is_right_on_average(kernel: str) -> None:
+    """A running mean of ones whose every step is less than the last bit of bfloat16 gets there all the same."""
+    network = network_of("default", moment_format="bfloat16", lstm_format="int8")
+    network.config = dataclasses.replace(network.config, momentum=0.999, second_moment=0.999)
+    param = nn.Parameter(torch.zeros(5000))
+    optimizer = LearnedOptimizer([param], network, kernel=kernel)
+    param.grad = torch.ones(5000)
+    for _ in range(400):
+        optimizer.step()
+    for key in ("momentum", "second_moment"):
+        assert optimizer.state[param][key].float().mean().item() == pytest.approx(1 - 0.999**400, rel=0.01)
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
@@ -119,7 +161,7 @@ def test_poison_stays_in_its_tensor_and_shows(poison: float) -> None:
         values[2][5] = poison
         return values
 
-    network = load_network("default")
+    network = network_of("default")
     (mine, _), (theirs, _) = (run(kernel, network, grads) for kernel in ("compiled", "reference"))
     assert [param.isnan().any() for param in mine] == [param.isnan().any() for param in theirs]
     assert mine[2].isnan().any()

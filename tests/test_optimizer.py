@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from learned_optim.config import NetworkConfig
 from learned_optim.features import Layout
 from learned_optim.network import OptimizerNetwork
 from learned_optim.optimizer import ADAMW_UPDATE_RMS, PER_TENSOR, LearnedOptimizer, init_state
+from learned_optim.storage import DTYPES
 from learned_optim.weights import fingerprint, load_network, save_network
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
@@ -113,8 +115,22 @@ def save_and_load(state: Any) -> Any:
 # The rule, driven in place
 
 
+def assert_formats(optimizer: LearnedOptimizer) -> None:
+    """The state's dtypes are those of the configuration, whatever the parameters' are."""
+    config = optimizer.network.config
+    formats = {
+        "hidden": config.lstm_format,
+        "cell": config.lstm_format,
+        "momentum": config.moment_format,
+        "second_moment": config.moment_format,
+    }
+    for state in optimizer.state.values():
+        assert {key: value.dtype for key, value in state.items()} == {key: DTYPES[formats.get(key, "float32")] for key in state}
+
+
 def test_step_is_the_rule(network: OptimizerNetwork) -> None:
     """Several steps over two groups, each with its own lr, weight decay and horizon, are the pure rule to the last bit."""
+    network.config = dataclasses.replace(network.config, lstm_format="float32")
     model = make_model()
     params = [param for param in model.parameters() if param.numel()]
     groups = [{"params": params[:2], "lr": 0.5, "weight_decay": 0.1, "total_steps": 9}, {"params": params[2:]}]
@@ -142,13 +158,13 @@ def test_step_is_the_rule(network: OptimizerNetwork) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_loss_falls_and_state_is_fp32(network: OptimizerNetwork, dtype: torch.dtype) -> None:
+def test_loss_falls_and_state_keeps_its_formats(network: OptimizerNetwork, dtype: torch.dtype) -> None:
     model = make_model(dtype)
     optimizer = LearnedOptimizer(model.parameters(), network, total_steps=40)
     losses = train(model, optimizer, range(40))
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     assert {param.dtype for param in model.parameters()} == {dtype}
-    assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
+    assert_formats(optimizer)
 
 
 def test_step_touches_nothing_else(network: OptimizerNetwork) -> None:
@@ -279,7 +295,7 @@ def test_default_dtype_does_not_matter(network: OptimizerNetwork) -> None:
         for param in params:
             param.grad = torch.linspace(-1, 1, param.numel(), dtype=torch.float64).reshape(param.shape)
         optimizer.step()
-        assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
+        assert_formats(optimizer)
         return [param.detach() for param in params]
 
     torch.set_default_dtype(torch.float64)
@@ -623,7 +639,7 @@ def test_state_is_placed_like_the_parameter(placement: Any, shifted: Any) -> Non
         assert value.device_mesh == mesh
         assert value.placements == (expected,), key
         assert value.shape == shape
-        assert value.dtype == torch.float32
+        assert value.dtype == (torch.float32 if "moment" in key else torch.bfloat16)
 
 
 @pytest.mark.usefixtures("process_group")

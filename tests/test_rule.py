@@ -21,7 +21,7 @@ MATRICES = [(16, 16), (32, 8), (8, 32), (12, 3, 3, 3)]
 VECTORS = [(9,), (1, 9), (9, 1)]
 
 
-def acting_network(dtype: torch.dtype = torch.float32, seed: int = 0, **config: float) -> OptimizerNetwork:
+def acting_network(dtype: torch.dtype = torch.float32, seed: int = 0, **config: float | str) -> OptimizerNetwork:
     """A network in which everything acts: an untrained one has zeros where the LSTM and the controller speak."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -126,11 +126,10 @@ def test_blocks_cover_every_coordinate_once(size: int) -> None:
 
 def test_init_state() -> None:
     layout = layout_of([torch.ones(shape) for shape in [(3,), (), (2, 4)]])
-    state = init_state(layout, NetworkConfig(hidden_units=3, control_units=5), (6,), torch.float64)
+    state = init_state(layout, NetworkConfig(hidden_units=3), (6,), torch.float64)
     assert {key: tuple(value.shape) for key, value in state.items()} == {
         "step": (6, 3),
         "correction": (6, 3),
-        "control": (6, 3, 2, 5),
         "momentum": (6, 12),
         "second_moment": (6, 12),
         "hidden": (3, 6, 12),
@@ -537,7 +536,7 @@ def test_meta_gradient_sees_second_derivatives(generator: torch.Generator) -> No
 @pytest.mark.parametrize("shape", [(3,), (3, 2)], ids=str)
 def test_update_passes_gradcheck(generator: torch.Generator, shape: tuple[int, ...]) -> None:
     """With respect to the gradient, the parameter and the state."""
-    network = acting_network(torch.float64, hidden_units=2, control_units=3).requires_grad_(False)
+    network = acting_network(torch.float64, hidden_units=2).requires_grad_(False)
     params = draw([shape], generator, torch.float64)
     _, state = run(network, params, [draw([shape], generator, torch.float64) for _ in range(2)])
     clock = state.pop("step")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from learned_optim import LearnedOptimizer, NetworkConfig, OptimizerNetwork, load_network
 from learned_optim.weights import bundled_names, fingerprint, save_network
 
-CONFIG = NetworkConfig(hidden_units=3, control_units=5, momentum=0.8)
+CONFIG = NetworkConfig(hidden_units=3, momentum=0.8)
 
 
 def network(seed: int = 1, config: NetworkConfig = CONFIG) -> OptimizerNetwork:
@@ -267,7 +267,7 @@ def test_fingerprint_is_stable():
 
 
 def test_fingerprint_sees_config_names_shapes_and_values():
-    seen = {fingerprint(network()), fingerprint(network(2)), fingerprint(network(1, NetworkConfig(hidden_units=3, control_units=5)))}
+    seen = {fingerprint(network()), fingerprint(network(2)), fingerprint(network(1, NetworkConfig(hidden_units=3)))}
     for name in network().state_dict():
         changed = network()
         with torch.no_grad():
@@ -301,7 +301,7 @@ from learned_optim.weights import fingerprint
 
 def network(seed):
     torch.manual_seed(seed)
-    return OptimizerNetwork(NetworkConfig(hidden_units=3, control_units=5, momentum=0.8))
+    return OptimizerNetwork(NetworkConfig(hidden_units=3, momentum=0.8))
 
 def broken():
     result = network(1)

@@ -49,7 +49,7 @@ def gpt(seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
 
 def network(seed: int = 1) -> OptimizerNetwork:
     torch.manual_seed(seed)
-    return OptimizerNetwork(NetworkConfig(hidden_units=2, control_units=3))
+    return OptimizerNetwork(NetworkConfig(hidden_units=2))
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:

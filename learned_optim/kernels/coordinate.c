@@ -17,17 +17,22 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { CHUNK = 256, MAX_UNITS = 8, ODD = 2, EVEN = 3 }; /* CHUNK: coordinates whose intermediate results fit into the L1 cache */
+/* CHUNK: coordinates whose intermediate results fit into the L1 cache, and that share a scale in int8. */
+enum { CHUNK = 256, MAX_UNITS = 8, ODD = 2, EVEN = 3 };
+
+/* Formats of stored state, as in `learned_optim/storage.py`. */
+enum { FLOAT32, BFLOAT16, INT8 };
 
 /* Constants of `learned_optim/features.py`. */
 static const float RELATIVE_FLOOR = 1e-8f, ABSOLUTE_FLOOR = 1e-20f, GRADIENT_BOUND = 3.0f;
 
 /* Every field has 8 bytes, so that the caller may fill the table with integers. */
 typedef struct {
-    int64_t size;
+    int64_t size, step;
     const float *grad;
-    float *momentum, *second_moment;
-    float *hidden, *cell; /* (units, size) */
+    void *momentum, *second_moment;
+    void *hidden, *cell;               /* (units, size) */
+    float *hidden_scale, *cell_scale; /* (units, chunks of size), of int8 */
     float *direction;
 } Tensor;
 
@@ -42,6 +47,7 @@ typedef struct {
     int64_t count; /* of blocks */
     int64_t next;  /* the first block that no thread has taken */
     double *sums;  /* (count, sums of the pass) */
+    int64_t moment_format, lstm_format;
 } Job;
 
 typedef struct {
@@ -120,8 +126,67 @@ INLINE Ratio tanh_ratio(float x) {
     return (Ratio){x * p, q};
 }
 
+/* Random bits for the coordinates of a chunk: see `random_bits` in `learned_optim/storage.py`. */
+INLINE void random_bits(uint32_t *restrict bits, int64_t begin, int64_t step) {
+    const uint32_t first = (uint32_t)begin * 0x9e3779b1u + (uint32_t)step * 0x85ebca6bu;
+#pragma omp simd
+    for (uint32_t j = 0; j < CHUNK; j++) {
+        uint32_t x = first + j * 0x9e3779b1u;
+        x = (x ^ (x >> 16)) * 0x7feb352du;
+        x = (x ^ (x >> 15)) * 0x846ca68bu;
+        bits[j] = x ^ (x >> 16);
+    }
+}
+
+/* The `n` values that are stored from `begin` on, at the start of a chunk. */
+INLINE void load(int64_t format, const void *stored, const float *scale, int64_t begin, int64_t n, float *restrict values) {
+    if (format == FLOAT32) {
+        memcpy(values, (const float *)stored + begin, n * sizeof *values);
+    } else if (format == BFLOAT16) {
+        const uint16_t *restrict halves = (const uint16_t *)stored + begin;
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) values[j] = bits_to_float((uint32_t)halves[j] << 16);
+    } else {
+        const int8_t *restrict levels = (const int8_t *)stored + begin;
+        const float unit = *scale;
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) values[j] = (float)levels[j] * unit;
+    }
+}
+
+/* Stores values, rounded stochastically by the 16 bits of `bits` above `shift`. */
+INLINE void store(int64_t format, void *stored, float *scale, int64_t begin, int64_t n, const float *restrict values,
+                  const uint32_t *restrict bits, const int shift) {
+    if (format == FLOAT32) {
+        memcpy((float *)stored + begin, values, n * sizeof *values);
+    } else if (format == BFLOAT16) {
+        uint16_t *restrict halves = (uint16_t *)stored + begin;
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) {
+            uint32_t exact = float_to_bits(values[j]);
+            uint32_t rounded = exact + (((bits[j] >> shift) & 0xffffu) & ((exact & 0x7f800000u) == 0x7f800000u ? 0u : ~0u));
+            halves[j] = (uint16_t)(rounded >> 16);
+        }
+    } else {
+        int8_t *restrict levels = (int8_t *)stored + begin;
+        float largest = 0;
+#pragma omp simd reduction(max : largest)
+        for (int64_t j = 0; j < n; j++) largest = at_least(largest, __builtin_fabsf(values[j]));
+        const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        *scale = largest / 127.0f;
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) { /* conversion to an integer cuts off, so it must see positive numbers */
+            float uniform = (float)((bits[j] >> shift) & 0xffffu) * 0x1p-16f;
+            levels[j] = (int8_t)((int32_t)(values[j] * inverse + 128.0f + uniform) - 128);
+        }
+    }
+}
+
 /* Step 1 of the rule, and its sums: of squared gradients, of squared momenta before, of their products, and of second moments. */
 EACH_CPU void moments(Job *job, float decay1, float decay2) {
+    const int64_t format = job->moment_format;
+    float momentum[CHUNK], second_moment[CHUNK];
+    uint32_t bits[CHUNK];
     for (int64_t b; (b = take(job)) < job->count;) {
         const Block *block = &job->blocks[b];
         const Tensor *tensor = &job->tensors[block->tensor];
@@ -130,7 +195,8 @@ EACH_CPU void moments(Job *job, float decay1, float decay2) {
         for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) {
             const int64_t n = block->end - begin < CHUNK ? block->end - begin : CHUNK;
             const float *restrict grad = tensor->grad + begin;
-            float *restrict momentum = tensor->momentum + begin, *restrict second_moment = tensor->second_moment + begin;
+            load(format, tensor->momentum, 0, begin, n, momentum);
+            load(format, tensor->second_moment, 0, begin, n, second_moment);
             float grad_square = 0, momentum_square = 0, product = 0, second = 0;
 #pragma omp simd reduction(+ : grad_square, momentum_square, product, second)
             for (int64_t j = 0; j < n; j++) {
@@ -143,36 +209,20 @@ EACH_CPU void moments(Job *job, float decay1, float decay2) {
                 second += v;
             }
             sums[0] += grad_square, sums[1] += momentum_square, sums[2] += product, sums[3] += second;
+            if (format != FLOAT32) random_bits(bits, begin, tensor->step);
+            store(format, tensor->momentum, 0, begin, n, momentum, bits, 0);
+            store(format, tensor->second_moment, 0, begin, n, second_moment, bits, 16);
         }
     }
 }
 
-/* The sum of squared momenta over second moments; `floors` of the second moment, one a tensor. */
-EACH_CPU void signal_to_noise(Job *job, const float *floors) {
-    for (int64_t b; (b = take(job)) < job->count;) {
-        const Block *block = &job->blocks[b];
-        const Tensor *tensor = &job->tensors[block->tensor];
-        const float floor = floors[block->tensor];
-        double sum = 0;
-        for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) {
-            const int64_t n = block->end - begin < CHUNK ? block->end - begin : CHUNK;
-            const float *restrict momentum = tensor->momentum + begin, *restrict second_moment = tensor->second_moment + begin;
-            float part = 0;
-#pragma omp simd reduction(+ : part)
-            for (int64_t j = 0; j < n; j++) part += momentum[j] * momentum[j] / (second_moment[j] + floor);
-            sum += part;
-        }
-        job->sums[b] = sum;
-    }
-}
-
-/* Weights of the LSTM's gates for one tensor: bias, features, units. They are multiplied by -log2(e): sigmoid(x) = 1 / (1 + 2^-x'). */
+/* Weights of the LSTM's gates: bias, features, units. They are multiplied by -log2(e): sigmoid(x) = 1 / (1 + 2^-x'). */
 typedef float GateWeights[3 * MAX_UNITS][1 + EVEN + MAX_UNITS];
 
-static void gather(GateWeights weights, const Network *network, const float *context) {
+static void gather(GateWeights weights, const Network *network) {
     const int64_t columns = EVEN + network->units;
     for (int64_t row = 0; row < 3 * network->units; row++) {
-        weights[row][0] = -1.44269504f * (network->gate_bias[row] + context[row]);
+        weights[row][0] = -1.44269504f * network->gate_bias[row];
         for (int64_t i = 0; i < columns; i++) weights[row][1 + i] = -1.44269504f * network->gate_weight[row * columns + i];
     }
 }
@@ -181,23 +231,31 @@ static void gather(GateWeights weights, const Network *network, const float *con
 typedef struct {
     float odd[ODD + MAX_UNITS][CHUNK], even[EVEN + MAX_UNITS][CHUNK]; /* features, then hidden units and their sizes */
     float gates[3 * MAX_UNITS][CHUNK];                                /* 1 / sigmoid */
+    float momentum[CHUNK], second_moment[CHUNK], cell[CHUNK];
+    uint32_t bits[CHUNK];
 } Scratch;
 
-/* Step 3 of the rule for `n` coordinates of a tensor. `UNITS` is a constant where this is inlined, so that sums over units are unrolled.
- * Short loops one after the other let a processor work on several of their iterations at once; in a long one each waits for its own
- * results.
+/* Step 3 of the rule for the `n` coordinates of a tensor from `begin` on; returns the sum of squared directions. `UNITS` is a constant where
+ * this is inlined, so that sums over units are unrolled. Short loops one after the other let a processor work on several of their iterations
+ * at once; in a long one each waits for its own results.
  *
- * constants: 1 / correction1, 1 / correction2, the second moment's floor, 1 / its mean. */
-INLINE void lstm(const int UNITS, int64_t n, int64_t size, const Network *network, const GateWeights gate_weights, const float *constants,
-                 Scratch *restrict s, const float *restrict grad, const float *restrict momentum, const float *restrict second_moment,
-                 float *restrict hidden, float *restrict cell, float *restrict direction) {
-    const float inverse1 = constants[0], inverse2 = constants[1], floor = constants[2], inverse_mean = constants[3];
+ * constants: 1 / correction1, 1 / correction2, mean of the second moment. */
+INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t begin, int64_t n, const Network *network,
+                  const GateWeights gate_weights, const float *constants, Scratch *restrict s) {
+    const float inverse1 = constants[0], inverse2 = constants[1], mean = constants[2];
+    const float floor = RELATIVE_FLOOR * mean + ABSOLUTE_FLOOR, inverse_mean = 1.0f / (mean + ABSOLUTE_FLOOR);
     const float skip_slow = network->skip[0], skip_fast = network->skip[1];
+    const int64_t format = job->lstm_format, size = tensor->size, chunks = (size + CHUNK - 1) / CHUNK, chunk = begin / CHUNK;
+    const float *restrict grad = tensor->grad + begin;
+    float *restrict direction = tensor->direction + begin;
+    load(job->moment_format, tensor->momentum, 0, begin, n, s->momentum);
+    load(job->moment_format, tensor->second_moment, 0, begin, n, s->second_moment);
+    if (format != FLOAT32) random_bits(s->bits, begin, tensor->step);
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) {
-        float variance = second_moment[j] * inverse2 + floor;
+        float variance = s->second_moment[j] * inverse2 + floor;
         float scale = 1.0f / __builtin_sqrtf(variance);
-        float slow = momentum[j] * inverse1 * scale;
+        float slow = s->momentum[j] * inverse1 * scale;
         float fast = grad[j] * scale;
         fast = fast / __builtin_sqrtf(1.0f + fast * fast * (1.0f / (GRADIENT_BOUND * GRADIENT_BOUND)));
         s->odd[0][j] = slow;
@@ -208,11 +266,9 @@ INLINE void lstm(const int UNITS, int64_t n, int64_t size, const Network *networ
         direction[j] = skip_slow * slow + skip_fast * fast;
     }
     for (int h = 0; h < UNITS; h++) {
+        load(format, tensor->hidden, tensor->hidden_scale + h * chunks + chunk, h * size + begin, n, s->odd[ODD + h]);
 #pragma omp simd
-        for (int64_t j = 0; j < n; j++) {
-            s->odd[ODD + h][j] = hidden[h * size + j];
-            s->even[EVEN + h][j] = __builtin_fabsf(hidden[h * size + j]);
-        }
+        for (int64_t j = 0; j < n; j++) s->even[EVEN + h][j] = __builtin_fabsf(s->odd[ODD + h][j]);
     }
     for (int row = 0; row < 3 * UNITS; row++) {
         const float *weights = gate_weights[row];
@@ -227,6 +283,8 @@ INLINE void lstm(const int UNITS, int64_t n, int64_t size, const Network *networ
     for (int h = 0; h < UNITS; h++) {
         const float *weights = network->candidate_weight + h * (ODD + UNITS), out_weight = network->out[h];
         const float *in = s->gates[h], *forget = s->gates[UNITS + h], *out = s->gates[2 * UNITS + h];
+        float *restrict cell = s->cell, *restrict hidden = s->even[EVEN + h]; /* the gates have read it */
+        load(format, tensor->cell, tensor->cell_scale + h * chunks + chunk, h * size + begin, n, cell);
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) {
             float x = 0;
@@ -234,39 +292,44 @@ INLINE void lstm(const int UNITS, int64_t n, int64_t size, const Network *networ
             for (int i = 0; i < ODD + UNITS; i++) x += weights[i] * s->odd[i][j];
             Ratio candidate = tanh_ratio(x);
             float divisor = in[j] * candidate.denominator; /* cell / forget + candidate / in, with one division */
-            cell[h * size + j] = (cell[h * size + j] * divisor + candidate.numerator * forget[j]) / (divisor * forget[j]);
+            cell[j] = (cell[j] * divisor + candidate.numerator * forget[j]) / (divisor * forget[j]);
         }
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) {
-            Ratio squashed = tanh_ratio(cell[h * size + j]);
+            Ratio squashed = tanh_ratio(cell[j]);
             float unit = squashed.numerator / (squashed.denominator * out[j]);
-            hidden[h * size + j] = unit;
+            hidden[j] = unit;
             direction[j] += out_weight * unit;
         }
+        store(format, tensor->cell, tensor->cell_scale + h * chunks + chunk, h * size + begin, n, cell, s->bits, 16);
+        store(format, tensor->hidden, tensor->hidden_scale + h * chunks + chunk, h * size + begin, n, hidden, s->bits, 0);
     }
+    float square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t j = 0; j < n; j++) square += direction[j] * direction[j];
+    return square;
 }
 
-/* Step 3 of the rule.
+/* Step 3 of the rule, and the sum of squared directions.
  *
- * scalars: of each tensor 1 / correction1, 1 / correction2, mean, and context (3 units). */
+ * scalars: of each tensor 1 / correction1, 1 / correction2 and the mean of its second moment. */
 EACH_CPU void directions(Job *job, const Network *network, const float *scalars) {
-    const int64_t units = network->units, stride = 3 + 3 * units;
     GateWeights weights;
     Scratch scratch;
+    gather(weights, network);
     for (int64_t b; (b = take(job)) < job->count;) {
         const Block *block = &job->blocks[b];
-        const Tensor *t = &job->tensors[block->tensor];
-        const float *own = scalars + stride * block->tensor;
-        const float constants[4] = {own[0], own[1], RELATIVE_FLOOR * own[2] + ABSOLUTE_FLOOR, 1.0f / (own[2] + ABSOLUTE_FLOOR)};
-        gather(weights, network, own + 3);
+        const Tensor *tensor = &job->tensors[block->tensor];
+        const float *own = scalars + 3 * block->tensor;
+        double sum = 0;
         for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) {
             const int64_t n = block->end - begin < CHUNK ? block->end - begin : CHUNK;
-#define LSTM(UNITS)                                                                                                               \
-    case UNITS:                                                                                                                   \
-        lstm(UNITS, n, t->size, network, weights, constants, &scratch, t->grad + begin, t->momentum + begin,                      \
-             t->second_moment + begin, t->hidden + begin, t->cell + begin, t->direction + begin);                                 \
+#define LSTM(UNITS)                                                                             \
+    case UNITS:                                                                                 \
+        sum += lstm(UNITS, job, tensor, begin, n, network, weights, own, &scratch);             \
         break;
-            switch (units) { LSTM(1) LSTM(2) LSTM(3) LSTM(4) LSTM(5) LSTM(6) LSTM(7) LSTM(8) }
+            switch (network->units) { LSTM(1) LSTM(2) LSTM(3) LSTM(4) LSTM(5) LSTM(6) LSTM(7) LSTM(8) }
         }
+        job->sums[b] = sum;
     }
 }

@@ -1,7 +1,8 @@
 """The update rule on a CPU, in place: passes over coordinates in C, all that tensors have once in torch.
 
-An LSTM step in plain torch makes some forty trips through memory. Here a weight's gradient and state are read once in each of three passes,
-written once, and what lies between stays in registers and the L1 cache. The compiled file depends on nothing but the processor.
+An LSTM step in plain torch makes some forty trips through memory. Here one pass updates the moments and adds up what the step sizes depend
+on, a second one runs the LSTM, and what lies between stays in registers and the L1 cache. The compiled file depends on nothing but the
+processor.
 
 Shapes: as in `learned_optim.rule`.
 """
@@ -17,9 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from ..config import FORMATS
 from ..features import Layout
 from ..network import OptimizerNetwork
-from ..rule import Clock, State, normalize, step_sizes
+from ..rule import Clock, State, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
 
 BLOCK = 2**14  # coordinates that a thread takes at once
 MAX_UNITS = 8  # as in the C file
@@ -30,6 +32,7 @@ class Job(ctypes.Structure):
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("tensors", "blocks")]
     _fields_ += [("count", ctypes.c_int64), ("next", ctypes.c_int64), ("sums", ctypes.c_void_p)]
+    _fields_ += [(name, ctypes.c_int64) for name in ("moment_format", "lstm_format")]
 
 
 class Network(ctypes.Structure):
@@ -45,7 +48,6 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded, job = ctypes.CDLL(found.origin), ctypes.POINTER(Job)
     loaded.moments.argtypes = [job, ctypes.c_float, ctypes.c_float]
-    loaded.signal_to_noise.argtypes = [job, ctypes.c_void_p]
     loaded.directions.argtypes = [job, ctypes.POINTER(Network), ctypes.c_void_p]
     return loaded
 
@@ -78,19 +80,20 @@ class Passes:
     """Passes over the same tensors.
 
     Args:
-        tensors: of each tensor its gradient, momentum, second moment, hidden units, cells and direction; fp32 and contiguous.
+        table: the tensors, a row each, as the C file describes them.
+        formats: of the moments and of the LSTM's state, as numbers.
     """
 
-    def __init__(self, layout: Layout, tensors: Sequence[Sequence[Tensor]]) -> None:
-        self.tensors = torch.tensor([[row[0].numel(), *(tensor.data_ptr() for tensor in row)] for row in tensors])
-        self.layout, self.blocks = layout, blocks(layout)
+    def __init__(self, layout: Layout, table: Sequence[Sequence[int]], formats: Sequence[int]) -> None:
+        self.tensors, self.sizes, self.formats = torch.tensor(table), layout.sizes, formats
+        self.blocks = blocks(layout)
         # A thread needs some 30 microseconds to wake up, in which another has done four blocks.
         self.workers = min(torch.get_num_threads(), len(self.blocks) // 4) - 1
 
     def run(self, name: str, columns: int, *arguments: object) -> Tensor:
         """Runs a pass. Returns means of its sums over each tensor, (columns, K)."""
         sums = torch.zeros(len(self.blocks), columns, dtype=torch.float64)
-        job = Job(self.tensors.data_ptr(), self.blocks.data_ptr(), len(self.blocks), 0, sums.data_ptr())
+        job = Job(self.tensors.data_ptr(), self.blocks.data_ptr(), len(self.blocks), 0, sums.data_ptr(), *self.formats)
         function = getattr(library(), name)
         others = [pool(self.workers).submit(function, ctypes.byref(job), *arguments) for _ in range(self.workers)]
         function(ctypes.byref(job), *arguments)
@@ -100,33 +103,46 @@ class Passes:
         return (totals / self.tensors[:, :1]).float().T
 
 
+def scales_of(state: State) -> list[int]:
+    return [state[key].data_ptr() for key in ("hidden_scale", "cell_scale")] if "cell_scale" in state else [0, 0]
+
+
 def update(
     network: OptimizerNetwork, layout: Layout, grads: Sequence[Tensor], states: Sequence[State], total_steps: Tensor
-) -> tuple[list[Tensor], State]:
+) -> list[Tensor]:
     """One step of the rule.
 
     Args:
         grads: each tensor's gradient.
-        states: each tensor's state; what belongs to coordinates is changed in place.
+        states: each tensor's state, see `learned_optim.optimizer.init_state`; changed in place.
         total_steps: (K,).
 
     Returns:
-        what to add to each parameter, (n,), and the new state that tensors have once, (K, ...).
+        what to add to each parameter, (n,).
     """
     config, lstm = network.config, network.coordinate
     flat = [grad.float().contiguous() for grad in grads]
-    direction = [torch.empty_like(grad).view(-1) for grad in flat]
-    keys = ("momentum", "second_moment", "hidden", "cell")
-    passes = Passes(layout, [(grad, *(state[key] for key in keys), out) for grad, state, out in zip(flat, states, direction, strict=True)])
-    per_tensor = {key: torch.stack([state[key] for state in states]) for key in ("step", "correction", "control")}
+    direction = torch.empty(sum(layout.sizes), dtype=torch.float32).split(layout.sizes)
+    steps, corrections = [state["step"] for state in states], [state["correction"] for state in states]
+    step = torch.stack(steps)
+    keys = ["momentum", "second_moment", "hidden", "cell"]
+    table = [
+        [size, clock, grad.data_ptr(), *(state[key].data_ptr() for key in keys), *scales_of(state), out.data_ptr()]
+        for size, clock, grad, state, out in zip(layout.sizes, step.int().tolist(), flat, states, direction, strict=True)
+    ]
+    passes = Passes(layout, table, [FORMATS.index(config.moment_format), FORMATS.index(config.lstm_format)])
 
     *products, second_moment = passes.run("moments", 4, config.momentum, config.second_moment)
-    clock = Clock.after(per_tensor["step"], second_moment, config)
-    signal = passes.run("signal_to_noise", 1, clock.floor.data_ptr())
-    control = step_sizes(network, layout, clock, torch.stack(products), signal[0], per_tensor, total_steps)
-    scalars = torch.cat([torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean], -1), control.context], -1)
+    clock = Clock.after(step, second_moment, config)
+    step_size, correction = step_sizes(network, clock, torch.stack(products), torch.stack(corrections), total_steps)
+    scalars = torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean], -1)
     weights = [weight.data_ptr() for weight in (lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out)]
-    passes.run("directions", 0, ctypes.byref(Network(config.hidden_units, *weights)), scalars.data_ptr())
+    (mean_square,) = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), scalars.data_ptr())
 
-    changes = normalize(direction, layout, network)
-    return [change.mul_(-size) for change, size in zip(changes, control.step_size.tolist(), strict=True)], control.state
+    orthogonal = torch.tensor(is_orthogonal(layout, config))
+    scale = -step_size * torch.where(orthogonal, 1.0, vector_scale(network, mean_square))
+    changes = orthogonalize_all(direction, layout, config)
+    torch._foreach_mul_(changes, scale.tolist())
+    torch._foreach_copy_(steps, clock.step.unbind())
+    torch._foreach_copy_(corrections, correction.unbind())
+    return changes

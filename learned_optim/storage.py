@@ -1,0 +1,76 @@
+"""How the optimizer keeps its state between steps: in fewer bits than the rule computes with.
+
+The rule reads and writes fp32. A format says what is kept of that:
+
+- "float32": everything.
+- "bfloat16": the upper half of the bits, rounded stochastically. Running means that change by less than the last bit at each step would
+  stand still if they were rounded to the nearest number; this way they are right on average.
+- "int8": blocks of 256 neighbouring coordinates, each with a scale of its own in fp32, rounded stochastically.
+
+The rounding's randomness is a hash of the coordinate and the tensor's clock: the same on every device, in every kernel and after a resume,
+and no state of a generator's has to be kept.
+
+Shapes: `n` coordinates of a tensor, `B` blocks, `...` any leading dimensions (hidden units).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+BLOCK = 256  # coordinates that share a scale
+LEVELS = 127.0
+
+
+def zeros(param: Tensor, leading: tuple[int, ...], fmt: str) -> tuple[Tensor, Tensor | None]:
+    """Zeros of a parameter's shape in a format, (*leading, *shape), and their scales, (*leading, B), where the format has some.
+
+    They are made by `zeros_like`, so that they are placed and sharded like the parameter.
+    """
+    values = torch.zeros_like(param, dtype=DTYPES[fmt], memory_format=torch.contiguous_format)
+    if leading:
+        values = torch.stack([values] * leading[0])
+    scales = values.new_zeros(*leading, -(-param.numel() // BLOCK), dtype=torch.float32) if fmt == "int8" else None
+    return values, scales
+
+
+def load(values: Tensor, scales: Tensor | None) -> Tensor:
+    """What was stored, in fp32: (..., n)."""
+    if scales is None:
+        return values.float()
+    return values.float() * scales.repeat_interleave(BLOCK, -1)[..., : values.shape[-1]]
+
+
+def store(new: Tensor, bits: Tensor, values: Tensor, scales: Tensor | None) -> None:
+    """Replaces what is stored.
+
+    Args:
+        new: (..., n), fp32.
+        bits: random integers below 2^16, (n,).
+        values, scales: where it goes, (..., n) and (..., B).
+    """
+    if scales is not None:
+        count = new.shape[-1]
+        padded = torch.nn.functional.pad(new, (0, -count % BLOCK)).unflatten(-1, (-1, BLOCK))
+        largest = padded.abs().amax(-1)
+        scales.copy_(largest / LEVELS)
+        inverse = torch.where(largest > 0, LEVELS / largest, 0.0)
+        levels = (padded * inverse[..., None]).flatten(-2)[..., :count]
+        values.copy_((levels + bits * 2.0**-16).floor())
+    elif values.dtype == torch.bfloat16:
+        rounded = (new.contiguous().view(torch.int32) + bits.int()) & -0x10000
+        values.copy_(torch.where(new.isfinite(), rounded.view(torch.float32), new))
+    else:
+        values.copy_(new)
+
+
+def random_bits(count: int, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent random integers below 2^16 for each coordinate, (n,): a hash (lowbias32 of Wellons 2018, "Prospecting for hash
+    functions") of the coordinate and of the tensor's clock `step`, ()."""
+    mask = 0xFFFFFFFF
+    x = (torch.arange(count, device=step.device) * 0x9E3779B1 + step.long() * 0x85EBCA6B) & mask
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
+    x = x ^ (x >> 16)
+    return x & 0xFFFF, x >> 16
