@@ -91,9 +91,7 @@ def lstm_off(network: OptimizerNetwork) -> None:
 
 
 def controller_off(network: OptimizerNetwork) -> None:
-    for output in (network.controller.correction, network.controller.context):
-        for weight in output.parameters():
-            weight.data.zero_()
+    network.controller.log_rate.data.fill_(-math.inf)
 
 
 def run(job: tuple[str, str, int, dict[str, Any], int]) -> float:

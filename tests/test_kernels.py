@@ -135,7 +135,7 @@ def test_stored_formats(moments: str, units: str) -> None:
             one, two = optimizer.state[param][key], reference.state[other][key]
             assert one.dtype == two.dtype == DTYPES[moments if "moment" in key else units]
             if two.numel() > 100:
-                assert (one.float() - two.float()).abs().mean() <= 0.002 * two.float().abs().max(), key
+                assert (one.float() - two.float()).abs().mean() <= 0.01 * two.float().abs().max(), key
 
 
 @pytest.mark.parametrize("kernel", ["compiled", "reference"])

@@ -119,9 +119,6 @@ def without_lstm(network: OptimizerNetwork) -> None:
 
 def without_controller(network: OptimizerNetwork) -> None:
     network.controller.log_rate.data.fill_(-math.inf)
-    for output in (network.controller.correction, network.controller.context):
-        for weight in output.parameters():
-            weight.data.zero_()
 
 
 def skeleton(network: OptimizerNetwork) -> None:
