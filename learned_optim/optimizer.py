@@ -17,13 +17,9 @@ from .config import NetworkConfig
 from .features import Layout
 from .kernels import cpu
 from .network import OptimizerNetwork
-from .rule import State, update
+from .rule import ADAMW_UPDATE_RMS, State, update
 from .storage import load, random_bits, store, zeros
 from .weights import fingerprint, load_network
-
-# AdamW's updates have a root mean square of 0.2 to 0.4 times its learning rate (Liu et al. 2025, "Muon is scalable for LLM training",
-# section 2.2), so this turns the size of our update into the learning rate that AdamW's weight decay would be multiplied by.
-ADAMW_UPDATE_RMS = 0.2
 
 KERNELS = ("auto", "reference", "compiled")
 
@@ -151,18 +147,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         grads = [param.grad.detach() for param in params if param.grad is not None]
         layout = Layout.of(tuple(param.shape for param in params), device)
         horizons = torch.tensor([members[param]["total_steps"] or math.inf for param in params], dtype=torch.float32, device=device)
+        rates, decays = ([members[param][key] for param in params] for key in ("lr", "weight_decay"))
         compiled = device.type == "cpu" and self.kernel != "reference"
         with torch.autocast(device.type, enabled=False):
-            changes = (cpu.update if compiled else reference_update)(network, layout, grads, states, horizons)
-        for param, change in zip(params, changes, strict=True):
-            lr, weight_decay = members[param]["lr"], members[param]["weight_decay"]
-            if weight_decay != 0:
-                change.sub_(weight_decay * (change.square().mean().sqrt() / ADAMW_UPDATE_RMS) * param.reshape(-1))
-            if isinstance(lr, Tensor):
-                change.mul_(lr.reshape(()))
-            elif lr != 1:
-                change.mul_(lr)
-        torch._foreach_add_(params, [change.view(param.shape) for param, change in zip(params, changes, strict=True)])
+            (cpu.step if compiled else reference_step)(network, layout, params, grads, states, horizons, rates, decays)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "network": self.network, "kernel": self.kernel}
@@ -214,18 +202,24 @@ def init_state(param: Tensor, config: NetworkConfig) -> State:
     return state
 
 
-def reference_update(
-    network: OptimizerNetwork, layout: Layout, grads: Sequence[Tensor], states: Sequence[State], total_steps: Tensor
-) -> list[Tensor]:
-    """One step by `rule.update`, for parameters on any device.
+def reference_step(
+    network: OptimizerNetwork,
+    layout: Layout,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[State],
+    total_steps: Tensor,
+    lr: Sequence[float | Tensor],
+    weight_decay: Sequence[float],
+) -> None:
+    """One step by `rule.update`, for `K` parameters on any device.
 
     Args:
+        params: changed in place.
         grads: each parameter's gradient.
         states: each parameter's state, see `init_state`; changed in place.
         total_steps: (K,).
-
-    Returns:
-        what to add to each parameter, (n,).
+        lr, weight_decay: each parameter's.
     """
     joined = {key: torch.stack([state[key] for state in states]) for key in PER_TENSOR}
     for key, (leading, _) in _coordinate_state(network.config).items():
@@ -240,7 +234,10 @@ def reference_update(
     for key in PER_TENSOR:
         for value, state in zip(new[key], states, strict=True):
             state[key].copy_(value)
-    return list(change.split(layout.sizes))
+    for param, part, rate, decay in zip(params, change.split(layout.sizes), lr, weight_decay, strict=True):
+        if decay != 0:
+            part = part - decay * (part.square().mean().sqrt() / ADAMW_UPDATE_RMS) * param.reshape(-1)
+        param.add_((part * rate).view(param.shape))
 
 
 def _coordinate_state(config: NetworkConfig) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -49,6 +49,11 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 COOLDOWN = 0.6  # share of a known horizon over which the step size falls to zero
 DECAY_STEPS = 100.0  # time constant of the prior step size's decay without a horizon, in steps
 EPSILON = 1e-12
+
+# AdamW's updates have a root mean square of 0.2 to 0.4 times its learning rate (Liu et al. 2025, "Muon is scalable for LLM training",
+# section 2.2), so this turns the size of our update into the learning rate that AdamW's weight decay would be multiplied by.
+ADAMW_UPDATE_RMS = 0.2
+
 BLOCK = 2**15  # coordinates of a block; its intermediate results then fit into a core's L2 cache
 
 
@@ -169,11 +174,11 @@ def blockwise(function: Callable[..., tuple[Tensor, ...]], layout: Layout, tenso
 
 def normalize(directions: Sequence[Tensor], layout: Layout, network: OptimizerNetwork) -> list[Tensor]:
     """Each tensor's direction (..., n) with the length that its shape calls for (step 4 of the method)."""
-    parts = orthogonalize_all(directions, layout, network.config)
-    for k, orthogonal in enumerate(is_orthogonal(layout, network.config)):
-        if not orthogonal:
-            parts[k] = parts[k] * vector_scale(network, parts[k].square().mean(-1, keepdim=True))
-    return parts
+    matrices = orthogonalize_all(directions, layout, network.config)
+    vectors = {
+        k: part * vector_scale(network, part.square().mean(-1, keepdim=True)) for k, part in enumerate(directions) if k not in matrices
+    }
+    return [part for _, part in sorted((matrices | vectors).items())]
 
 
 def is_orthogonal(layout: Layout, config: NetworkConfig) -> list[bool]:
@@ -186,19 +191,18 @@ def vector_scale(network: OptimizerNetwork, mean_square: Tensor) -> Tensor:
     return (mean_square + EPSILON).rsqrt() * network.log_vector_gain.exp()
 
 
-def orthogonalize_all(directions: Sequence[Tensor], layout: Layout, config: NetworkConfig) -> list[Tensor]:
-    """The directions (..., n), those of matrices orthogonalised, with spectral norms of sqrt(fan_out / fan_in)."""
-    parts = list(directions)
+def orthogonalize_all(directions: Sequence[Tensor], layout: Layout, config: NetworkConfig) -> dict[int, Tensor]:
+    """The directions (..., n) of matrices, by index, orthogonalised and with spectral norms of sqrt(fan_out / fan_in)."""
+    found: dict[int, Tensor] = {}
     groups: dict[tuple[int, int], list[int]] = {}  # matrices of one shape are orthogonalised together
     for k, orthogonal in enumerate(is_orthogonal(layout, config)):
         if orthogonal:
             groups.setdefault(layout.fans[k], []).append(k)
     for (fan_out, fan_in), members in groups.items():
-        matrices = torch.stack([parts[k].unflatten(-1, (fan_out, fan_in)) for k in members])
+        matrices = torch.stack([directions[k].unflatten(-1, (fan_out, fan_in)) for k in members])
         matrices = math.sqrt(fan_out / fan_in) * orthogonalize(matrices, config.orthogonalize_steps)
-        for k, matrix in zip(members, matrices.flatten(-2).unbind(), strict=True):
-            parts[k] = matrix
-    return parts
+        found |= zip(members, matrices.flatten(-2).unbind(), strict=True)
+    return found
 
 
 def orthogonalize(matrix: Tensor, steps: int) -> Tensor:

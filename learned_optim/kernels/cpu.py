@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..config import FORMATS
 from ..features import Layout
 from ..network import OptimizerNetwork
-from ..rule import Clock, State, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
+from ..rule import ADAMW_UPDATE_RMS, Clock, State, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
 
 BLOCK = 2**14  # coordinates that a thread takes at once
 MAX_UNITS = 8  # as in the C file
@@ -49,6 +50,9 @@ def library() -> ctypes.CDLL | None:
     loaded, job = ctypes.CDLL(found.origin), ctypes.POINTER(Job)
     loaded.moments.argtypes = [job, ctypes.c_float, ctypes.c_float]
     loaded.directions.argtypes = [job, ctypes.POINTER(Network), ctypes.c_void_p]
+    loaded.apply.argtypes = [job, ctypes.c_void_p]
+    for function in (loaded.gather, loaded.scatter):
+        function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     return loaded
 
 
@@ -80,69 +84,79 @@ class Passes:
     """Passes over the same tensors.
 
     Args:
-        table: the tensors, a row each, as the C file describes them.
+        table: the tensors as the C file describes them, one after the other.
         formats: of the moments and of the LSTM's state, as numbers.
     """
 
-    def __init__(self, layout: Layout, table: Sequence[Sequence[int]], formats: Sequence[int]) -> None:
-        self.tensors, self.sizes, self.formats = torch.tensor(table), layout.sizes, formats
-        self.blocks = blocks(layout)
+    def __init__(self, layout: Layout, table: list[int], formats: Sequence[int]) -> None:
+        self.table = torch.frombuffer(array("q", table), dtype=torch.int64).view(len(layout.sizes), -1)
+        self.blocks, self.formats = blocks(layout), formats
         # A thread needs some 30 microseconds to wake up, in which another has done four blocks.
         self.workers = min(torch.get_num_threads(), len(self.blocks) // 4) - 1
 
     def run(self, name: str, columns: int, *arguments: object) -> Tensor:
         """Runs a pass. Returns means of its sums over each tensor, (columns, K)."""
         sums = torch.zeros(len(self.blocks), columns, dtype=torch.float64)
-        job = Job(self.tensors.data_ptr(), self.blocks.data_ptr(), len(self.blocks), 0, sums.data_ptr(), *self.formats)
+        job = Job(self.table.data_ptr(), self.blocks.data_ptr(), len(self.blocks), 0, sums.data_ptr(), *self.formats)
         function = getattr(library(), name)
         others = [pool(self.workers).submit(function, ctypes.byref(job), *arguments) for _ in range(self.workers)]
         function(ctypes.byref(job), *arguments)
         for other in others:
             other.result()
-        totals = torch.zeros(len(self.tensors), columns, dtype=torch.float64).index_add_(0, self.blocks[:, 0], sums)
-        return (totals / self.tensors[:, :1]).float().T
+        totals = torch.zeros(len(self.table), columns, dtype=torch.float64).index_add_(0, self.blocks[:, 0], sums)
+        return (totals / self.table[:, :1]).float().T
+
+    def per_tensor(self, name: str, rows: Tensor) -> None:
+        """Runs "gather" or "scatter" on clocks and corrections, (2, K)."""
+        getattr(library(), name)(self.table.data_ptr(), len(self.table), rows.data_ptr())
 
 
-def scales_of(state: State) -> list[int]:
-    return [state[key].data_ptr() for key in ("hidden_scale", "cell_scale")] if "cell_scale" in state else [0, 0]
-
-
-def update(
-    network: OptimizerNetwork, layout: Layout, grads: Sequence[Tensor], states: Sequence[State], total_steps: Tensor
-) -> list[Tensor]:
-    """One step of the rule.
-
-    Args:
-        grads: each tensor's gradient.
-        states: each tensor's state, see `learned_optim.optimizer.init_state`; changed in place.
-        total_steps: (K,).
-
-    Returns:
-        what to add to each parameter, (n,).
-    """
+def step(
+    network: OptimizerNetwork,
+    layout: Layout,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[State],
+    total_steps: Tensor,
+    lr: Sequence[float | Tensor],
+    weight_decay: Sequence[float],
+) -> None:
+    """One step of the rule, see `learned_optim.optimizer.reference_step`."""
     config, lstm = network.config, network.coordinate
     flat = [grad.float().contiguous() for grad in grads]
-    direction = torch.empty(sum(layout.sizes), dtype=torch.float32).split(layout.sizes)
-    steps, corrections = [state["step"] for state in states], [state["correction"] for state in states]
-    step = torch.stack(steps)
-    keys = ["momentum", "second_moment", "hidden", "cell"]
-    table = [
-        [size, clock, grad.data_ptr(), *(state[key].data_ptr() for key in keys), *scales_of(state), out.data_ptr()]
-        for size, clock, grad, state, out in zip(layout.sizes, step.int().tolist(), flat, states, direction, strict=True)
-    ]
+    directions = torch.empty(sum(layout.sizes), dtype=torch.float32)
+    fused = [param.dtype == torch.float32 and param.is_contiguous() for param in params]
+    keys = ["step", "correction", None, "momentum", "second_moment", "hidden", "cell"]
+    table, direction = [], directions.data_ptr()
+    for size, param, fuse, grad, state in zip(layout.sizes, params, fused, flat, states, strict=True):
+        table += [size, param.data_ptr() if fuse else 0]
+        table += [state[key].data_ptr() if key else grad.data_ptr() for key in keys]
+        table += [state[key].data_ptr() if key in state else 0 for key in ("hidden_scale", "cell_scale")]
+        table.append(direction)
+        direction += 4 * size
     passes = Passes(layout, table, [FORMATS.index(config.moment_format), FORMATS.index(config.lstm_format)])
 
+    clocks = torch.empty(2, len(params), dtype=torch.float32)
+    passes.per_tensor("gather", clocks)
     *products, second_moment = passes.run("moments", 4, config.momentum, config.second_moment)
-    clock = Clock.after(step, second_moment, config)
-    step_size, correction = step_sizes(network, clock, torch.stack(products), torch.stack(corrections), total_steps)
+    clock = Clock.after(clocks[0], second_moment, config)
+    step_size, correction = step_sizes(network, clock, torch.stack(products), clocks[1], total_steps)
     scalars = torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean], -1)
     weights = [weight.data_ptr() for weight in (lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out)]
     (mean_square,) = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), scalars.data_ptr())
+    passes.per_tensor("scatter", torch.stack([clock.step, correction]))
 
-    orthogonal = torch.tensor(is_orthogonal(layout, config))
-    scale = -step_size * torch.where(orthogonal, 1.0, vector_scale(network, mean_square))
-    changes = orthogonalize_all(direction, layout, config)
-    torch._foreach_mul_(changes, scale.tolist())
-    torch._foreach_copy_(steps, clock.step.unbind())
-    torch._foreach_copy_(corrections, correction.unbind())
-    return changes
+    orthogonal, scale = is_orthogonal(layout, config), step_size * vector_scale(network, mean_square)
+    if any(orthogonal):
+        parts = directions.split(layout.sizes)
+        for k, matrix in orthogonalize_all(parts, layout, config).items():
+            parts[k].copy_(matrix)
+            scale[k], mean_square[k] = step_size[k], parts[k].square().mean() if weight_decay[k] else 0.0
+    rate = torch.tensor([float(value) for value in lr], dtype=torch.float32)
+    keep = 1 - rate * torch.tensor(weight_decay, dtype=torch.float32) * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
+    factors = torch.stack([keep, -rate * scale], -1)
+    passes.run("apply", 0, factors.data_ptr())
+    if not all(fused):
+        for param, fuse, part, (kept, factor) in zip(params, fused, directions.split(layout.sizes), factors.tolist(), strict=True):
+            if not fuse:
+                param.mul_(kept).add_(part.view(param.shape), alpha=factor)
