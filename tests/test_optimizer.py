@@ -209,7 +209,7 @@ def test_lr_multiplies_the_whole_update(network: OptimizerNetwork, lr: float) ->
         train(model, optimizer, range(1))
         moves[factor] = {name: param - before[name] for name, param in values(model).items()}
     assert moves[1.0]["gain"] != 0
-    torch.testing.assert_close(moves[lr], {name: lr * move for name, move in moves[1.0].items()}, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(moves[lr], {name: lr * move for name, move in moves[1.0].items()}, rtol=1e-6, atol=1e-12)
 
 
 def test_lr_zero_moves_nothing(network: OptimizerNetwork) -> None:

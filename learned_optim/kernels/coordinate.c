@@ -345,18 +345,18 @@ EACH_CPU void directions(Job *job, const Network *network, const float *scalars)
     }
 }
 
-/* The rest of steps 4 and 5, and weight decay: parameters become `keep` of what they were, plus `scale` times the direction.
+/* The rest of steps 4 and 5, and weight decay: parameters lose the share `shrink` and get `scale` times the direction.
  *
- * factors: of each tensor keep and scale. */
+ * factors: of each tensor shrink and scale. */
 EACH_CPU void apply(Job *job, const float *factors) {
     for (int64_t b; (b = take(job)) < job->count;) {
         const Block *block = &job->blocks[b];
         const Tensor *tensor = &job->tensors[block->tensor];
         if (!tensor->param) continue;
-        const float keep = factors[2 * block->tensor], scale = factors[2 * block->tensor + 1];
+        const float shrink = factors[2 * block->tensor], scale = factors[2 * block->tensor + 1];
         float *restrict param = tensor->param;
         const float *restrict direction = tensor->direction;
 #pragma omp simd
-        for (int64_t j = block->begin; j < block->end; j++) param[j] = keep * param[j] + scale * direction[j];
+        for (int64_t j = block->begin; j < block->end; j++) param[j] += scale * direction[j] - shrink * param[j];
     }
 }

@@ -153,10 +153,10 @@ def step(
             parts[k].copy_(matrix)
             scale[k], mean_square[k] = step_size[k], parts[k].square().mean() if weight_decay[k] else 0.0
     rate = torch.tensor([float(value) for value in lr], dtype=torch.float32)
-    keep = 1 - rate * torch.tensor(weight_decay, dtype=torch.float32) * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
-    factors = torch.stack([keep, -rate * scale], -1)
+    shrink = rate * torch.tensor(weight_decay, dtype=torch.float32) * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
+    factors = torch.stack([shrink, -rate * scale], -1)
     passes.run("apply", 0, factors.data_ptr())
     if not all(fused):
-        for param, fuse, part, (kept, factor) in zip(params, fused, directions.split(layout.sizes), factors.tolist(), strict=True):
+        for param, fuse, part, (share, factor) in zip(params, fused, directions.split(layout.sizes), factors.tolist(), strict=True):
             if not fuse:
-                param.mul_(kept).add_(part.view(param.shape), alpha=factor)
+                param.add_(factor * part.view(param.shape) - share * param)
