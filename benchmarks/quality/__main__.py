@@ -3,8 +3,8 @@
     python benchmarks/quality                        # every task, three seeds; goes on where it was stopped
     python benchmarks/quality --data ../data         # MNIST and WikiText-2 too, from a folder of yours
 
-Each baseline is tuned task by task: a grid of learning rates and schedules on the first seed, then its best on all seeds. A run's result
-is its loss at the end on a fixed sample of the training data, and on validation data.
+Each baseline is tuned task by task: of a grid of learning rates and schedules, the best on the mean of all seeds. A run's result is its
+loss at the end on a fixed sample of the training data, and on validation data.
 
 **Speed** is the number of steps that tuned AdamW needs to get to the loss where an optimizer ends, over the steps that this one needed to
 get there (VeLOdrome's measure, Metz et al. 2022, section 4). AdamW may take its best setting for each of several lengths, from an eighth
@@ -15,6 +15,7 @@ the steps, counts as an eighth.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -32,17 +33,15 @@ from learned_optim.weights import fingerprint
 
 
 def wanted(tasks: list[str], results: Results, seeds: int, parts: set[str]) -> list[Job]:
-    """What can be run by now: the grids on the first seed, and once a task's are complete, the best settings on all seeds."""
+    """What can be run by now: the grids, and once a task's is complete, AdamW's best setting for other lengths of training."""
     jobs: list[Job] = []
     for task in tasks:
         if "baselines" in parts:
-            jobs += [(task, name, 0, 1.0) for grid in GRIDS.values() for name in grid]
-            jobs += [(task, name, seed, 1.0) for name in DEFAULTS for seed in range(seeds)]
-            for family, grid in GRIDS.items():
-                if all((task, name, 0, 1.0) in results.runs for name in grid):
-                    best = results.best(task, family)
-                    lengths = (1.0, *LENGTHS) if family == REFERENCE else (1.0,)
-                    jobs += [(task, best, seed, length) for seed in range(seeds) for length in lengths]
+            grids = itertools.chain(*GRIDS.values(), DEFAULTS)
+            jobs += [(task, name, seed, 1.0) for name, seed in itertools.product(grids, range(seeds))]
+            if all((task, name, seed, 1.0) in results.runs for name, seed in itertools.product(GRIDS[REFERENCE], range(seeds))):
+                best = results.best(task, REFERENCE, seeds)
+                jobs += [(task, best, seed, length) for seed, length in itertools.product(range(seeds), LENGTHS)]
         names = [*(LEARNED_NAMES if "learned" in parts else ()), *(ABLATED if "ablations" in parts else ())]
         names += SENSITIVITY if "sensitivity" in parts else []
         jobs += [(task, name, seed, 1.0) for name in names for seed in range(seeds)]

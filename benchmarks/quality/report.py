@@ -20,13 +20,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666", "#E69F00", "#5
 BOUNDS = min(LENGTHS), max(LENGTHS)  # of a speed
 
 
-def envelope(results: Results, task: str, seed: int) -> list[tuple[float, float]]:
-    """(steps, lowest training loss) that tuned AdamW reaches by then, whatever length it is run for."""
-    best = results.best(task, REFERENCE)
+def envelope(results: Results, task: str, seeds: int) -> list[tuple[float, float]]:
+    """(steps, lowest training loss) that tuned AdamW reaches by then, whatever length it is run for: mean over the seeds, smoothed."""
+    best = results.best(task, REFERENCE, seeds)
     points = []
     for length in (1.0, *LENGTHS):
-        curve = [point for point in results.runs[task, best, seed, length]["curve"] if math.isfinite(point[1])]
-        points += [(curve[i][0], statistics.fmean(point[1] for point in curve[max(0, i - 2) : i + 1])) for i in range(1, len(curve))]
+        curves = [results.runs[task, best, seed, length]["curve"] for seed in range(seeds)]
+        means = [(points[0][0], statistics.fmean(point[1] for point in points)) for points in zip(*curves, strict=False)]
+        points += [(means[i][0], statistics.fmean(loss for _, loss in means[max(0, i - 2) : i + 1])) for i in range(1, len(means))]
     lowest, found = math.inf, []
     for steps, loss in sorted(points):
         if loss < lowest:
@@ -46,7 +47,7 @@ def steps_to(curve: Sequence[tuple[float, float]], loss: float) -> float:
     return math.inf
 
 
-def speed(results: Results, task: str, name: str, seed: int) -> float:
+def speed(results: Results, task: str, name: str, seed: int, seeds: int) -> float:
     """See the program's description."""
     steps, solved = (TASKS | MORE_TASKS)[task].steps, (TASKS | MORE_TASKS)[task].solved
     run = results.runs[task, name, seed, 1.0]
@@ -57,7 +58,7 @@ def speed(results: Results, task: str, name: str, seed: int) -> float:
     if end <= solved:  # got there earlier
         end = solved
         mine = next(point[0] for point in run["curve"] if point[1] <= solved)
-    reference = envelope(results, task, seed)
+    reference = envelope(results, task, seeds)
     return min(max(steps_to(reference, end) / mine, BOUNDS[0]), BOUNDS[1])
 
 
@@ -81,7 +82,7 @@ def report(tasks: list[str], results: Results, seeds: int, out: Path) -> None:
     def runs(task: str, name: str) -> list[dict[str, Any]]:
         return [results.runs[task, name, seed, 1.0] for seed in range(seeds)]
 
-    tuned = {family: {task: results.best(task, family) for task in tasks} for family in GRIDS}
+    tuned = {family: {task: results.best(task, family, seeds) for task in tasks} for family in GRIDS}
     columns = {f"{family} tuned": names for family, names in tuned.items()}
     columns |= {name: dict.fromkeys(tasks, name) for name in [*LEARNED_NAMES, *DEFAULTS, *SENSITIVITY, *ABLATED] if complete(name)}
     figures: dict[str, dict[str, Any]] = {}
@@ -93,7 +94,7 @@ def report(tasks: list[str], results: Results, seeds: int, out: Path) -> None:
                 "setting": names[task],
                 "train": statistics.fmean(map(final, found)),
                 "validation": statistics.fmean(statistics.fmean(point[2] for point in run["curve"][-3:]) for run in found),
-                "speed": geometric_mean([speed(results, task, names[task], seed) for seed in range(seeds)]),
+                "speed": geometric_mean([speed(results, task, names[task], seed, seeds) for seed in range(seeds)]),
                 "diverged": sum(diverged(run) for run in found),
                 "ms_per_step": statistics.median(1000 * run["curve"][-1][3] / run["curve"][-1][0] for run in found),
             }

@@ -75,9 +75,9 @@ class Results:
         with self.path.open("a") as file:
             file.write(json.dumps(run, separators=(",", ":")) + "\n")
 
-    def best(self, task: str, family: str) -> str:
-        """The setting of a family's grid with the lowest final training loss on the first seed."""
-        return min(GRIDS[family], key=lambda name: final(self.runs[task, name, 0, 1.0]))
+    def best(self, task: str, family: str, seeds: int) -> str:
+        """The setting of a family's grid with the lowest final training loss, mean over the seeds."""
+        return min(GRIDS[family], key=lambda name: sum(final(self.runs[task, name, seed, 1.0]) for seed in range(seeds)))
 
 
 def final(run: Run) -> float:
