@@ -93,6 +93,7 @@ class Controller(nn.Module):
         self.log_rate = nn.Parameter(torch.tensor(math.log(0.1)))
         self.log_patience = nn.Parameter(torch.tensor(math.log(30.0)))
         self.log_caution = nn.Parameter(torch.tensor(math.log(0.2)))
+        self.power = nn.Parameter(torch.tensor(0.5))  # of a gradient's relative size, see step 5 in `rule`
 
     def forward(self, cosine: Tensor, age: Tensor, progress: Tensor, known: Tensor, correction: Tensor) -> Tensor:
         """Runs one step; all tensors are (..., K).

@@ -17,13 +17,11 @@ from .config import NetworkConfig
 from .features import Layout
 from .kernels import cpu
 from .network import OptimizerNetwork
-from .rule import ADAMW_UPDATE_RMS, State, update
+from .rule import ADAMW_UPDATE_RMS, PER_TENSOR, State, update
 from .storage import load, random_bits, store, zeros
 from .weights import fingerprint, load_network
 
 KERNELS = ("auto", "reference", "compiled")
-
-PER_TENSOR = ("step", "correction")  # state that a parameter has once; the rest belongs to its coordinates
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -192,7 +190,7 @@ def init_state(param: Tensor, config: NetworkConfig) -> State:
 
     What belongs to coordinates is made by `zeros_like`, so that it is placed and sharded like the parameter: `momentum` and `second_moment`
     have its shape, `hidden` and `cell` are (H, *shape), in the formats of the configuration; "int8" adds `hidden_scale` and `cell_scale`,
-    (H, blocks). `step`, the tensor's clock in steps, and `correction`, the logarithm of its step size's, are () and fp32.
+    (H, blocks). `step`, `correction` and `usual`, see `rule.init_state`, are () and fp32.
     """
     state = {key: torch.zeros((), dtype=torch.float32, device=param.device) for key in PER_TENSOR}
     for key, (leading, fmt) in _coordinate_state(config).items():

@@ -17,7 +17,9 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    convolution kernels flattened) is orthogonalised by Newton-Schulz (Muon, Jordan et al. 2024) and given a spectral norm of
    :math:`\sqrt{fan_{out}/fan_{in}}`, the size that transfers over widths (Bernstein & Newhouse 2024, "Modular duality in deep learning").
    Any other tensor is divided by its root mean square and scaled by a learned constant.
-5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t} \, d_t`, where the schedule :math:`s` is constant and
+5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t} \, r_t^p \, d_t`. The relative size :math:`r_t \le 1` is the
+   root of the tensor's mean second moment over its mean so far: a direction of fixed length would go on as before where gradients have
+   all but vanished. The schedule :math:`s` is constant and
    then falls linearly to zero over the last 60 % of the horizon `T` if that is known (Haegele et al. 2024, "Scaling laws and
    compute-optimal training beyond fixed training durations"), else :math:`1/\sqrt{1 + t/100}`.
 
@@ -38,15 +40,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .config import NetworkConfig
-from .features import Block, Layout, coordinate_features, cosine
+from .features import ABSOLUTE_FLOOR, Block, Layout, coordinate_features, cosine
 from .network import OptimizerNetwork
 
 State = dict[str, Tensor]
+PER_TENSOR = ("step", "correction", "usual")  # state that a tensor has once; the rest belongs to its coordinates
 
 # Newton-Schulz coefficients of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): singular values end within about [0.7, 1.2].
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 COOLDOWN = 0.6  # share of a known horizon over which the step size falls to zero
+USUAL_STEPS = 500.0  # time constant of a tensor's usual second moment, in steps; before that it is the mean so far
 DECAY_STEPS = 100.0  # time constant of the prior step size's decay without a horizon, in steps
 EPSILON = 1e-12
 
@@ -60,13 +64,14 @@ BLOCK = 2**15  # coordinates of a block; its intermediate results then fit into 
 def init_state(layout: Layout, config: NetworkConfig, leading: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> State:
     """The state of tensors that have seen no gradient: zeros.
 
-    `step`, each tensor's clock, and `correction`, the logarithm of its step size's, are (..., K); `momentum` and `second_moment` are
-    (..., N), `hidden` and `cell` (H, ..., N).
+    `step`, each tensor's clock, `correction`, the logarithm of its step size's, and `usual`, its usual mean second moment, are (..., K);
+    `momentum` and `second_moment` are (..., N), `hidden` and `cell` (H, ..., N).
     """
     count, size = len(layout.sizes), sum(layout.sizes)
     shapes = {
         "step": (*leading, count),
         "correction": (*leading, count),
+        "usual": (*leading, count),
         "momentum": (*leading, size),
         "second_moment": (*leading, size),
         "hidden": (config.hidden_units, *leading, size),
@@ -95,7 +100,7 @@ def update(network: OptimizerNetwork, layout: Layout, grad: Tensor, state: State
 
     # 2. Step size
     clock = Clock.after(state["step"], layout.mean(second_moment), config)
-    step_size, correction = step_sizes(network, clock, products, state["correction"], total_steps)
+    step_size, per_tensor = step_sizes(network, clock, products, state, total_steps)
 
     # 3. Direction
     def direct(block: Block, grad: Tensor, momentum: Tensor, second_moment: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
@@ -107,7 +112,6 @@ def update(network: OptimizerNetwork, layout: Layout, grad: Tensor, state: State
 
     # 4. Length, 5. Update
     change = -layout.spread(step_size) * torch.cat(normalize(direction.split(layout.sizes, -1), layout, network), -1)
-    per_tensor = {"step": clock.step, "correction": correction}
     return change, per_tensor | {"momentum": momentum, "second_moment": second_moment, "hidden": hidden, "cell": cell}
 
 
@@ -130,24 +134,28 @@ class Clock(NamedTuple):
         return Clock(started, step, correction1, correction2, mean / correction2)
 
 
-def step_sizes(network: OptimizerNetwork, clock: Clock, products: Tensor, correction: Tensor, total_steps: Tensor) -> tuple[Tensor, Tensor]:
-    """Step 2 of the method, and the schedule of step 5.
+def step_sizes(network: OptimizerNetwork, clock: Clock, products: Tensor, state: State, total_steps: Tensor) -> tuple[Tensor, State]:
+    """Step 2 of the method, and the factors of step 5.
 
     Args:
         products: means of the squared gradient, of the squared momentum before it and of their product, (3, ..., K).
-        correction: logarithms of the step sizes' corrections, (..., K).
+        state: see `init_state`; `correction` and `usual` are read.
         total_steps: (..., K).
 
     Returns:
-        step sizes and new corrections, (..., K).
+        step sizes, (..., K), and the new state that tensors have once.
     """
+    correction, usual = state["correction"], state["usual"]
     age = clock.step.clamp(min=1)
     known = total_steps.isfinite().to(correction.dtype)
     progress = ((age - 1) / total_steps).clamp(max=1)
     correction = network.controller(cosine(products), age, progress, known, correction) * clock.started
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
-    return (network.log_step_size + correction).exp() * torch.where(known > 0, annealed, decayed) * clock.started, correction
+    usual = torch.lerp(usual, clock.mean, (1 / age).clamp(min=1 / USUAL_STEPS))
+    relative = ((clock.mean + ABSOLUTE_FLOOR) / (usual + ABSOLUTE_FLOOR)).clamp(max=1) ** (0.5 * network.controller.power)
+    step_size = (network.log_step_size + correction).exp() * relative * torch.where(known > 0, annealed, decayed) * clock.started
+    return step_size, {"step": clock.step, "correction": correction, "usual": usual * clock.started}
 
 
 def blockwise(function: Callable[..., tuple[Tensor, ...]], layout: Layout, tensors: Sequence[Tensor]) -> list[Tensor]:

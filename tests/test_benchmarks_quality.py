@@ -132,7 +132,7 @@ def test_speed_is_the_ratio_of_steps_to_the_same_loss(quality: Any, tmp_path: Pa
     add("half", 1.0, lambda step: 0.25)
     add("twice", 1.0, lambda step: 0.5**8)
     add("gone", 1.0, lambda step: float("nan"))
-    measured = [quality.report.speed(results, "linear", name, 0) for name in ("half", "twice", "gone")]
+    measured = [quality.report.speed(results, "linear", name, 0, 1) for name in ("half", "twice", "gone")]
     assert measured == pytest.approx([0.5, 2.0, 0.125], rel=0.06)
 
 

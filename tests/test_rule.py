@@ -130,6 +130,7 @@ def test_init_state() -> None:
     assert {key: tuple(value.shape) for key, value in state.items()} == {
         "step": (6, 3),
         "correction": (6, 3),
+        "usual": (6, 3),
         "momentum": (6, 12),
         "second_moment": (6, 12),
         "hidden": (3, 6, 12),
@@ -300,9 +301,27 @@ def test_orthogonalize_keeps_the_singular_vectors(generator: torch.Generator, sh
     torch.testing.assert_close(orthogonalize(((left * spread) @ right).mT, 5), result.mT, rtol=0, atol=1e-9)
 
 
+def schedule_alone(network: OptimizerNetwork) -> None:
+    """Neither the hypergradient nor the gradient's size changes a step."""
+    network.controller.log_rate.fill_(-math.inf)
+    network.controller.power.zero_()
+
+
+def test_steps_get_shorter_where_gradients_vanish(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
+    """By the power of how much smaller than usual they are, in each tensor alone; where they grow, steps stay."""
+    untrained.controller.log_rate.fill_(-math.inf)
+    params = draw([(90,), (90,), (90,)], generator)
+    gradients = []
+    for scales in [(1.0, 1.0, 1.0)] * 100 + [(1.0, 1e-3, 1e3)] * 400:
+        gradients.append([scale * grad for scale, grad in zip(scales, draw([(90,), (90,), (90,)], generator), strict=True)])
+    same, vanished, grown = (rms(update) for update in run(untrained, params, gradients, total_steps=1e6)[0][-1])
+    assert vanished == pytest.approx(same * (0.99**400 / (99.5 / 500 + 0.5 / 5)) ** 0.25, rel=0.4)
+    assert grown == pytest.approx(same, rel=0.1)
+
+
 def test_step_size_anneals_to_a_known_horizon(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
     """It stays for two fifths of the way, falls from there, ends near zero, and does not come back after the horizon."""
-    untrained.controller.log_rate.fill_(-math.inf)  # no hypergradient: the schedule alone
+    schedule_alone(untrained)
     params, gradients = draw([(9,)], generator), [draw([(9,)], generator) for _ in range(50)]
     sizes = [rms(updates[0]) for updates in run(untrained, params, gradients, total_steps=40.0)[0]]
     assert sizes[:17] == pytest.approx([sizes[0]] * 17, rel=1e-5)
@@ -312,7 +331,7 @@ def test_step_size_anneals_to_a_known_horizon(untrained: OptimizerNetwork, gener
 
 
 def test_step_size_decays_slowly_without_a_horizon(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
-    untrained.controller.log_rate.fill_(-math.inf)
+    schedule_alone(untrained)
     params, gradients = draw([(9,)], generator), [draw([(9,)], generator) for _ in range(40)]
     sizes = [rms(updates[0]) for updates in run(untrained, params, gradients)[0]]
     assert all(later < earlier for earlier, later in itertools.pairwise(sizes))

@@ -29,8 +29,8 @@ static const float RELATIVE_FLOOR = 1e-8f, ABSOLUTE_FLOOR = 1e-20f, GRADIENT_BOU
 /* Every field has 8 bytes, so that the caller may fill the table with integers. */
 typedef struct {
     int64_t size;
-    float *param;             /* none where it is not fp32 or has gaps */
-    float *step, *correction; /* () */
+    float *param; /* none where it is not fp32 or has gaps */
+    float *step, *correction, *usual; /* () */
     const float *grad;
     void *momentum, *second_moment;
     void *hidden, *cell;              /* (units, size) */
@@ -128,13 +128,19 @@ INLINE Ratio tanh_ratio(float x) {
     return (Ratio){x * p, q};
 }
 
-/* Clocks and corrections of `count` tensors into two rows, and back; what else a tensor has once is torch's to compute. */
+/* What each of `count` tensors has once, into rows for torch to compute with, and back. */
 void gather(const Tensor *tensors, int64_t count, float *rows) {
-    for (int64_t k = 0; k < count; k++) rows[k] = *tensors[k].step, rows[count + k] = *tensors[k].correction;
+    for (int64_t k = 0; k < count; k++) {
+        const Tensor *t = &tensors[k];
+        rows[k] = *t->step, rows[count + k] = *t->correction, rows[2 * count + k] = *t->usual;
+    }
 }
 
 void scatter(const Tensor *tensors, int64_t count, const float *rows) {
-    for (int64_t k = 0; k < count; k++) *tensors[k].step = rows[k], *tensors[k].correction = rows[count + k];
+    for (int64_t k = 0; k < count; k++) {
+        const Tensor *t = &tensors[k];
+        *t->step = rows[k], *t->correction = rows[count + k], *t->usual = rows[2 * count + k];
+    }
 }
 
 /* Random bits for the coordinates of a chunk: see `random_bits` in `learned_optim/storage.py`. */

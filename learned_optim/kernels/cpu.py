@@ -22,7 +22,7 @@ from torch import Tensor
 from ..config import FORMATS
 from ..features import Layout
 from ..network import OptimizerNetwork
-from ..rule import ADAMW_UPDATE_RMS, Clock, State, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
+from ..rule import ADAMW_UPDATE_RMS, PER_TENSOR, Clock, State, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
 
 BLOCK = 2**14  # coordinates that a thread takes at once
 MAX_UNITS = 8  # as in the C file
@@ -107,7 +107,7 @@ class Passes:
         return (totals / self.table[:, :1]).float().T
 
     def per_tensor(self, name: str, rows: Tensor) -> None:
-        """Runs "gather" or "scatter" on clocks and corrections, (2, K)."""
+        """Runs "gather" or "scatter" on what tensors have once, (3, K)."""
         getattr(library(), name)(self.table.data_ptr(), len(self.table), rows.data_ptr())
 
 
@@ -126,7 +126,7 @@ def step(
     flat = [grad.float().contiguous() for grad in grads]
     directions = torch.empty(sum(layout.sizes), dtype=torch.float32)
     fused = [param.dtype == torch.float32 and param.is_contiguous() for param in params]
-    keys = ["step", "correction", None, "momentum", "second_moment", "hidden", "cell"]
+    keys = [*PER_TENSOR, None, "momentum", "second_moment", "hidden", "cell"]
     table, direction = [], directions.data_ptr()
     for size, param, fuse, grad, state in zip(layout.sizes, params, fused, flat, states, strict=True):
         table += [size, param.data_ptr() if fuse else 0]
@@ -136,15 +136,16 @@ def step(
         direction += 4 * size
     passes = Passes(layout, table, [FORMATS.index(config.moment_format), FORMATS.index(config.lstm_format)])
 
-    clocks = torch.empty(2, len(params), dtype=torch.float32)
-    passes.per_tensor("gather", clocks)
+    rows = torch.empty(3, len(params), dtype=torch.float32)
+    passes.per_tensor("gather", rows)
+    before = dict(zip(PER_TENSOR, rows, strict=True))
     *products, second_moment = passes.run("moments", 4, config.momentum, config.second_moment)
-    clock = Clock.after(clocks[0], second_moment, config)
-    step_size, correction = step_sizes(network, clock, torch.stack(products), clocks[1], total_steps)
+    clock = Clock.after(before["step"], second_moment, config)
+    step_size, after = step_sizes(network, clock, torch.stack(products), before, total_steps)
     scalars = torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean], -1)
     weights = [weight.data_ptr() for weight in (lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out)]
     (mean_square,) = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), scalars.data_ptr())
-    passes.per_tensor("scatter", torch.stack([clock.step, correction]))
+    passes.per_tensor("scatter", torch.stack([after[key] for key in PER_TENSOR]))
 
     orthogonal, scale = is_orthogonal(layout, config), step_size * vector_scale(network, mean_square)
     if any(orthogonal):
