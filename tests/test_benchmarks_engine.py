@@ -63,7 +63,7 @@ def test_short_horizon(program: ModuleType, tmp_path: Path) -> None:
 def test_large(program: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WIDTH": 16, "DEPTH": 1, "LENGTH": 8}.items():
         monkeypatch.setattr(program, name, value)
-    for name in ("AdamW", "LearnedOptimizer", *program.GOALS):
+    for name in (*program.TRAINING, *program.GOALS):
         measured = program.measure(name, 2, 1)
         assert measured.parameters > 5000
         assert measured.seconds > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tempfile
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from learned_optim import OptimizerNetwork
-from learned_optim.meta_train import FAMILIES, ModuleTask
+from learned_optim.kernels import cpu
+from learned_optim.meta_train import FAMILIES, ModuleTask, in_place
 from learned_optim.meta_train.config import MetaTrainConfig
 from learned_optim.meta_train.estimators import INITIAL, Estimate, estimator, evolved_gradient, meta_loss, perturbations
 from learned_optim.meta_train.unroll import Unroll
@@ -144,6 +146,19 @@ def test_recomputing_gives_the_same_gradient_to_the_last_bit(name: str, family: 
     assert torch.equal(plain[0].optimizees.params, recomputed[0].optimizees.params)
 
 
+def test_large_optimizees_wait_in_files_and_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = acting_network()
+    unroll = tiny_unroll(network, tiny_task(Generator().manual_seed(2)), horizon=40, replicas=1)
+    whole = gradient_of("exact", unroll, network, tiny_config(truncation=40))
+    monkeypatch.setattr("learned_optim.meta_train.unroll.VMAP_LIMIT", 1)
+    files, make = [], tempfile.TemporaryFile
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda: files.append(make()) or files[-1])
+    in_files = gradient_of("exact", unroll, network, tiny_config(truncation=40, recompute=True))
+    assert torch.equal(flat(whole), flat(in_files))
+    assert len(files) == 19  # segments of two steps, of which the last needs none
+    assert all(file.closed for file in files)
+
+
 def test_recomputing_repeats_dropout_and_batch_norm() -> None:
     inputs = torch.randn(64, 4)
 
@@ -231,6 +246,27 @@ def test_particles_train_as_a_network_with_their_weights_would() -> None:
                 for t in range(begin, begin + 4):
                     _, now = unroll.train_step(t, now, functools.partial(update, other))
         torch.testing.assert_close(params, now.params)
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="needs the compiled kernel")
+@pytest.mark.parametrize("name", ["pes", "es"])
+def test_large_optimizees_evolve_in_place_to_the_same_numbers(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    network, config = acting_network(), tiny_config(truncation=4, horizon_max=8)
+
+    def run() -> tuple[Unroll, list[float]]:
+        unroll, found = tiny_unroll(network, FAMILIES["cnn"](Generator().manual_seed(3)), horizon=8), []
+        for _ in range(2):  # the second stretch goes on with the state of the first
+            unroll, estimate = estimate_once(name, unroll, network, config)
+            found += estimate.differences or []
+        return unroll, found
+
+    unroll, differences = run()
+    monkeypatch.setattr("learned_optim.meta_train.unroll.VMAP_LIMIT", 1)
+    assert in_place.serves(network, unroll.optimizees)
+    other, same = run()
+    assert same == pytest.approx(differences, rel=2e-2, abs=1e-5)
+    for mine, theirs in zip(other.optimizees.differentiable(), unroll.optimizees.differentiable(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-4)
 
 
 # Learned initial parameters

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from learned_optim.meta_train import process
+
 Result = TypeVar("Result")
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666")  # Okabe & Ito (2008), which colour-blind readers can tell apart
@@ -32,7 +34,7 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
 
 def prepare(threads: int) -> None:
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)  # as `python -m learned_optim.meta_train` does
+    process.settle()  # as `python -m learned_optim.meta_train` does
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -3,9 +3,9 @@
     python benchmarks/meta_training/memory.py
 
 Keeping the graph of the whole unroll ("plain") is compared with computing it once more, segment by segment ("recompute"). Each measurement
-has a process of its own; its peak is the growth of the resident set over that after a warm-up of four steps. The time is that of a second
-estimate in the same process, which has its memory from the system already, as in meta-training. Both must give the same gradient to the
-last bit. The optimizees are MLPs whose memory is nearly all the optimizer's.
+has a process of its own; its peak is the growth of the resident set over that after a warm-up of four steps. The time is the CPU
+time, in which other programs do not count, of a second estimate in the same process, which has its memory from the system already, as in
+meta-training. Both must give the same gradient to the last bit. The optimizees are MLPs whose memory is nearly all the optimizer's.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def measure(width: int, length: int, recompute: bool, threads: int) -> Measureme
     grown = max(peak_mib() - before, PAGE)
     assert estimate.gradient is not None
     flat = torch.cat([part.flatten() for part in estimate.gradient.values()])
-    start = time.perf_counter()
+    start = time.process_time()
     estimator("exact")(unroll, network, weights, config)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return Measurement(unroll.optimizees.params.numel(), seconds, grown, hashlib.sha256(flat.numpy().tobytes()).hexdigest())
 
 
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         left.plot(lengths, mib, "o-", color=colour, label=f"{name}: length^{growth[name]:.2f}" if name in growth else name)
         right.plot(lengths, [1000 * value / length for value, length in zip(seconds, lengths, strict=True)], "o-", color=colour, label=name)
     left.set(xscale="log", yscale="log", xlabel="steps of the unroll", ylabel="peak memory (MiB)")
-    right.set(xscale="log", xlabel="steps of the unroll", ylabel="ms per step", ylim=(0, None))
+    right.set(xscale="log", xlabel="steps of the unroll", ylabel="CPU ms per step", ylim=(0, None))
     for axes in (left, right):
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)

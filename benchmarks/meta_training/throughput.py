@@ -6,6 +6,7 @@ Compares this library's (replicas batched, all tensors in one flat pass, the gra
 replicas and over tensors in one graph, written in plain autograd, with `higher` and with `torchopt`, where these are installed (torchopt
 needs optree and graphviz). All run the same rule, `learned_optim.rule.update`, the loops on one tensor at a time, and their gradients are
 compared. The controller compares tensors with each other, which a loop over tensors cannot, so here it is at its prior and not learned.
+Time is CPU time, in which other programs do not count.
 """
 
 from __future__ import annotations
@@ -182,9 +183,9 @@ def main(argv: list[str] | None = None) -> None:
             gradients: dict[str, Gradient] = {}
             for _ in range(arguments.repeats + 1):  # the first is to warm up
                 for name, way in ways.items():
-                    begun = time.perf_counter()
+                    begun = time.process_time()
                     gradients[name] = way(unroll)
-                    seconds[name].append(time.perf_counter() - begun)
+                    seconds[name].append(time.process_time() - begun)
             apart = max(difference(gradients[name], gradients[OURS]) for name in ratios)
             faster = {name: statistics.median(b / a for a, b in zip(seconds[OURS][1:], seconds[name][1:], strict=True)) for name in ratios}
             for name, ratio in faster.items():

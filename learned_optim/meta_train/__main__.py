@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..config import from_json, to_json
 from ..weights import CARD, CURVES, META_TRAIN, load_network
-from . import distributed
+from . import distributed, process
 from .config import MetaTrainConfig
 from .families import FAMILIES
 from .loop import MetaTrainingDivergedError, MetaTrainResult, meta_train
@@ -92,5 +92,5 @@ def run_stages(arguments: argparse.Namespace, device: str) -> MetaTrainResult:
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)  # optimizees that are all but solved have tiny gradients, and denormal numbers are slow on CPUs
+    process.settle()
     sys.exit(main())

@@ -30,7 +30,8 @@ class MetaTrainConfig:
         truncation: optimizee steps that one meta-gradient sees at most. Backprop makes step sizes too small where this is less than the
             horizon (Wu et al. 2018, "Understanding short-horizon bias in stochastic meta-optimization"); PES does not.
         recompute: keep the optimizees at every sqrt(truncation)-th step only and compute the steps between once more on the way back. The
-            same gradient to the last bit, in memory that grows with the root of the truncation.
+            same gradient to the last bit, in memory that grows with the root of the truncation. Large optimizees (above 2 million
+            coordinates) are kept in temporary files, in TMPDIR.
         pairs: antithetic pairs of perturbed networks in an unroll of PES or ES.
         sigma: standard deviation of their perturbations.
 

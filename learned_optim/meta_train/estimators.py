@@ -20,8 +20,10 @@ Shapes: `T` steps of the stretch, `R` replicas, `P` particles (perturbed network
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -32,8 +34,9 @@ from torch.func import functional_call, vmap
 from ..features import Layout
 from ..network import OptimizerNetwork
 from ..rule import State, update
+from . import in_place
 from .config import MetaTrainConfig
-from .unroll import VMAP_LIMIT, Optimizees, Rule, Unroll, derive_seed
+from .unroll import VMAP_LIMIT, Optimizees, Rule, Unroll, derive_seed, is_large
 
 # The meta-loss is log(FLOOR + loss / first loss): relative progress counts alike in all tasks, and a task that is all but solved stops
 # counting.
@@ -96,8 +99,9 @@ def backprop(
     same numbers in the same order.
     """
     length = min(config.truncation, unroll.horizon - unroll.step)
-    # A step's graph takes several times the memory of what is kept between segments, so segments are shorter than there are of them.
-    segment = math.ceil(math.sqrt(length) / 2) if config.recompute else length
+    # A step's graph takes several times the memory of what is kept between segments, so segments are shorter than there are of them; the
+    # more so where what is kept takes none.
+    segment = math.ceil(math.sqrt(length) / (4 if is_large(unroll.optimizees) else 2)) if config.recompute else length
     mine = {name: weight for name, weight in weights.items() if name != INITIAL}
 
     rule = functools.partial(update, network)
@@ -115,8 +119,8 @@ def backprop(
     # Forth
     borders, losses, now = [], [], unroll.optimizees
     for first in range(0, length, segment):
-        borders.append(now)
         if first + segment < length:
+            borders.append(park(now))
             with torch.no_grad():
                 for t in range(first, first + segment):
                     loss, now = unroll.train_step(unroll.step + t, now, rule)
@@ -139,7 +143,7 @@ def backprop(
     gradient = [torch.zeros_like(weight) for weight in mine.values()]
     for first in reversed(range(0, length, segment)):
         if not tape:
-            tape, _ = record(first, min(first + segment, length), borders[first // segment])
+            tape, _ = record(first, first + segment, borders.pop()())
         for t in reversed(range(first, min(first + segment, length))):
             inputs, loss, outputs = tape.pop()
             shares = torch.autograd.grad([loss, *outputs], [*mine.values(), *inputs], [pull[t], *cotangents], materialize_grads=True)
@@ -149,6 +153,22 @@ def backprop(
     if INITIAL in weights:
         found[INITIAL] = cotangents[0].sum(0) if unroll.step == 0 else torch.zeros_like(weights[INITIAL])
     return unroll.advanced(end, length), Estimate(total.item(), found)
+
+
+def park(optimizees: Optimizees) -> Callable[[], Optimizees]:
+    """Returns a function that gives the optimizees back, once. Large ones wait in a temporary file meanwhile (in TMPDIR): a state of many
+    times their size, at each of the segments' borders, would fill the memory."""
+    if not is_large(optimizees):
+        return lambda: optimizees
+    file = tempfile.TemporaryFile()  # noqa: SIM115, it is closed on the way back
+    torch.save(tuple(optimizees), file)
+
+    def fetch() -> Optimizees:
+        with file:
+            file.seek(0)
+            return Optimizees(*torch.load(file, weights_only=True))
+
+    return fetch
 
 
 def reptile(unroll: Unroll, network: OptimizerNetwork, weights: Weights, config: MetaTrainConfig) -> tuple[Unroll, Estimate]:
@@ -176,8 +196,14 @@ def evolve(
     now = unroll.optimizees
     if now.params.ndim == 2:
         now = now.map(lambda tensor: tensor.expand(count, *tensor.shape))
+    perturbed = {name: weights[name].detach() + shift for name, shift in shifts.items()}
     with torch.no_grad():
-        losses, end = _run(unroll, now, length, perturbed_rule(network, {name: weights[name] + shift for name, shift in shifts.items()}))
+        if in_place.serves(network, now):
+            rule = in_place.InPlaceRule(networks(network, perturbed), unroll.layout, now.state)
+            losses, end = _run(unroll, now._replace(state={"step": now.state["step"]}), length, rule)
+            end = end._replace(state=rule.hand_over())
+        else:
+            losses, end = _run(unroll, now, length, perturbed_rule(network, perturbed))
         each = meta_loss(losses, unroll, config)
     lower, upper = each[: 2 * config.pairs].chunk(2)
     if not persistent:
@@ -230,6 +256,15 @@ def perturbed_rule(network: OptimizerNetwork, weights: Mapping[str, Tensor]) -> 
         return result
 
     return rule
+
+
+def networks(network: OptimizerNetwork, weights: Mapping[str, Tensor]) -> list[OptimizerNetwork]:
+    """The networks with weights (P, *shape), one by one."""
+    made = [copy.deepcopy(network) for _ in range(len(next(iter(weights.values()))))]
+    for p, one in enumerate(made):
+        for name, weight in weights.items():
+            one.get_parameter(name).copy_(weight[p])
+    return made
 
 
 def _run(unroll: Unroll, now: Optimizees, length: int, rule: Rule) -> tuple[Tensor, Optimizees]:

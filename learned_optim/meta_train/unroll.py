@@ -150,14 +150,21 @@ def losses(task: Task, optimizees: Optimizees, batch: Batch, seed: int, training
         return task.loss(named(task, row), buffers, batch, training)
 
     with torch.random.fork_rng(devices=[params.device] if params.is_cuda else []):
-        torch.manual_seed(seed)
-        if count > 1 and params.numel() < VMAP_LIMIT:
+        # Not torch.manual_seed: it tells all kinds of devices, which takes a tenth of a small optimizee's step.
+        torch.default_generator.manual_seed(seed)
+        if params.is_cuda:
+            torch.cuda.manual_seed(seed)
+        if count > 1 and not is_large(optimizees):
             values, new_buffers = vmap(loss, randomness="different")(rows, flat_buffers, batch)
         else:
             each = [loss(*inputs) for inputs in zip(rows, unbind(flat_buffers, count), zip(*batch, strict=True), strict=True)]
             values = torch.stack([value for value, _ in each])
             new_buffers = {key: torch.stack([buffers[key] for _, buffers in each]) for key in buffers}
     return values.reshape(leading), {key: value.unflatten(0, leading) for key, value in new_buffers.items()}
+
+
+def is_large(optimizees: Optimizees) -> bool:
+    return optimizees.params.numel() >= VMAP_LIMIT
 
 
 def unbind(tensors: Buffers, count: int) -> Iterator[Buffers]:
