@@ -5,6 +5,8 @@ Shapes: `P` particles, `R` replicas of each, `K` tensors of an optimizee, with `
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -13,10 +15,9 @@ from torch import Tensor
 from ..features import Layout
 from ..kernels import cpu
 from ..network import OptimizerNetwork
-from ..rule import State
+from ..rule import PER_TENSOR, State
 from .unroll import Optimizees, is_large
 
-PER_TENSOR = ("step", "correction", "control")
 COORDINATES = ("momentum", "second_moment", "hidden", "cell")
 
 
@@ -24,6 +25,13 @@ def serves(network: OptimizerNetwork, optimizees: Optimizees) -> bool:
     """Whether the kernel can run these optimizees, and pays: small ones are better off batched."""
     params = optimizees.params
     return is_large(optimizees) and params.device.type == "cpu" and params.dtype == torch.float32 and cpu.trouble(network) is None
+
+
+def exact(network: OptimizerNetwork) -> OptimizerNetwork:
+    """The same weights, with all bits of the state kept, as everywhere in meta-training."""
+    network = copy.copy(network)
+    network.config = dataclasses.replace(network.config, moment_format="float32", lstm_format="float32")
+    return network
 
 
 class InPlaceRule:
@@ -41,19 +49,16 @@ class InPlaceRule:
             each = (dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True))
             return [{key: value.clone(memory_format=torch.contiguous_format) for key, value in tensor.items()} for tensor in each]
 
-        self.networks = networks
+        self.networks = [exact(network) for network in networks]
         # Of each particle, replica and tensor.
         self.states = [[apart(p, r) for r in range(state["step"].shape[1])] for p in range(len(networks))]
 
     def __call__(self, layout: Layout, grad: Tensor, state: State, total_steps: Tensor) -> tuple[Tensor, State]:
-        change = torch.empty_like(grad)
+        change, count = torch.zeros_like(grad), len(layout.sizes)
         for p, network in enumerate(self.networks):
             for r, states in enumerate(self.states[p]):
-                parts, new = cpu.update(network, layout, grad[p, r].split(layout.sizes), states, total_steps[p, r])
-                torch.cat(parts, out=change[p, r])
-                for key, values in new.items():
-                    for mine, value in zip(states, values, strict=True):
-                        mine[key] = value
+                moved, slopes = change[p, r].split(layout.sizes), grad[p, r].split(layout.sizes)
+                cpu.step(network, layout, moved, slopes, states, total_steps[p, r], [1.0] * count, [0.0] * count)
         return change, state
 
     def hand_over(self) -> State:
