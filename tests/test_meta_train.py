@@ -115,7 +115,7 @@ def test_warm_restarts_go_on_with_trained_optimizees_and_fresh_state() -> None:
 def test_augmentations_change_half_of_the_tasks() -> None:
     plain = {type(slot.unroll.task) for slot in begun(reparametrize=0.0) if slot.unroll}
     assert plain == {ModuleTask}
-    for change in ({"reparametrize": 0.5}, {"loss_scale": 1.0}, {"subbatch": 0.5}):
+    for change in ({"reparametrize": 0.5}, {"loss_scale": 1.0}, {"subbatch": 0.5}, {"bfloat16": 0.5}):
         changed = [type(slot.unroll.task) is not ModuleTask for slot in begun(**({"reparametrize": 0.0} | change)) if slot.unroll]
         assert 3 <= sum(changed) <= 17, change
     noisy = [slot.unroll.gradient_noise > 0 for slot in begun(gradient_noise=1.0) if slot.unroll]
