@@ -64,6 +64,14 @@ class Layout:
                 begin, first = end, k + 1
         return blocks
 
+    def per_tensor(self, numbers: Sequence[float | Tensor]) -> Tensor:
+        """Numbers that tensors have once, (K,), in fp32. They go to the device as arguments of its kernels, one for a run of equal ones: a
+        copy would make the host wait for a GPU, and a CUDA graph could not hold it."""
+        values = [number if isinstance(number, Tensor) and number.device == self.device else float(number) for number in numbers]
+        runs = [list(run) for _, run in itertools.groupby(values, lambda value: id(value) if isinstance(value, Tensor) else value)]
+        full = functools.partial(torch.full, dtype=torch.float32, device=self.device)
+        return torch.cat([r[0].float().expand(len(r)) if isinstance(r[0], Tensor) else full((len(r),), r[0]) for r in runs])
+
     def mean(self, values: Tensor) -> Tensor:
         """Mean over each tensor: (..., N) -> (..., K)."""
         return torch.stack([part.mean(-1) for part in values.split(self.sizes, -1)], -1)

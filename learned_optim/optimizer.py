@@ -21,7 +21,7 @@ from .rule import ADAMW_UPDATE_RMS, PER_TENSOR, State, update
 from .storage import load, random_bits, store, zeros
 from .weights import fingerprint, load_network
 
-KERNELS = ("auto", "reference", "compiled")
+KERNELS = ("auto", "reference", "compiled", "triton")
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -44,12 +44,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
             step size towards the end. None, the default, works without that knowledge. A group that is added later counts from its own
             first step.
         revision: branch, tag or commit of a Hub repository.
-        kernel: what runs the rule: "reference", PyTorch operations on any device; "compiled", the C code that comes with the package,
-            several times faster and for parameters on a CPU; or "auto", the compiled one where it can run.
+        kernel: what runs the rule: "reference", PyTorch operations on any device; "compiled", the C code that comes with the package, on a
+            CPU, and PyTorch operations elsewhere; "triton", Triton kernels on CUDA devices, which orthogonalise matrices in bfloat16; or
+            "auto", the fastest that can run: C code on a CPU, Triton on CUDA devices.
 
     Raises:
         ValueError: a hyperparameter is out of range, or the weights cannot be used as asked; the message names the file and the reason.
-        RuntimeError: the compiled kernel was asked for by name and cannot run.
+        RuntimeError: a kernel was asked for by name and cannot run.
     """
 
     def __init__(
@@ -68,13 +69,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self.kernel = kernel
         network = copy.deepcopy(pretrained) if isinstance(pretrained, OptimizerNetwork) else load_network(pretrained, revision=revision)
         self.network = network.float().requires_grad_(False)
-        if kernel != "reference" and (trouble := cpu.trouble(self.network)):
-            if kernel == "compiled":
-                raise RuntimeError(trouble)
-            warnings.warn(f"{trouble} Steps on a CPU take PyTorch operations instead, and several times as long.", stacklevel=2)
-            self.kernel = "reference"
+        self.kernels: dict[str, str] = {}  # what runs on each type of device
         defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "weights": fingerprint(self.network)}
         super().__init__(params, defaults)
+        for device in {param.device: None for group in self.param_groups for param in group["params"]}:
+            self._choose_kernel(device, stacklevel=3)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -144,14 +143,32 @@ class LearnedOptimizer(torch.optim.Optimizer):
         states = [self.state[param] for param in params]
         grads = [param.grad.detach() for param in params if param.grad is not None]
         layout = Layout.of(tuple(param.shape for param in params), device)
-        horizons = torch.tensor([members[param]["total_steps"] or math.inf for param in params], dtype=torch.float32, device=device)
+        horizons = layout.per_tensor([members[param]["total_steps"] or math.inf for param in params])
         rates, decays = ([members[param][key] for param in params] for key in ("lr", "weight_decay"))
-        compiled = device.type == "cpu" and self.kernel != "reference"
+        step = _step_function(self._choose_kernel(device, stacklevel=6))
         with torch.autocast(device.type, enabled=False):
-            (cpu.step if compiled else reference_step)(network, layout, params, grads, states, horizons, rates, decays)
+            step(network, layout, params, grads, states, horizons, rates, decays)
+
+    def _choose_kernel(self, device: torch.device, stacklevel: int) -> str:
+        """What runs the rule on a device; where that is not what one would expect, the first call for its type warns or raises."""
+        if device.type not in self.kernels:
+            fastest = {"cpu": "compiled", "cuda": "triton"}.get(device.type, "reference")
+            chosen = fastest if self.kernel == "auto" else self.kernel
+            if chosen == "compiled" and device.type != "cpu":
+                chosen = "reference"
+            if trouble := _trouble(chosen, self.network, device):
+                if self.kernel == chosen:
+                    raise RuntimeError(trouble)
+                place = "a CPU" if device.type == "cpu" else "CUDA devices"
+                message = f"{trouble} Steps on {place} take PyTorch operations instead, and several times as long."
+                warnings.warn(message, stacklevel=stacklevel)
+                chosen = "reference"
+            self.kernels[device.type] = chosen
+        return self.kernels[device.type]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "network": self.network, "kernel": self.kernel}
+        # Where a copy wakes up, other kernels may run.
+        return {**super().__getstate__(), "network": self.network, "kernel": self.kernel, "kernels": {}}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -236,6 +253,27 @@ def reference_step(
         if decay != 0:
             part = part - decay * (part.square().mean().sqrt() / ADAMW_UPDATE_RMS) * param.reshape(-1)
         param.add_((part * rate).view(param.shape))
+
+
+def _trouble(kernel: str, network: OptimizerNetwork, device: torch.device) -> str | None:
+    """Why a kernel cannot run a network on a device, or None."""
+    if kernel == "compiled":
+        return cpu.trouble(network)
+    if kernel == "reference":
+        return None
+    try:
+        from .kernels import gpu  # imports Triton, which takes longer than the whole package
+    except ImportError as error:
+        return f"the Triton kernel needs Triton, and it cannot be imported ({error}). Install it with: pip install triton."
+    return gpu.trouble(network, device)
+
+
+def _step_function(kernel: str) -> Callable[..., None]:
+    if kernel == "triton":
+        from .kernels import gpu
+
+        return gpu.step
+    return cpu.step if kernel == "compiled" else reference_step
 
 
 def _coordinate_state(config: NetworkConfig) -> dict[str, tuple[tuple[int, ...], str]]:

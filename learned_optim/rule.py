@@ -199,8 +199,11 @@ def vector_scale(network: OptimizerNetwork, mean_square: Tensor) -> Tensor:
     return (mean_square + EPSILON).rsqrt() * network.log_vector_gain.exp()
 
 
-def orthogonalize_all(directions: Sequence[Tensor], layout: Layout, config: NetworkConfig) -> dict[int, Tensor]:
-    """The directions (..., n) of matrices, by index, orthogonalised and with spectral norms of sqrt(fan_out / fan_in)."""
+def orthogonalize_all(
+    directions: Sequence[Tensor], layout: Layout, config: NetworkConfig, dtype: torch.dtype | None = None
+) -> dict[int, Tensor]:
+    """The directions (..., n) of matrices, by index, orthogonalised and with spectral norms of sqrt(fan_out / fan_in); `dtype` as in
+    `orthogonalize`."""
     found: dict[int, Tensor] = {}
     groups: dict[tuple[int, int], list[int]] = {}  # matrices of one shape are orthogonalised together
     for k, orthogonal in enumerate(is_orthogonal(layout, config)):
@@ -208,22 +211,23 @@ def orthogonalize_all(directions: Sequence[Tensor], layout: Layout, config: Netw
             groups.setdefault(layout.fans[k], []).append(k)
     for (fan_out, fan_in), members in groups.items():
         matrices = torch.stack([directions[k].unflatten(-1, (fan_out, fan_in)) for k in members])
-        matrices = math.sqrt(fan_out / fan_in) * orthogonalize(matrices, config.orthogonalize_steps)
+        matrices = math.sqrt(fan_out / fan_in) * orthogonalize(matrices, config.orthogonalize_steps, dtype)
         found |= zip(members, matrices.flatten(-2).unbind(), strict=True)
     return found
 
 
-def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
+def orthogonalize(matrix: Tensor, steps: int, dtype: torch.dtype | None = None) -> Tensor:
     """The nearest semi-orthogonal matrix, approximately: Newton-Schulz iteration on the singular values.
 
     Args:
         matrix: (..., fan_out, fan_in).
         steps: iterations; 5 bring singular values above 1e-3 of the Frobenius norm to within about [0.7, 1.2].
+        dtype: of the iteration and of what is returned; None is the matrix's.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[-2] > matrix.shape[-1]
     wide = matrix.mT if tall else matrix
-    wide = wide * (wide.square().sum((-2, -1), keepdim=True) + EPSILON).rsqrt()
+    wide = (wide * (wide.square().sum((-2, -1), keepdim=True) + EPSILON).rsqrt()).to(dtype or matrix.dtype)
     for _ in range(steps):
         gram = wide @ wide.mT
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
