@@ -30,7 +30,7 @@ class NetworkConfig:
             `learned_optim.storage`: "float32", "bfloat16" or, of the LSTM's state, "int8". Meta-training computes in fp32 throughout.
     """
 
-    hidden_units: int = 4
+    hidden_units: int = 2
     momentum: float = 0.9
     second_moment: float = 0.99
     orthogonalize_steps: int = 5

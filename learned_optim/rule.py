@@ -53,6 +53,7 @@ COOLDOWN = 0.6  # share of a known horizon over which the step size falls to zer
 USUAL_STEPS = 500.0  # time constant of a tensor's usual second moment, in steps; before that it is the mean so far
 DECAY_STEPS = 100.0  # time constant of the prior step size's decay without a horizon, in steps
 EPSILON = 1e-12
+SMALL = 128  # the shorter side of matrices that are orthogonalised in the precision that they have: fewer bits would not be faster
 
 # AdamW's updates have a root mean square of 0.2 to 0.4 times its learning rate (Liu et al. 2025, "Muon is scalable for LLM training",
 # section 2.2), so this turns the size of our update into the learning rate that AdamW's weight decay would be multiplied by.
@@ -211,7 +212,8 @@ def orthogonalize_all(
             groups.setdefault(layout.fans[k], []).append(k)
     for (fan_out, fan_in), members in groups.items():
         matrices = torch.stack([directions[k].unflatten(-1, (fan_out, fan_in)) for k in members])
-        matrices = math.sqrt(fan_out / fan_in) * orthogonalize(matrices, config.orthogonalize_steps, dtype)
+        fast = dtype if min(fan_out, fan_in) >= SMALL else None
+        matrices = math.sqrt(fan_out / fan_in) * orthogonalize(matrices, config.orthogonalize_steps, fast)
         found |= zip(members, matrices.flatten(-2).unbind(), strict=True)
     return found
 

@@ -68,6 +68,12 @@ def trouble(network: OptimizerNetwork) -> str | None:
     return None
 
 
+@functools.cache
+def matrix_dtype() -> torch.dtype | None:
+    """What matrices are orthogonalised in: bfloat16, as in Muon, where the processor multiplies it at twice the speed of fp32."""
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else None
+
+
 @functools.lru_cache(maxsize=1)
 def pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers)
@@ -150,7 +156,7 @@ def step(
     orthogonal, scale = is_orthogonal(layout, config), step_size * vector_scale(network, mean_square)
     if any(orthogonal):
         parts = directions.split(layout.sizes)
-        for k, matrix in orthogonalize_all(parts, layout, config).items():
+        for k, matrix in orthogonalize_all(parts, layout, config, matrix_dtype()).items():
             parts[k].copy_(matrix)
             scale[k], mean_square[k] = step_size[k], parts[k].square().mean() if weight_decay[k] else 0.0
     rate = torch.tensor([float(value) for value in lr], dtype=torch.float32)

@@ -1,12 +1,13 @@
 """The update rule on a GPU, in place: passes over coordinates in Triton, all that tensors have once in torch.
 
-As on a CPU (`learned_optim.kernels.cpu`), one pass updates the moments and adds up what the step sizes depend on, a second one runs the LSTM,
-a third one changes the parameters. Each is one launch for all tensors of a device, however many: a table says where each tensor lies, and a
-second one which stretch of which tensor a program does.
+As on a CPU (`learned_optim.kernels.cpu`), one pass updates the moments and adds up what the step sizes depend on, a second one runs the
+LSTM, a third one changes the parameters. Each is one launch for all tensors of a device, however many: a table says where each tensor
+lies, and a second one which stretch of which tensor a program does.
 
 Nothing here waits for the device or, once the tables are there, copies to it, so that steps can be captured in CUDA graphs.
 
-Importing this module imports Triton. With TRITON_INTERPRET=1 set before that, Triton's interpreter runs the kernels, on a CPU's tensors too.
+Importing this module imports Triton. With TRITON_INTERPRET=1 set before that, Triton's interpreter runs the kernels, on a CPU's tensors
+too.
 
 Shapes: as in `learned_optim.rule`; `B` blocks. A block's coordinates are (ROWS, GROUP) in the kernels.
 """
@@ -27,7 +28,7 @@ from .. import features, storage
 from ..config import FORMATS
 from ..features import EVEN, ODD, Layout
 from ..network import OptimizerNetwork
-from ..rule import ADAMW_UPDATE_RMS, Clock, State, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
+from ..rule import ADAMW_UPDATE_RMS, PER_TENSOR, Clock, State, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
 
 BLOCK = 1024  # coordinates of a program
 MAX_UNITS = 8  # as on a CPU; more would not fit into registers
@@ -38,11 +39,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters and gra
 MATRIX_DTYPE = torch.bfloat16  # that matrices are orthogonalised in, as in Muon
 
 # Columns of the table of tensors. Names in capitals with an underscore are constants that kernels see.
-FIELDS = ("size", "aligned", "orthogonal", "first", "step", "correction", "param", "param_type", "grad", "grad_type")
-FIELDS += ("momentum", "second_moment", "hidden", "cell", "hidden_scale", "cell_scale", "direction")
+PLACES = ("momentum", "second_moment", "hidden", "cell", "hidden_scale", "cell_scale", "direction")
+FIELDS = ("size", "aligned", "orthogonal", "first", *PER_TENSOR, "param", "param_type", "grad", "grad_type", *PLACES)
 _COLUMNS = tl.constexpr(len(FIELDS))
-_SIZE, _ALIGNED, _, _FIRST, _STEP, _CORRECTION, _PARAM, _PARAM_TYPE, _GRAD, _GRAD_TYPE = map(tl.constexpr, range(10))
-_MOMENTUM, _SECOND_MOMENT, _HIDDEN, _CELL, _HIDDEN_SCALE, _CELL_SCALE, _DIRECTION = map(tl.constexpr, range(10, len(FIELDS)))
+_SIZE, _ALIGNED, _, _FIRST, _PER_TENSOR, _, _, _PARAM, _PARAM_TYPE, _GRAD, _GRAD_TYPE = map(tl.constexpr, range(11))
+_KEPT = tl.constexpr(len(PER_TENSOR))
+_MOMENTUM, _SECOND_MOMENT, _HIDDEN, _CELL, _HIDDEN_SCALE, _CELL_SCALE, _DIRECTION = map(tl.constexpr, range(11, len(FIELDS)))
 
 _FLOAT32, _BFLOAT16, _INT8 = map(tl.constexpr, range(len(FORMATS)))
 _ALIGNMENT, _BLOCK, _GROUP, _ROWS = (tl.constexpr(n) for n in (ALIGNMENT, BLOCK, storage.BLOCK, BLOCK // storage.BLOCK))
@@ -132,20 +134,22 @@ def step(
     with torch.cuda.device_of(directions):  # Triton launches on the current one
         tables = Tables.of(layout, numbers)
         blocks, every = (len(tables.blocks),), (count,)
-        clocks, means = directions.new_empty(2, count), directions.new_empty(4, count)
+        rows, means = directions.new_empty(len(PER_TENSOR), count), directions.new_empty(4, count)
         sums = directions.new_empty(len(tables.blocks), 4)
-        _gather[every](tables.tensors, clocks, count)
+        _gather[every](tables.tensors, rows, count)
+        before = dict(zip(PER_TENSOR, rows, strict=True))
+        clocks = before["step"]
         _moments[blocks](tables.tensors, tables.blocks, clocks, sums, config.momentum, config.second_moment, moment_format)
         _means[every](tables.tensors, sums, means, count, 4)
 
-        clock = Clock.after(clocks[0], means[3], config)
-        step_size, correction = step_sizes(network, clock, means[:3], clocks[1], total_steps)
+        clock = Clock.after(clocks, means[3], config)
+        step_size, after = step_sizes(network, clock, means[:3], before, total_steps)
         scalars = torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean], -1)
         weights = lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out
         of_network = *weights, config.hidden_units, moment_format, lstm_format
         _directions[blocks](tables.tensors, tables.blocks, clocks, scalars, directions, sums, *of_network)
         _means[every](tables.tensors, sums, means, count, 1)
-        _scatter[every](tables.tensors, torch.stack([clock.step, correction]), count)
+        _scatter[every](tables.tensors, torch.stack([after[key] for key in PER_TENSOR]), count)
 
         mean_square = means[0]
         scale = torch.where(tables.orthogonal, step_size, step_size * vector_scale(network, mean_square))
@@ -179,7 +183,7 @@ def table(
         pointers = [param.data_ptr() if fused[k] else 0, grad.data_ptr()]
         stored = [state[key].data_ptr() for key in ("momentum", "second_moment", "hidden", "cell")]
         aligned = not any(number % ALIGNMENT for number in (size, *pointers, *stored))
-        numbers += [size, aligned, orthogonal[k], first, state["step"].data_ptr(), state["correction"].data_ptr()]
+        numbers += [size, aligned, orthogonal[k], first, *(state[key].data_ptr() for key in PER_TENSOR)]
         numbers += [pointers[0], DTYPES.index(param.dtype) if fused[k] else 0, pointers[1], DTYPES.index(grad.dtype)]
         numbers += [*stored, *(state[key].data_ptr() if key in state else 0 for key in ("hidden_scale", "cell_scale")), direction]
         first += block_count(size)
@@ -194,21 +198,21 @@ def _at(address, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _gather(tensors, clocks, count):
-    """Clocks and corrections of the tensors into two rows."""
+def _gather(tensors, rows, count):
+    """What each tensor has once into rows, (_KEPT, K)."""
     k = tl.program_id(0)
-    row = tensors + k * _COLUMNS
-    tl.store(clocks + k, tl.load(_at(tl.load(row + _STEP), tl.float32, 4)))
-    tl.store(clocks + count + k, tl.load(_at(tl.load(row + _CORRECTION), tl.float32, 4)))
+    row = tensors + k * _COLUMNS + _PER_TENSOR
+    for i in tl.static_range(_KEPT):
+        tl.store(rows + i * count + k, tl.load(_at(tl.load(row + i), tl.float32, 4)))
 
 
 @triton.jit
-def _scatter(tensors, clocks, count):
+def _scatter(tensors, rows, count):
     """The way back."""
     k = tl.program_id(0)
-    row = tensors + k * _COLUMNS
-    tl.store(_at(tl.load(row + _STEP), tl.float32, 4), tl.load(clocks + k))
-    tl.store(_at(tl.load(row + _CORRECTION), tl.float32, 4), tl.load(clocks + count + k))
+    row = tensors + k * _COLUMNS + _PER_TENSOR
+    for i in tl.static_range(_KEPT):
+        tl.store(_at(tl.load(row + i), tl.float32, 4), tl.load(rows + i * count + k))
 
 
 @triton.jit
@@ -273,7 +277,9 @@ def _store(row, KEY: tl.constexpr, SCALE: tl.constexpr, unit, size, groups, offs
         largest = tl.max(tl.where(mask, tl.abs(new), 0.0), 1, keep_dims=True)
         scales = _at(tl.load(row + SCALE), tl.float32, 4) + unit * tl.cdiv(size, _GROUP) + groups
         tl.store(scales, largest / _LEVELS, mask=groups * _GROUP < size)
-        levels = tl.floor(new * tl.where(largest > 0, _LEVELS / tl.where(largest > 0, largest, 1.0), 0.0) + bits.to(tl.float32) * (1 / 65536))
+        levels = tl.floor(
+            new * tl.where(largest > 0, _LEVELS / tl.where(largest > 0, largest, 1.0), 0.0) + bits.to(tl.float32) * (1 / 65536)
+        )
         levels = tl.where(levels == levels, levels, 0.0)  # NaN stays in the moments and in the direction
         tl.store(_at(address, tl.int8, ALIGN) + place, levels.to(tl.int8), mask=mask)
 
@@ -399,7 +405,7 @@ def _directions_of(
     odd, even = (slow, fast), (tl.abs(slow), tl.abs(fast), share)
     for h in tl.static_range(UNITS):
         unit = _load(row, _HIDDEN, _HIDDEN_SCALE, h, size, groups, offsets, LSTM, ALIGN)
-        odd, even = odd + (unit,), even + (tl.abs(unit),)  # noqa: RUF005  Triton knows no unpacking
+        odd, even = odd + (unit,), even + (tl.abs(unit),)  # type: ignore[assignment]  # noqa: RUF005  Triton knows no unpacking
 
     bits = _random_bits(offsets, step)
     direction = tl.load(skip) * slow + tl.load(skip + 1) * fast
