@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     growth = {name: slope([(length, mib) for length, mib, _ in points]) for name, points in medians.items() if len(points) > 1}
 
     print(
-        f"\nExact meta-gradient of {REPLICAS} optimizees, {coordinates} coordinates in all; medians of {arguments.repeats} up to 256 steps\n"
+        f"\nExact meta-gradient of {REPLICAS} optimizees, {coordinates} coordinates in all; medians of {arguments.repeats} to 256 steps\n"
     )
     print(table(rows))
     for name, exponent in growth.items():
