@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from language import SEGMENT, Reading, cut, load, rms, sgd, train_static, tuned
-from report import COLOURS, Report, bootstrap, parser
+from reporting import COLOURS, Report, bootstrap, parser
 from torch import nn
 from torch.nn import functional as F
 
@@ -128,10 +128,8 @@ def main(argv=None):
     each = torch.zeros(len(vocabulary)).index_add(0, words[known], saved["learned over static"][known])
     seen = torch.bincount(words[known], minlength=len(vocabulary))
     most = [(vocabulary[i], int(seen[i]), (each[i] / seen[i]).item()) for i in each[1:].topk(12).indices + 1]
-    report.note(
-        "Words that gain most, <unk> left out: " + ", ".join(f"{word!r} ({count} x {gain:.2f} nats)" for word, count, gain in most) + "."
-    )
-
+    gainers = [f"{word!r} ({count} x {gain:.2f} nats)" for word, count, gain in most]
+    report.note(f"Words that gain most, <unk> left out: {', '.join(gainers)}.")
     figure, ((left, middle, right),) = report.figure(3)
     for colour, (name, each) in zip(COLOURS, costs.items(), strict=False):
         left.plot(list(bins), [each[where].mean().exp() for where in bins.values()], "o-", color=colour, label=name)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from test_examples import EXAMPLES, run
+from test_research_examples import TABLE as RESEARCH
 
 # What each prints, which modules it needs, and how many steps it is run for.
 TABLE = [
@@ -38,4 +39,5 @@ def test_example(name: str, modules: list[str], steps: int, pattern: str, tmp_pa
 
 
 def test_every_example_is_run() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"meta_train_your_own.py", *(row[0] for row in TABLE)}
+    programs = {path.name for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
+    assert programs == {"meta_train_your_own.py", *(f"{name}.py" for name in RESEARCH), *(row[0] for row in TABLE)}

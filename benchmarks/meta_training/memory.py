@@ -111,8 +111,9 @@ def main(argv: list[str] | None = None) -> None:
     coordinates = found["recompute"][0].coordinates
     growth = {name: slope([(length, mib) for length, mib, _ in points]) for name, points in medians.items() if len(points) > 1}
 
-    print(f"\nExact meta-gradient of {REPLICAS} optimizees, {coordinates} coordinates in all;", end=" ")
-    print(f"medians of {arguments.repeats} up to 256 steps\n")
+    print(
+        f"\nExact meta-gradient of {REPLICAS} optimizees, {coordinates} coordinates in all; medians of {arguments.repeats} to 256 steps\n"
+    )
     print(table(rows))
     for name, exponent in growth.items():
         print(f"{name}: memory grows with the length to the power of {exponent:.2f} (goal {GOALS[name]})")

@@ -45,7 +45,7 @@ class Report:
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
         torch.manual_seed(0)
-        self.out, self.began, self.text = out, time.perf_counter(), ""
+        self.out, self.text = out, ""
 
     def table(self, title: str, rows: Sequence[Sequence[object]]) -> None:
         """A Markdown table whose first row is the head."""
@@ -69,20 +69,20 @@ class Report:
         return figure, figure.subplots(rows, columns, squeeze=False)
 
     def save(self, results: dict[str, Any], figure: Any) -> None:
-        """Writes `table.md`, `results.json` and `plot.png`, with the command and the seconds that they took."""
-        seconds = round(time.perf_counter() - self.began)
+        """Writes `table.md`, `results.json` and `plot.png`, with the command and the processor's seconds that they took."""
+        seconds = round(time.process_time())
         self.out.mkdir(parents=True, exist_ok=True)
         command = " ".join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]])
         origin = {"command": command, "seconds": seconds, "threads": torch.get_num_threads(), "torch": torch.__version__}
         (self.out / "results.json").write_text(json.dumps(origin | _plain(results), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        head = f"Made by `{command}`, in {seconds} s on one core.\n\n"
+        head = f"Made by `{command}`, in {seconds} s of one core.\n\n"
         (self.out / "table.md").write_text(head + self.text + "![](plot.png)\n", encoding="utf-8")
         for axes in figure.axes:
             axes.grid(alpha=0.3)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(frameon=False, fontsize="small")
         figure.savefig(self.out / "plot.png")
-        print(f"{seconds} s; table, figures and plot are in {self.out}")
+        print(f"{seconds} s of one core; table, figures and plot are in {self.out}")
 
 
 def _plain(value: Any) -> Any:
