@@ -28,14 +28,15 @@ sys.path.insert(0, str(Path(__file__).parent / "meta_training"))
 from common import COLOURS, new_figure, parser, prepare, save, table
 
 from learned_optim import LearnedOptimizer, load_network
+from learned_optim.kernels.cpu import matrix_dtype
 from learned_optim.rule import orthogonalize
 
 Maker = Callable[[list[nn.Parameter]], Optimizer]
 MINE, REFERENCE, ADAMW = "LearnedOptimizer", "LearnedOptimizer, reference", "AdamW, fused"
 SLOW = {REFERENCE: 10**6}  # the most weights that are measured of what is slow
-# Bytes of a step by weight. Ours, three passes: gradient, momentum and second moment in and the two out; these two in; all state and the
-# gradient in, LSTM state and direction out; direction and parameter in, parameter out.
-BYTES = {MINE: 20 + 8 + 12 + 4 * 8 * 2 + 4 + 12, ADAMW: 28}
+# Bytes of a step by weight. Ours, three passes: gradient, momentum and second moment in and the two out; all three and the LSTM's state of
+# two units in bfloat16 in, that state and the direction out; direction and parameter in, parameter out.
+BYTES = {MINE: 20 + 12 + 4 * 2 * 2 + 4 + 12, ADAMW: 28}
 
 
 def makers() -> dict[str, Maker]:
@@ -183,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     matrices = {ADAMW: chosen[ADAMW], MINE: chosen[MINE]}
     found = steps(matrices, [(side, side)], max(3, rounds // 3))
     gradient = torch.randn(side, side)
-    whole = functools.partial(orthogonalize, gradient, load_network("default").config.orthogonalize_steps)
+    whole = functools.partial(orthogonalize, gradient, load_network("default").config.orthogonalize_steps, matrix_dtype())
     muon = torch.optim.Muon(parameters([(side, side)]))
     found |= compare({"Newton-Schulz": torch.no_grad()(whole), "Muon (bfloat16)": muon.step}, max(1, rounds // 5))
     rows = [["step", "ms"], *([name, 1e3 * value] for name, value in found.items())]

@@ -108,14 +108,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         by_device: dict[torch.device, dict[Tensor, dict[str, Any]]] = {}
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is None:
+                grad = param.grad
+                if grad is None:
                     continue
-                if param.grad.is_sparse:
+                if grad.is_sparse:
                     raise RuntimeError(
                         f"LearnedOptimizer does not support sparse gradients, and a parameter of shape {tuple(param.shape)} has one. "
                         "Build its embedding with sparse=False, or give it to torch.optim.SparseAdam."
                     )
-                if hasattr(param.grad, "device_mesh"):  # a DTensor; importing its class would cost more than the whole package
+                if type(grad) is not Tensor and hasattr(
+                    grad, "device_mesh"
+                ):  # a DTensor; importing its class would cost more than the whole package
                     raise RuntimeError(
                         "LearnedOptimizer does not support sharded parameters (DTensor, FSDP2) yet, and got one of shape "
                         f"{tuple(param.shape)}. Train with DistributedDataParallel instead."
@@ -134,17 +137,21 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _step_device(self, device: torch.device, members: dict[Tensor, dict[str, Any]]) -> None:
         """Runs the rule for all parameters of a device at once and writes the results back in place."""
         network = self.network.to(device)
-        for param in members:
-            if not self.state[param]:
-                self.state[param] = init_state(param, network.config)
-        params = [param for param in members if param.numel()]
+        params, grads, states, groups = [], [], [], []
+        for param, group in members.items():  # looking a tensor up is slow enough to be done once
+            state = self.state[param]
+            if not state:
+                state = self.state[param] = init_state(param, network.config)
+            if param.grad is not None and param.numel():
+                params.append(param)
+                grads.append(param.grad.detach())
+                states.append(state)
+                groups.append(group)
         if not params:
             return
-        states = [self.state[param] for param in params]
-        grads = [param.grad.detach() for param in params if param.grad is not None]
         layout = Layout.of(tuple(param.shape for param in params), device)
-        horizons = layout.per_tensor([members[param]["total_steps"] or math.inf for param in params])
-        rates, decays = ([members[param][key] for param in params] for key in ("lr", "weight_decay"))
+        horizons = layout.per_tensor([group["total_steps"] or math.inf for group in groups])
+        rates, decays = ([group[key] for group in groups] for key in ("lr", "weight_decay"))
         step = _step_function(self._choose_kernel(device, stacklevel=6))
         with torch.autocast(device.type, enabled=False):
             step(network, layout, params, grads, states, horizons, rates, decays)

@@ -129,7 +129,7 @@ def step(
 ) -> None:
     """One step of the rule, see `learned_optim.optimizer.reference_step`."""
     config, lstm = network.config, network.coordinate
-    flat = [grad.float().contiguous() for grad in grads]
+    flat = [grad if grad.dtype == torch.float32 and grad.is_contiguous() else grad.float().contiguous() for grad in grads]
     directions = torch.empty(sum(layout.sizes), dtype=torch.float32)
     fused = [param.dtype == torch.float32 and param.is_contiguous() for param in params]
     keys = [*PER_TENSOR, None, "momentum", "second_moment", "hidden", "cell"]
