@@ -1,7 +1,13 @@
 """What every test starts from: one thread, so that sums have one order, and a fixed seed."""
 
+import os
+
 import pytest
 import torch
+
+# Without a GPU Triton's interpreter runs its kernels. Triton looks when it is imported, and any test module may be the first to do so.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

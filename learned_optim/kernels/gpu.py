@@ -1,12 +1,13 @@
 """The update rule on a GPU, in place: passes over coordinates in Triton, all that tensors have once in torch.
 
-As on a CPU (`learned_optim.kernels.cpu`), one pass updates the moments and adds up what the step sizes depend on, a second one runs the LSTM,
-a third one changes the parameters. Each is one launch for all tensors of a device, however many: a table says where each tensor lies, and a
-second one which stretch of which tensor a program does.
+As on a CPU (`learned_optim.kernels.cpu`), one pass updates the moments and adds up what the step sizes depend on, a second one runs the
+LSTM, a third one changes the parameters. Each is one launch for all tensors of a device, however many: a table says where each tensor
+lies, and a second one which stretch of which tensor a program does.
 
 Nothing here waits for the device or, once the tables are there, copies to it, so that steps can be captured in CUDA graphs.
 
-Importing this module imports Triton. With TRITON_INTERPRET=1 set before that, Triton's interpreter runs the kernels, on a CPU's tensors too.
+Importing this module imports Triton. With TRITON_INTERPRET=1 set before that, Triton's interpreter runs the kernels, on a CPU's tensors
+too.
 
 Shapes: as in `learned_optim.rule`; `B` blocks. A block's coordinates are (ROWS, GROUP) in the kernels.
 """
@@ -273,8 +274,10 @@ def _store(row, KEY: tl.constexpr, SCALE: tl.constexpr, unit, size, groups, offs
         largest = tl.max(tl.where(mask, tl.abs(new), 0.0), 1, keep_dims=True)
         scales = _at(tl.load(row + SCALE), tl.float32, 4) + unit * tl.cdiv(size, _GROUP) + groups
         tl.store(scales, largest / _LEVELS, mask=groups * _GROUP < size)
-        levels = tl.floor(new * tl.where(largest > 0, _LEVELS / tl.where(largest > 0, largest, 1.0), 0.0) + bits.to(tl.float32) * (1 / 65536))
+        inverse = _LEVELS / tl.where(largest > 0, largest, 1.0)
+        levels = tl.floor(new * inverse + bits.to(tl.float32) * (1 / 65536))
         levels = tl.where(levels == levels, levels, 0.0)  # NaN stays in the moments and in the direction
+        levels = tl.minimum(levels, _LEVELS)  # a GPU's division is off by up to two bits
         tl.store(_at(address, tl.int8, ALIGN) + place, levels.to(tl.int8), mask=mask)
 
 

@@ -1,0 +1,283 @@
+"""The Triton kernels beside `rule.update`: on a GPU where there is one, elsewhere in Triton's interpreter (see conftest.py)."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_kernels import FORMATS, assert_near, assert_states_near, network_of
+from test_rule import acting_network
+from torch import Generator, Tensor, nn
+
+from learned_optim import LearnedOptimizer, OptimizerNetwork
+from learned_optim.features import Layout
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from learned_optim.kernels import gpu
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+# The last but one is larger than a block, and the last one a multiple of what a thread loads at once besides. The interpreter takes about
+# a second for a block and step, hence few of both.
+SHAPES = [(), (1,), (17,), (1, 9), (5, 7), (7, 5), (40, 3, 3, 3), (32, 40)]
+FEW = [(17,), (5, 7)]
+
+
+@pytest.fixture(autouse=True)
+def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices are orthogonalised as in the rule, so that all else can be compared closely."""
+    monkeypatch.setattr(gpu, "MATRIX_DTYPE", None)
+
+
+def gradients(step: int, shapes: list[tuple[int, ...]], scale: float = 1.0) -> list[Tensor]:
+    generator = Generator().manual_seed(step)
+    return [scale * torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def train(
+    kernel: str,
+    network: OptimizerNetwork,
+    shapes: list[tuple[int, ...]] = SHAPES,
+    grads: Callable[[int, list[tuple[int, ...]]], list[Tensor]] = gradients,
+    dtype: torch.dtype = torch.float32,
+    steps: int = 2,
+    **options: float,
+) -> tuple[list[Tensor], LearnedOptimizer]:
+    """Parameters after some steps, in fp32, and the optimizer."""
+    params = [nn.Parameter(torch.ones(shape, dtype=dtype, device=DEVICE)) for shape in shapes]
+    optimizer = LearnedOptimizer(params, network, total_steps=20, kernel=kernel, **options)
+    for step in range(steps):
+        for param, grad in zip(params, grads(step, shapes), strict=True):
+            param.grad = grad.to(DEVICE, dtype)
+        optimizer.step()
+    return [param.detach().float() for param in params], optimizer
+
+
+def compare(network: OptimizerNetwork, tolerance: float = 1e-4, **options: object) -> None:
+    (mine, optimizer), (theirs, reference) = (train(kernel, network, **options) for kernel in ("triton", "reference"))
+    assert optimizer.kernels == {DEVICE.type: "triton"}
+    assert_near(mine, theirs, tolerance)
+    if tolerance <= 1e-4:
+        assert_states_near(optimizer, reference)
+
+
+def test_equals_the_rule() -> None:
+    compare(acting_network(hidden_units=2, lstm_format="float32"), weight_decay=0.1, lr=0.5)
+
+
+@pytest.mark.parametrize("units", [1, 3, gpu.MAX_UNITS])
+def test_hidden_units(units: int) -> None:
+    compare(acting_network(hidden_units=units, lstm_format="float32"), shapes=FEW)
+
+
+@pytest.mark.parametrize(("moments", "units"), FORMATS)
+def test_stored_formats(moments: str, units: str) -> None:
+    """Both round by the same random bits, so what differs are values on a border, and what these lead to."""
+    network = network_of("default", moment_format=moments, lstm_format=units)
+    (mine, optimizer), (theirs, reference) = (train(kernel, network, shapes=[(17,), (40, 27)]) for kernel in ("triton", "reference"))
+    assert_near(mine, theirs, 0.02)
+    for one, other in zip(optimizer.state.values(), reference.state.values(), strict=True):
+        for key, value in other.items():
+            assert one[key].dtype == value.dtype
+            assert (one[key].float() - value.float()).abs().mean() <= 0.01 * value.float().abs().max() + 1e-7, key
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    compare(network_of("default"), max(2e-4, 8 * torch.finfo(dtype).eps), shapes=FEW, dtype=dtype, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e17])
+def test_tiny_and_huge_gradients(scale: float) -> None:
+    """1e-18 is where floors count, and 1e17 squared is near the end of fp32."""
+    compare(network_of("default"), 2e-4, shapes=FEW, grads=lambda step, shapes: gradients(step, shapes, scale))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_poison_stays_in_its_tensor_and_shows(poison: float) -> None:
+    """As in the rule, a tensor that had a gradient of NaN is NaN, and no other one is but through what tensors share."""
+
+    def grads(step: int, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        values = gradients(step, shapes)
+        values[0][5] = poison
+        return values
+
+    network = network_of("default", lstm_format="int8")
+    (mine, optimizer), (theirs, _) = (train(kernel, network, FEW, grads) for kernel in ("triton", "reference"))
+    assert [param.isnan().any() for param in mine] == [param.isnan().any() for param in theirs]
+    assert mine[0].isnan().any()
+    clean = list(optimizer.state.values())[1]
+    assert all(value.isfinite().all() for key, value in clean.items() if key != "correction")
+
+
+def test_non_contiguous_gradients_and_parameters() -> None:
+    params = {kernel: nn.Parameter(torch.ones(5, 7, device=DEVICE).T) for kernel in ("triton", "reference")}
+    for kernel, param in params.items():
+        optimizer = LearnedOptimizer([param], network_of("default"), weight_decay=0.1, kernel=kernel)
+        for step in range(2):
+            param.grad = torch.randn(5, 21, generator=Generator().manual_seed(step)).to(DEVICE)[:, ::3].T
+            optimizer.step()
+        assert not param.is_contiguous()
+    assert_near([params["triton"].detach()], [params["reference"].detach()])
+
+
+def test_tensor_lr() -> None:
+    shapes = [(3,)]
+    results = [train("triton", network_of("default"), shapes, lr=lr)[0] for lr in (0.25, torch.tensor(0.25, device=DEVICE))]
+    assert results[0][0].equal(results[1][0])
+
+
+def test_matrices_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newton-Schulz in 8 bits of precision moves singular values by more than it rounds."""
+    monkeypatch.setattr(gpu, "MATRIX_DTYPE", torch.bfloat16)
+    compare(network_of("default"), 0.1, shapes=[(24, 16)])
+
+
+def test_resumes_with_the_same_bits() -> None:
+    network = network_of("default", moment_format="bfloat16", lstm_format="int8")
+    params, optimizer = train("triton", network, FEW, steps=1)
+    copies = [nn.Parameter(param.clone()) for param in params]
+    resumed = LearnedOptimizer(copies, network, total_steps=20, kernel="triton")
+    resumed.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
+    originals = optimizer.param_groups[0]["params"]
+    for members, each in ((originals, optimizer), (copies, resumed)):
+        for param, grad in zip(members, gradients(1, FEW), strict=True):
+            param.grad = grad.to(DEVICE)
+        each.step()
+    for one, other in zip(originals, copies, strict=True):
+        assert one.equal(other)
+        assert all(value.equal(resumed.state[other][key]) for key, value in optimizer.state[one].items())
+
+
+def test_steps_upload_tables_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until a gradient lies elsewhere."""
+    uploads = []
+    monkeypatch.setattr(gpu, "upload", lambda numbers, device: uploads.append(numbers) or upload(numbers, device))
+    upload = gpu.upload_by_kernels  # the other way; the table is the same
+    param = nn.Parameter(torch.ones(3, device=DEVICE))
+    param.grad = torch.ones(3, device=DEVICE)
+    optimizer = LearnedOptimizer([param], kernel="triton")
+    optimizer.step()
+    optimizer.step()
+    assert len(uploads) == 1
+    kept, param.grad = param.grad, torch.ones(3, device=DEVICE)
+    optimizer.step()
+    assert len(uploads) == 2
+    assert kept.data_ptr() != param.grad.data_ptr()
+
+
+def test_tables() -> None:
+    layout = Layout(tuple(torch.Size([size]) for size in (5, 3 * gpu.BLOCK, gpu.BLOCK + 1)), DEVICE)
+    row, firsts = [0] * len(gpu.FIELDS), (0, 1, 4)
+    numbers = [number for first in firsts for number in [2**48 + first, 0, 0, first, *row[4:]]]
+    slow, fast = (gpu.Tables.make(layout, tuple(numbers), way) for way in (gpu.upload_by_kernels, gpu.upload))
+    assert slow.tensors.flatten().tolist() == fast.tensors.flatten().tolist() == numbers
+    assert slow.blocks.tolist() == fast.blocks.tolist() == [[0, 0], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1]]
+
+
+def test_names_what_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    with pytest.raises(RuntimeError, match="runs on CUDA devices, and a parameter is on cpu"):
+        LearnedOptimizer([nn.Parameter(torch.zeros(2))], kernel="triton")
+    with pytest.raises(RuntimeError, match=f"up to {gpu.MAX_UNITS} hidden units, and this one has 9"):
+        LearnedOptimizer([nn.Parameter(torch.zeros(2))], acting_network(hidden_units=9), kernel="triton")
+
+
+def test_without_triton() -> None:
+    """By name it is missed, and importing the package does not look for it."""
+    program = """if True:
+        import sys, torch, warnings
+        from learned_optim import LearnedOptimizer
+        assert "triton" not in sys.modules
+        sys.modules["triton"] = None
+        param = torch.nn.Parameter(torch.zeros(2))
+        try:
+            LearnedOptimizer([param], kernel="triton")
+        except RuntimeError as error:
+            assert "pip install triton" in str(error)
+        optimizer = LearnedOptimizer([param])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):  # as for parameters that moved
+                assert optimizer._choose_kernel(torch.device("cuda"), stacklevel=1) == "reference"
+        assert len(caught) == 1 and "CUDA devices take PyTorch operations" in str(caught[0].message)
+        print("done")"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "done\n"
+
+
+@pytest.mark.slow
+def test_compiles_without_a_gpu(tmp_path: Path) -> None:
+    """Down to machine code, with loads of 16 bytes where tensors are aligned."""
+    program = """if True:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from learned_optim.kernels import gpu
+        integers = {"tensors": "*i64", "blocks": "*i32", "count": "i32", "decay1": "fp32", "decay2": "fp32"}
+        def compile(kernel, **constants):
+            names = kernel.arg_names
+            signature = {name: "constexpr" if name in constants else integers.get(name, "*fp32") for name in names}
+            attributes = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if signature[name].startswith("*")}
+            return triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", 80, 32)).asm["ptx"]
+        compile(gpu._gather), compile(gpu._scatter), compile(gpu._means, COLUMNS=1), compile(gpu._means, COLUMNS=4)
+        passes = [compile(gpu._moments, FORMAT=0), compile(gpu._moments, FORMAT=1), compile(gpu._apply)]
+        passes += [compile(gpu._directions, UNITS=2, MOMENTS=1, LSTM=lstm) for lstm in (1, 2)]
+        assert all("ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx for ptx in passes)
+        print("done")"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stdout == "done\n", done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
+class TestOnADevice:
+    def test_is_chosen_and_never_waits(self) -> None:
+        params = [nn.Parameter(torch.ones(shape, device=DEVICE)) for shape in SHAPES]
+        optimizer = LearnedOptimizer([{"params": params[:4], "lr": 0.5}, {"params": params[4:], "weight_decay": 0.1}])
+        for step in range(4):
+            for param, grad in zip(params, gradients(step, SHAPES), strict=True):
+                param.grad = grad.to(DEVICE)  # elsewhere each time
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error" if step else "default")  # the network moves at the first step
+            try:
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert optimizer.kernels == {"cuda": "triton"}
+
+    @pytest.mark.parametrize("captured_backward", [False, True])
+    def test_runs_in_a_cuda_graph(self, captured_backward: bool) -> None:
+        """Also where backward allocates the gradients while it is captured, so that tables cannot be there before."""
+        results = []
+        for graphed in (True, False):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).to(DEVICE)
+            inputs = torch.randn(32, 8, device=DEVICE)
+            optimizer = LearnedOptimizer(model.parameters(), total_steps=20, kernel="triton")
+
+            def step(model: nn.Module = model, inputs: Tensor = inputs, optimizer: LearnedOptimizer = optimizer) -> None:
+                model(inputs).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=captured_backward)
+
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    step()
+            torch.cuda.current_stream().wait_stream(side)
+            if graphed:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step()
+            for _ in range(5):
+                graph.replay() if graphed else step()
+            results.append([param.detach().clone() for param in model.parameters()])
+        assert all(one.equal(other) for one, other in zip(*results, strict=True))
