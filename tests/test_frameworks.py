@@ -76,7 +76,7 @@ def test_accelerate_keeps_the_state_of_an_optimizer_that_has_one(dtype: torch.dt
     for param, state in before.items():
         for key, value in state.items():
             assert torch.equal(wrapped.optimizer.state[param][key], value)
-            assert wrapped.optimizer.state[param][key].dtype == torch.float32
+            assert wrapped.optimizer.state[param][key].dtype == value.dtype
 
 
 def test_accelerate_refuses_other_weights_with_both_hashes(tmp_path: Path) -> None:

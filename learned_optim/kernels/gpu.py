@@ -277,10 +277,10 @@ def _store(row, KEY: tl.constexpr, SCALE: tl.constexpr, unit, size, groups, offs
         largest = tl.max(tl.where(mask, tl.abs(new), 0.0), 1, keep_dims=True)
         scales = _at(tl.load(row + SCALE), tl.float32, 4) + unit * tl.cdiv(size, _GROUP) + groups
         tl.store(scales, largest / _LEVELS, mask=groups * _GROUP < size)
-        levels = tl.floor(
-            new * tl.where(largest > 0, _LEVELS / tl.where(largest > 0, largest, 1.0), 0.0) + bits.to(tl.float32) * (1 / 65536)
-        )
+        inverse = _LEVELS / tl.where(largest > 0, largest, 1.0)
+        levels = tl.floor(new * inverse + bits.to(tl.float32) * (1 / 65536))
         levels = tl.where(levels == levels, levels, 0.0)  # NaN stays in the moments and in the direction
+        levels = tl.minimum(levels, _LEVELS)  # a GPU's division is off by up to two bits
         tl.store(_at(address, tl.int8, ALIGN) + place, levels.to(tl.int8), mask=mask)
 
 
