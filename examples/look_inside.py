@@ -133,15 +133,15 @@ def main(argv=None):
         spectrum.plot(values, "o-", ms=3, color=colour, label=name)
     spectrum.set(title="a matrix of noisy gradients, step 30", xlabel="singular value", ylabel="share of the largest", yscale="log")
     for one, (horizon, (_, sizes, _)) in zip((endless, annealed), runs.items(), strict=True):
-        one.set(title=f"step sizes, {'the horizon known' if horizon else 'no horizon'}", xlabel="step", ylabel="step size", yscale="log")
+        one.set(title=f"step sizes, {'the' if horizon else 'no'} horizon known (orange: vectors)", xlabel="step", ylabel="step size", yscale="log")
         for name, each in sizes.items():
             one.plot(each, lw=0.8, color=COLOURS["norm" in name or "bias" in name])
     hidden = runs[None][2].movedim(1, -1)  # (T, weights, H)
     centred = (hidden - hidden.mean((0, 1))).flatten(0, 1)
     main_plane = torch.linalg.svd(centred, full_matrices=False)[2][:2].mT
-    for k, way in enumerate((centred @ main_plane).view(*hidden.shape[:2], -1)[:, :4].unbind(1)):
+    for k, way in enumerate((centred @ main_plane).view(*hidden.shape[:2], -1)[:60, :3].unbind(1)):
         plane.plot(way[:, 0], way[:, -1], lw=0.6, color=COLOURS[k], label=f"weight {k + 1}")
-    plane.set(title="hidden states of four weights", xlabel="first principal component", ylabel="second")
+    plane.set(title="hidden states of three weights, 60 steps", xlabel="first principal component", ylabel="second")
     report.save({"lengths": lengths, "step sizes": rows, "losses": ends, "spectra": spectra}, figure)
 
 

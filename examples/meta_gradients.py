@@ -17,7 +17,7 @@ from learned_optim.meta_train.unroll import begin
 from learned_optim.rule import update
 
 HORIZON, REPLICAS = 32, 8
-NOISE = 0.1  # standard deviation of an action, in units of the update's root mean square
+NOISE = 0.5  # standard deviation of an action, in units of the update's root mean square
 
 
 def regression(generator):

@@ -22,7 +22,7 @@ from learned_optim.meta_train.estimators import estimator
 from learned_optim.meta_train.families.text import token_loss
 from learned_optim.meta_train.unroll import begin, named
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 
 
 def untied_difference(tied: ModuleTask, untied: ModuleTask, params: Tensor) -> float:
@@ -70,8 +70,8 @@ def final_loss(task: ModuleTask, make_optimizer, steps: int, seed: int) -> float
 def main(argv=None):
     options = parser(__doc__, "shared_parameters")
     options.add_argument("--width", type=int, default=32)
-    options.add_argument("--lengths", type=int, nargs="*", default=[8, 16, 32], help="steps of the unrolls that are measured")
-    options.add_argument("--meta-steps", type=int, default=20)
+    options.add_argument("--lengths", type=int, nargs="*", default=[8, 16, 32, 64], help="steps of the unrolls that are measured")
+    options.add_argument("--meta-steps", type=int, default=80)
     options.add_argument("--horizon", type=int, default=32, help="steps of training")
     options.add_argument("--seeds", type=int, default=5)
     arguments = options.parse_args(argv)

@@ -48,9 +48,9 @@ def cost(name, truncation):
     weights, unroll, Held.most = dict(network.named_parameters()), start(0, network), 0
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
         estimate(name, unroll, network, weights, options(truncation))
-    began = time.perf_counter()
+    began = time.process_time()
     estimate(name, unroll, network, weights, options(truncation))
-    return 1000 * (time.perf_counter() - began) / truncation, Held.most / 2**20
+    return 1000 * (time.process_time() - began) / truncation, Held.most / 2**20
 
 
 def result(name, truncation, meta_steps):
@@ -109,7 +109,7 @@ def main(argv=None):
     title = (
         f"Of the gradient of {HORIZON} steps, in units of its length: error of the mean of {arguments.runs} runs, and deviation of one run"
     )
-    report.table(f"{title}. Milliseconds a step of training, and MiB of saved tensors.", rows)
+    report.table(f"{title}. Processor milliseconds a step, and MiB of saved tensors.", rows)
 
     untrained = judge(beginner())
     ends = {(name, seen): result(name, seen, arguments.meta_steps) - untrained for name in ESTIMATORS for seen in (truncations[0], HORIZON)}
