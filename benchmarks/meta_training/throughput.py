@@ -157,9 +157,6 @@ def main(argv: list[str] | None = None) -> None:
     prepare(arguments.threads)
 
     network = load_network("default").requires_grad_(True)
-    for output in (network.controller.correction, network.controller.context):
-        for weight in output.parameters():
-            nn.init.zeros_(weight)
     nn.init.constant_(network.controller.log_rate, -math.inf)
     weights: Gradient = {name: weight for name, weight in network.named_parameters() if not name.startswith("controller")}
 
