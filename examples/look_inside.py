@@ -133,7 +133,7 @@ def main(argv=None):
         spectrum.plot(values, "o-", ms=3, color=colour, label=name)
     spectrum.set(title="a matrix of noisy gradients, step 30", xlabel="singular value", ylabel="share of the largest", yscale="log")
     for one, (horizon, (_, sizes, _)) in zip((endless, annealed), runs.items(), strict=True):
-        one.set(title=f"{'the' if horizon else 'no'} horizon known (orange: vectors)", xlabel="step", ylabel="step size", yscale="log")
+        one.set(title=f"step sizes, horizon {horizon or 'unknown'}; orange: vectors", xlabel="step", ylabel="step size", yscale="log")
         for name, each in sizes.items():
             one.plot(each, lw=0.8, color=COLOURS["norm" in name or "bias" in name])
     hidden = runs[None][2].movedim(1, -1)  # (T, weights, H)
