@@ -116,9 +116,8 @@ def main(argv=None):
     for colour, name, each in zip(COLOURS, ("whole graph", "recomputed"), zip(*memory, strict=True), strict=False):
         left.plot(arguments.lengths, each, "o-", color=colour, label=name)
     left.set(xlabel="steps of the unroll", ylabel="MiB held for the way back", xscale="log", yscale="log")
-    right.barh(
-        [*losses], [each.mean() for each in losses.values()], xerr=[confidence(each)[1] for each in losses.values()], color=COLOURS[0]
-    )
+    middles, radii = zip(*((float(each.mean()), float(confidence(each)[1])) for each in losses.values()), strict=True)
+    right.barh([*losses], middles, xerr=radii, color=COLOURS[0])
     right.set(xlabel=f"nats a word after {steps} steps", xlim=(min(each.min() for each in losses.values()) * 0.9, None))
     report.save({"memory": memory, "lengths": arguments.lengths, "coordinates": sizes, "losses": losses}, figure)
 
