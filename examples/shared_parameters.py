@@ -118,7 +118,7 @@ def main(argv=None):
     left.set(xlabel="steps of the unroll", ylabel="MiB held for the way back", xscale="log", yscale="log")
     middles, radii = zip(*((float(each.mean()), float(confidence(each)[1])) for each in losses.values()), strict=True)
     right.barh([*losses], middles, xerr=radii, color=COLOURS[0])
-    right.set(xlabel=f"nats a word after {steps} steps", xlim=(min(each.min() for each in losses.values()) * 0.9, None))
+    right.set(xlabel=f"nats a word after {steps} steps", xlim=(0.9 * min(float(each.min()) for each in losses.values()), None))
     report.save({"memory": memory, "lengths": arguments.lengths, "coordinates": sizes, "losses": losses}, figure)
 
 
