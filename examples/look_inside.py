@@ -122,7 +122,7 @@ def main(argv=None):
     ends = [sum(losses[-20:]) / len(losses[-20:]) for losses, _, _ in runs.values()]
     report.table(f"Step sizes in training a transformer; its loss ends at {ends[0]:.3f} without a horizon, at {ends[1]:.3f} with.", rows)
 
-    figure, axes = report.figure(5, 2)
+    figure, axes = report.figure(5, 2, size=(3.4, 2.8))
     *panels, spectrum, endless, annealed, plane = axes.flat
     for one, (k, name) in zip(panels, enumerate(probes), strict=True):
         for colour, (way, directions) in zip(COLOURS, ways.items(), strict=False):
