@@ -89,7 +89,7 @@ def judge(network, runs=12):
 def main(argv=None):
     choices = parser(__doc__, "unrolls")
     choices.add_argument("--truncations", type=int, nargs="*", default=[4, 16, HORIZON])
-    choices.add_argument("--runs", type=int, default=6, help="tasks that bias and noise are measured on")
+    choices.add_argument("--runs", type=int, default=16, help="tasks that bias and noise are measured on")
     choices.add_argument("--meta-steps", type=int, default=60)
     arguments = choices.parse_args(argv)
     report, truncations = Report(arguments.out), arguments.truncations
@@ -106,34 +106,26 @@ def main(argv=None):
             figures["ms"], figures["MiB"] = cost(name, truncation)
             found[name, truncation] = figures
             rows.append([name, truncation, *figures.values()])
-    title = (
-        f"Of the gradient of {HORIZON} steps, in units of its length: error of the mean of {arguments.runs} runs, and deviation of one run"
-    )
+    title = f"In units of the length of the gradient of {HORIZON} steps: error of the mean of {arguments.runs} runs, deviation of one"
     report.table(f"{title}. Processor milliseconds a step, and MiB of saved tensors.", rows)
 
-    untrained = judge(beginner())
-    ends = {(name, seen): result(name, seen, arguments.meta_steps) - untrained for name in ESTIMATORS for seen in (truncations[0], HORIZON)}
-    ends = {key: confidence(each) for key, each in ends.items()}
-    rows = [["estimator", "steps seen", "loss"], *([*key, "{:.3f} ± {:.3f}".format(*each)] for key, each in ends.items())]
-    report.table(
-        f"Mean loss on fresh tasks after {arguments.meta_steps} meta-steps, less the untrained one's, {untrained.mean():.3f}.", rows
-    )
+    untrained, pairs = judge(beginner()), [(name, seen) for name in ESTIMATORS for seen in (truncations[0], HORIZON)]
+    ends = {(name, seen): confidence((result(name, seen, arguments.meta_steps) / untrained).log()) for name, seen in pairs}
+    rows = [["estimator", "steps seen", "log of the loss"], *([*key, "{:.3f} ± {:.3f}".format(*each)] for key, each in ends.items())]
+    report.table(f"Logarithm of fresh tasks' mean loss after {arguments.meta_steps} meta-steps, less the untrained network's.", rows)
 
     figure, axes = report.figure(3, 2)
-    panels = {
-        "step size: bias": "bias",
-        "LSTM: bias": "bias",
-        "step size: noise": "noise of one run",
-        "LSTM: noise": "noise of one run",
-        "MiB": "MiB",
-    }
-    for one, (key, label) in zip(axes.flat, panels.items(), strict=False):
+    steps = [*map(str, truncations)]
+    for one, key in zip(axes.flat, [*(f"{group}: {what}" for what in ("bias", "noise") for group in GROUPS), "MiB"], strict=False):
         for colour, name in zip(COLOURS, ESTIMATORS, strict=False):
-            one.plot(truncations, [max(found[name, seen][key], 1e-2) for seen in truncations], "o-", color=colour, label=name)
-        one.set(title=key, xlabel="steps of training seen", ylabel=label, xscale="log", yscale="log")
-    places = range(len(ends))
-    axes[1, 2].barh(places, [each[0] for each in ends.values()], xerr=[each[1] for each in ends.values()], color=COLOURS[0])
-    axes[1, 2].set(title="loss, meta-trained less untrained", yticks=places, yticklabels=[f"{name}, {seen}" for name, seen in ends])
+            one.plot(steps, [max(found[name, seen][key], 1e-2) for seen in truncations], "o-", color=colour, label=name)
+            if "bias" in key:  # what the mean of so many runs cannot tell from none
+                floor = [found[name, seen][key.replace("bias", "noise")] / arguments.runs**0.5 for seen in truncations]
+                one.plot(steps, [max(each, 1e-2) for each in floor], ":", color=colour)
+        one.set(title=key + " (dotted: of it noise)" * ("bias" in key), xlabel="steps of training seen", yscale="log")
+    means, errors = zip(*ends.values(), strict=True)
+    axes[1, 2].barh([f"{name}, {seen}" for name, seen in ends], means, xerr=errors, color=COLOURS[0])
+    axes[1, 2].set(title="log of the loss, less the untrained network's")
     results = {"estimates": {f"{name}, {seen}": each for (name, seen), each in found.items()}}
     report.save(results | {"loss": {f"{name}, {seen}": each for (name, seen), each in ends.items()}}, figure)
 
