@@ -73,13 +73,14 @@ class Controller(nn.Module):
     """Chooses each tensor's step size, since no single coordinate sees the scale of its layer.
 
     It follows the hypergradient (Baydin et al. 2018, "Online learning rate adaptation with hypergradient descent"): while gradients go on
-    pointing where the steps before them went, steps are too short, and once they point back, too long. With `c` half of a tensor's cosine
-    between gradient and momentum plus half of the mean over all tensors, at the tensor's step `t`, and
+    pointing where the steps before them went, steps are too short, and once they point back, too long. With `c` half of a tensor's trend,
+    its recent mean cosine between gradient and momentum, plus half of the mean over all tensors, at the tensor's step `t`, and
     `fading = 1 / (1 + t / patience)`, the logarithm `k` of the correction to the prior step size becomes
 
         k' = k + rate * 2 (1 - t / T) * fading * (c if c > 0 else caution * c)      where the horizon `T` is known, else
         k' = k + rate * (fading * max(c, 0) + STEADY * clamp(c, -BOUND, BOUND)),    both with |k'| <= 3.
 
+    A mean, since a single cosine scatters, and what counts for more on one side of zero than on the other would turn scatter into growth.
     Correcting fades, since once the scale is found what the cosine shows is the schedule and the noise. With a horizon the controller may
     be bolder at first, since annealing undoes what was too bold, and it must come to rest, or it would undo the annealing. Caution is
     small: a step that is right for the whole run overshoots along the steepest directions, and a greedy controller would take that for too
@@ -90,16 +91,16 @@ class Controller(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.log_rate = nn.Parameter(torch.tensor(math.log(0.1)))
-        self.log_patience = nn.Parameter(torch.tensor(math.log(30.0)))
+        self.log_rate = nn.Parameter(torch.tensor(math.log(0.03)))
+        self.log_patience = nn.Parameter(torch.tensor(math.log(300.0)))
         self.log_caution = nn.Parameter(torch.tensor(math.log(0.2)))
         self.power = nn.Parameter(torch.tensor(0.5))  # of a gradient's relative size, see step 5 in `rule`
 
-    def forward(self, cosine: Tensor, age: Tensor, progress: Tensor, known: Tensor, correction: Tensor) -> Tensor:
+    def forward(self, trend: Tensor, age: Tensor, progress: Tensor, known: Tensor, correction: Tensor) -> Tensor:
         """Runs one step; all tensors are (..., K).
 
         Args:
-            cosine: of each tensor's gradient and momentum.
+            trend: recent mean cosine of each tensor's gradient and momentum.
             age: in steps.
             progress: age / horizon in [0, 1].
             known: 1 where the horizon is known, else 0.
@@ -108,11 +109,11 @@ class Controller(nn.Module):
         Returns:
             the new correction.
         """
-        cosine = 0.5 * (cosine + cosine.mean(-1, keepdim=True))
-        longer, shorter = cosine.clamp(min=0), cosine.clamp(max=0)
+        trend = 0.5 * (trend + trend.mean(-1, keepdim=True))
+        longer, shorter = trend.clamp(min=0), trend.clamp(max=0)
         fading = 1 / (1 + age / self.log_patience.exp())
         annealed = 2 * (1 - progress) * fading * (longer + self.log_caution.exp() * shorter)
-        endless = fading * longer + STEADY * cosine.clamp(-BOUND, BOUND)
+        endless = fading * longer + STEADY * trend.clamp(-BOUND, BOUND)
         return (correction + self.log_rate.exp() * torch.where(known > 0, annealed, endless)).clamp(-3, 3)
 
 

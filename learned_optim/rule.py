@@ -9,8 +9,9 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
 
 1. **Moments** as in Adam (Kingma & Ba 2015): :math:`m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t`,
    :math:`v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2`, used bias-corrected.
-2. **Step size.** The cosine of the tensor's gradient with its momentum, the hypergradient of its step size, goes to the controller
-   (`network.Controller`), which adds it up to a correction :math:`e^{\kappa_t}` of the prior step size.
+2. **Step size.** The cosine of the tensor's gradient with its momentum, the hypergradient of its step size, is averaged over some ten
+   steps. This *trend* goes to the controller (`network.Controller`), which adds it up to a correction :math:`e^{\kappa_t}` of the prior
+   step size.
 3. **Direction.** Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise
    LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`.
 4. **Length.** The direction loses its length, so that the LSTM cannot change the step size by accident. A matrix (fan_out x fan_in;
@@ -44,12 +45,13 @@ from .features import ABSOLUTE_FLOOR, Block, Layout, coordinate_features, cosine
 from .network import OptimizerNetwork
 
 State = dict[str, Tensor]
-PER_TENSOR = ("step", "correction", "usual")  # state that a tensor has once; the rest belongs to its coordinates
+PER_TENSOR = ("step", "trend", "correction", "usual")  # state that a tensor has once; the rest belongs to its coordinates
 
 # Newton-Schulz coefficients of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): singular values end within about [0.7, 1.2].
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 COOLDOWN = 0.6  # share of a known horizon over which the step size falls to zero
+TREND_STEPS = 10.0  # time constant of the trend, in steps; before that it is the mean so far
 USUAL_STEPS = 500.0  # time constant of a tensor's usual second moment, in steps; before that it is the mean so far
 DECAY_STEPS = 100.0  # time constant of the prior step size's decay without a horizon, in steps
 EPSILON = 1e-12
@@ -65,12 +67,13 @@ BLOCK = 2**15  # coordinates of a block; its intermediate results then fit into 
 def init_state(layout: Layout, config: NetworkConfig, leading: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> State:
     """The state of tensors that have seen no gradient: zeros.
 
-    `step`, each tensor's clock, `correction`, the logarithm of its step size's, and `usual`, its usual mean second moment, are (..., K);
-    `momentum` and `second_moment` are (..., N), `hidden` and `cell` (H, ..., N).
+    `step`, each tensor's clock, `trend`, the recent cosine of its gradient and momentum, `correction`, the logarithm of its step size's,
+    and `usual`, its usual mean second moment, are (..., K); `momentum` and `second_moment` are (..., N), `hidden` and `cell` (H, ..., N).
     """
     count, size = len(layout.sizes), sum(layout.sizes)
     shapes = {
         "step": (*leading, count),
+        "trend": (*leading, count),
         "correction": (*leading, count),
         "usual": (*leading, count),
         "momentum": (*leading, size),
@@ -140,23 +143,23 @@ def step_sizes(network: OptimizerNetwork, clock: Clock, products: Tensor, state:
 
     Args:
         products: means of the squared gradient, of the squared momentum before it and of their product, (3, ..., K).
-        state: see `init_state`; `correction` and `usual` are read.
+        state: see `init_state`; what tensors have once is read.
         total_steps: (..., K).
 
     Returns:
         step sizes, (..., K), and the new state that tensors have once.
     """
-    correction, usual = state["correction"], state["usual"]
     age = clock.step.clamp(min=1)
-    known = total_steps.isfinite().to(correction.dtype)
+    known = total_steps.isfinite().to(age.dtype)
     progress = ((age - 1) / total_steps).clamp(max=1)
-    correction = network.controller(cosine(products), age, progress, known, correction) * clock.started
+    trend = torch.lerp(state["trend"], cosine(products), (1 / age).clamp(min=1 / TREND_STEPS))
+    correction = network.controller(trend, age, progress, known, state["correction"]) * clock.started
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
-    usual = torch.lerp(usual, clock.mean, (1 / age).clamp(min=1 / USUAL_STEPS))
+    usual = torch.lerp(state["usual"], clock.mean, (1 / age).clamp(min=1 / USUAL_STEPS))
     relative = ((clock.mean + ABSOLUTE_FLOOR) / (usual + ABSOLUTE_FLOOR)).clamp(max=1) ** (0.5 * network.controller.power)
     step_size = (network.log_step_size + correction).exp() * relative * torch.where(known > 0, annealed, decayed) * clock.started
-    return step_size, {"step": clock.step, "correction": correction, "usual": usual * clock.started}
+    return step_size, {"step": clock.step, "trend": trend * clock.started, "correction": correction, "usual": usual * clock.started}
 
 
 def blockwise(function: Callable[..., tuple[Tensor, ...]], layout: Layout, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -28,7 +28,7 @@ PRETRAINED = Path(__file__).parents[1] / "pretrained"
 def quality() -> Iterator[Any]:
     """The benchmark's modules."""
     sys.path.insert(0, str(FOLDER))
-    names = ("tasks", "optimizers", "training", "report")
+    names = ("tasks", "development", "optimizers", "training", "report")
     spec = importlib.util.spec_from_file_location("quality", FOLDER / "__main__.py")
     assert spec is not None
     assert spec.loader is not None
@@ -74,12 +74,22 @@ def test_no_held_out_data_were_meta_trained_on(quality: Any) -> None:
 
 def test_every_task_trains(quality: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality.tasks, "pretrain", lambda problem, steps: problem.model.state_dict())
-    for name, task in quality.tasks.TASKS.items():
+    for name, task in (quality.tasks.TASKS | quality.development.TASKS).items():
         problem = task.make(0)
         problem.loss(problem.model, problem.batch()).backward()
         assert any(param.grad is not None and param.grad.any() for param in problem.model.parameters()), name
         measure = problem.measure or problem.loss
         assert torch.isfinite(measure(problem.model, problem.train) + measure(problem.model, problem.validation)), name
+
+
+def test_development_tasks_have_data_of_their_own(quality: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        pytest.fail("held-out data")
+
+    for name in ("scikit_learn", "manual", "docstrings", "mnist", "wikitext"):
+        monkeypatch.setattr(quality.tasks, name, refuse)
+    for task in quality.development.TASKS.values():
+        task.make(0).batch()
 
 
 def test_the_program_runs_and_resumes(quality: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

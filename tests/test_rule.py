@@ -129,6 +129,7 @@ def test_init_state() -> None:
     state = init_state(layout, NetworkConfig(hidden_units=3), (6,), torch.float64)
     assert {key: tuple(value.shape) for key, value in state.items()} == {
         "step": (6, 3),
+        "trend": (6, 3),
         "correction": (6, 3),
         "usual": (6, 3),
         "momentum": (6, 12),
@@ -339,28 +340,40 @@ def test_step_size_decays_slowly_without_a_horizon(untrained: OptimizerNetwork, 
 
 @pytest.mark.parametrize("horizon", [20.0, math.inf])
 def test_steps_grow_while_gradients_agree_and_shrink_where_they_turn_back(untrained: OptimizerNetwork, horizon: float) -> None:
-    """The hypergradient, against the formula of `Controller`: with a cosine of 1 everywhere, and of -1 once it has turned."""
+    """The hypergradient, against the formula of `Controller`, where cosines are 1 or -1. What counts is their mean, over some ten steps."""
     untrained.controller.log_rate.fill_(math.log(0.3))
     untrained.controller.log_patience.fill_(math.log(10))
     caution = untrained.controller.log_caution.exp().item()
     grad = [torch.tensor([1.0, -2.0, 3.0])]
-    state, corrections, rises = fresh(grad, untrained), [], [0.0]
-    for age, turned in enumerate([1, 1, 1, 1, -1, -1], 1):
-        _, state = step(untrained, grad, [turned * grad[0]], state, horizon)
+    state, momentum, trend, corrections, rises = fresh(grad, untrained), 0.0, 0.0, [], []
+    for age in range(1, 17):
+        sign = 1 if age <= 4 else -math.copysign(1, momentum)
+        _, state = step(untrained, grad, [sign * grad[0]], state, horizon)
         corrections.append(state["correction"].item())
-        if age > 1:
-            fading = 1 / (1 + age / 10)
-            annealed = 2 * (1 - (age - 1) / horizon) * fading * (1 if turned > 0 else -caution)
-            endless = fading * max(turned, 0) + STEADY * BOUND * turned
-            rises.append(0.3 * (annealed if math.isfinite(horizon) else endless))
+        cosine = 0 if age == 1 else math.copysign(1, sign * momentum)
+        momentum += 0.1 * (sign - momentum)
+        trend += (cosine - trend) / min(age, 10)
+        fading = 1 / (1 + age / 10)
+        annealed = 2 * (1 - (age - 1) / horizon) * fading * (trend if trend > 0 else caution * trend)
+        endless = fading * max(trend, 0) + STEADY * min(max(trend, -BOUND), BOUND)
+        rises.append(0.3 * (annealed if math.isfinite(horizon) else endless))
+    assert min(rises) < 0 < max(rises)
     assert corrections == pytest.approx(list(itertools.accumulate(rises)), rel=1e-4)
+
+
+def test_scatter_moves_no_step_size(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
+    """Cosines of few coordinates scatter widely about zero, where gradients are noise; counted one by one they would add up to growth."""
+    grads = [draw([(3,)] * 20, generator) for _ in range(300)]
+    correction = run(untrained, grads[0], grads, total_steps=1e6)[1]["correction"]
+    assert correction.mean().abs() < 0.5  # one by one, above 1
 
 
 def test_without_a_horizon_steps_shrink_where_gradients_are_noise_that_turns_back(untrained: OptimizerNetwork) -> None:
     """However late; with a horizon it is the annealing that does this."""
+    rate = untrained.controller.log_rate.exp().item()
     grads = [[(-1.0) ** t * torch.tensor([1.0, -2.0, 3.0])] for t in range(400)]
     early, late = (run(untrained, grads[0], grads[:count])[1]["correction"].item() for count in (200, 400))
-    assert late == pytest.approx(early - 200 * 0.1 * STEADY * BOUND, rel=0.02)
+    assert late == pytest.approx(early - 200 * rate * STEADY * BOUND, rel=0.02)
 
 
 def test_the_correction_is_bounded_and_acts_on_the_step_size(untrained: OptimizerNetwork) -> None:

@@ -2,6 +2,7 @@
 
     python benchmarks/quality                        # every task, three seeds; goes on where it was stopped
     python benchmarks/quality --data ../data         # MNIST and WikiText-2 too, from a folder of yours
+    python benchmarks/quality --development          # not the held-out tasks but those that weights and rules are chosen on
 
 Each baseline is tuned task by task: of a grid of learning rates and schedules, the best on the mean of all seeds. A run's result is its
 loss at the end on a fixed sample of the training data, and on validation data.
@@ -23,10 +24,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
+from development import TASKS as DEVELOPMENT
 from optimizers import ABLATED, DEFAULTS, GRIDS, LEARNED_NAMES, REFERENCE, SENSITIVITY
 from report import report
 from tasks import MORE_TASKS, TASKS
-from training import LENGTHS, Job, Results, train
+from training import LENGTHS, PROBLEMS, Job, Results, train
 
 from learned_optim import load_network
 from learned_optim.weights import fingerprint
@@ -36,13 +38,12 @@ def wanted(tasks: list[str], results: Results, seeds: int, parts: set[str]) -> l
     """What can be run by now: the grids, and once a task's is complete, AdamW's best setting for other lengths of training."""
     jobs: list[Job] = []
     for task in tasks:
-        if "baselines" in parts:
-            grids = itertools.chain(*GRIDS.values(), DEFAULTS)
-            jobs += [(task, name, seed, 1.0) for name, seed in itertools.product(grids, range(seeds))]
-            if all((task, name, seed, 1.0) in results.runs for name, seed in itertools.product(GRIDS[REFERENCE], range(seeds))):
-                best = results.best(task, REFERENCE, seeds)
-                jobs += [(task, best, seed, length) for seed, length in itertools.product(range(seeds), LENGTHS)]
-        names = [*(LEARNED_NAMES if "learned" in parts else ()), *(ABLATED if "ablations" in parts else ())]
+        jobs += [(task, name, seed, 1.0) for name, seed in itertools.product(GRIDS[REFERENCE], range(seeds))]
+        if results.complete(task, GRIDS[REFERENCE], seeds):
+            best = results.best(task, REFERENCE, seeds)
+            jobs += [(task, best, seed, length) for seed, length in itertools.product(range(seeds), LENGTHS)]
+        names = [*itertools.chain(*GRIDS.values()), *DEFAULTS] if "baselines" in parts else []
+        names += [*(LEARNED_NAMES if "learned" in parts else ()), *(ABLATED if "ablations" in parts else ())]
         names += SENSITIVITY if "sensitivity" in parts else []
         jobs += [(task, name, seed, 1.0) for name in names for seed in range(seeds)]
     return [job for job in dict.fromkeys(jobs) if job not in results.runs]
@@ -53,14 +54,15 @@ def main(argv: list[str] | None = None) -> None:
         prog="python benchmarks/quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pretrained", default="default", help="the weights to judge")
-    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=[*TASKS, *MORE_TASKS], metavar="TASK", help="all by default")
-    parser.add_argument("--parts", nargs="*", default=["baselines", "learned", "ablations", "sensitivity"])
+    parser.add_argument("--tasks", nargs="*", choices=list(PROBLEMS), metavar="TASK", help="all held-out ones by default")
+    parser.add_argument("--development", action="store_true")
+    parser.add_argument("--parts", nargs="*", default=["baselines", "learned", "ablations", "sensitivity"], help="beside tuned AdamW")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", type=Path, help="folder with mnist/ and wikitext-2/: adds their tasks")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side, each on one thread")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="where runs.jsonl, results.json and the plots go")
     arguments = parser.parse_args(argv)
-    tasks = list(arguments.tasks)
+    tasks = arguments.tasks or list(DEVELOPMENT if arguments.development else TASKS)
     if arguments.data:
         os.environ["QUALITY_DATA"] = str(arguments.data.resolve())
         tasks += [name for name in MORE_TASKS if name not in tasks]

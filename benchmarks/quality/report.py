@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 from optimizers import ABLATED, DEFAULTS, GRIDS, HORIZON, LEARNED, LEARNED_NAMES, REFERENCE, SENSITIVITY
-from tasks import MORE_TASKS, TASKS
-from training import LENGTHS, Results, final
+from training import LENGTHS, PROBLEMS, Results, final
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666", "#E69F00", "#56B4E9")  # Okabe & Ito (2008)
 BOUNDS = min(LENGTHS), max(LENGTHS)  # of a speed
@@ -49,7 +48,7 @@ def steps_to(curve: Sequence[tuple[float, float]], loss: float) -> float:
 
 def speed(results: Results, task: str, name: str, seed: int, seeds: int) -> float:
     """See the program's description."""
-    steps, solved = (TASKS | MORE_TASKS)[task].steps, (TASKS | MORE_TASKS)[task].solved
+    steps, solved = PROBLEMS[task].steps, PROBLEMS[task].solved
     run = results.runs[task, name, seed, 1.0]
     end = final(run)
     if not math.isfinite(end):
@@ -76,13 +75,13 @@ def table(rows: Sequence[Sequence[object]]) -> str:
 def report(tasks: list[str], results: Results, seeds: int, out: Path) -> None:
     """Prints the tables and writes results.json and the plots, for what has been run on all of the tasks."""
 
-    def complete(name: str) -> bool:
-        return all((task, name, seed, 1.0) in results.runs for task in tasks for seed in range(seeds))
+    def complete(*names: str) -> bool:
+        return all(results.complete(task, names, seeds) for task in tasks)
 
     def runs(task: str, name: str) -> list[dict[str, Any]]:
         return [results.runs[task, name, seed, 1.0] for seed in range(seeds)]
 
-    tuned = {family: {task: results.best(task, family, seeds) for task in tasks} for family in GRIDS}
+    tuned = {family: {task: results.best(task, family, seeds) for task in tasks} for family, grid in GRIDS.items() if complete(*grid)}
     columns = {f"{family} tuned": names for family, names in tuned.items()}
     columns |= {name: dict.fromkeys(tasks, name) for name in [*LEARNED_NAMES, *DEFAULTS, *SENSITIVITY, *ABLATED] if complete(name)}
     figures: dict[str, dict[str, Any]] = {}

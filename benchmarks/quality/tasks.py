@@ -41,7 +41,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class Task:
     """A task. A loss of `solved` counts as the end: below it, no optimizer is the better one."""
 
     make: Callable[[int], Problem]
@@ -144,6 +144,13 @@ def language(seed: int, text: Tensor, build: Callable[[], nn.Module], length: in
         sample(text[:border]),
         sample(text[border:]),
     )
+
+
+def noise_of_labels(labels: Tensor, classes: int, share: float) -> Tensor:
+    """The labels with a share of them drawn at random."""
+    generator = Generator().manual_seed(1)
+    wrong = torch.rand(len(labels), generator=generator) < share
+    return torch.where(wrong, torch.randint(classes, labels.shape, generator=generator), labels)
 
 
 def mlp(sizes: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
@@ -275,10 +282,7 @@ def autoencoder(seed: int) -> Problem:
 def noisy_labels(seed: int) -> Problem:
     """A tenth of the labels wrong, for thousands of steps."""
     pixels, labels = scikit_learn("digits")
-    generator = Generator().manual_seed(1)
-    wrong = torch.rand(len(labels), generator=generator) < 0.1
-    labels = torch.where(wrong, torch.randint(10, labels.shape, generator=generator), labels)
-    return supervised(seed, (pixels, labels), lambda: mlp([64, 24, 10], nn.ReLU), 32, F.cross_entropy)
+    return supervised(seed, (pixels, noise_of_labels(labels, 10, 0.1)), lambda: mlp([64, 24, 10], nn.ReLU), 32, F.cross_entropy)
 
 
 def ill_conditioned(seed: int) -> Problem:
@@ -411,36 +415,36 @@ def new_digits(seed: int) -> Problem:
     return supervised(seed, (pixels[labels >= 5], labels[labels >= 5]), build, 32, F.cross_entropy)
 
 
-TASKS: dict[str, HeldOut] = {
-    "mlp": HeldOut(lambda seed: digits(seed, lambda: mlp([64, 128, 128, 10], nn.ReLU)), 200),
-    "wide mlp": HeldOut(lambda seed: digits(seed, lambda: mlp([64, 512, 10], nn.ReLU)), 150),
-    "deep tanh": HeldOut(lambda seed: digits(seed, lambda: mlp([64, *[48] * 9, 10], nn.Tanh)), 300),
-    "logistic": HeldOut(lambda seed: digits(seed, lambda: nn.Linear(64, 10)), 300),
-    "bf16 mlp": HeldOut(half_precision, 200),
-    "cnn": HeldOut(lambda seed: digits(seed, cnn), 150),
-    "resnet": HeldOut(lambda seed: digits(seed, resnet), 150),
-    "vit": HeldOut(lambda seed: digits(seed, lambda: VisionTransformer(8, 2, 48, 2)), 250),
-    "autoencoder": HeldOut(autoencoder, 400),
-    "tabular": HeldOut(tabular, 200),
-    "linear": HeldOut(linear, 200),
-    "ill-conditioned": HeldOut(ill_conditioned, 400),
-    "physics": HeldOut(physics, 400, solved=1e-5),
-    "reinforcement": HeldOut(reinforcement, 150),
-    "transformer": HeldOut(lambda seed: language(seed, manual(), lambda: Transformer(64, 2, 48), 48, 8), 300),
-    "tied transformer": HeldOut(lambda seed: language(seed, manual(), lambda: Transformer(64, 2, 48, tied=True), 48, 8), 300),
-    "lstm": HeldOut(lambda seed: language(seed, manual(), lambda: LSTM(96), 32, 8), 300),
-    "long": HeldOut(noisy_labels, 6000),
-    "fine-tuning": HeldOut(shifted_text, 200, fine_tuning=True),
-    "lora": HeldOut(functools.partial(shifted_text, low_rank=True), 200, fine_tuning=True),
-    "new digits": HeldOut(new_digits, 100, fine_tuning=True),
+TASKS: dict[str, Task] = {
+    "mlp": Task(lambda seed: digits(seed, lambda: mlp([64, 128, 128, 10], nn.ReLU)), 200),
+    "wide mlp": Task(lambda seed: digits(seed, lambda: mlp([64, 512, 10], nn.ReLU)), 150),
+    "deep tanh": Task(lambda seed: digits(seed, lambda: mlp([64, *[48] * 9, 10], nn.Tanh)), 300),
+    "logistic": Task(lambda seed: digits(seed, lambda: nn.Linear(64, 10)), 300),
+    "bf16 mlp": Task(half_precision, 200),
+    "cnn": Task(lambda seed: digits(seed, cnn), 150),
+    "resnet": Task(lambda seed: digits(seed, resnet), 150),
+    "vit": Task(lambda seed: digits(seed, lambda: VisionTransformer(8, 2, 48, 2)), 250),
+    "autoencoder": Task(autoencoder, 400),
+    "tabular": Task(tabular, 200),
+    "linear": Task(linear, 200),
+    "ill-conditioned": Task(ill_conditioned, 400),
+    "physics": Task(physics, 400, solved=1e-5),
+    "reinforcement": Task(reinforcement, 150),
+    "transformer": Task(lambda seed: language(seed, manual(), lambda: Transformer(64, 2, 48), 48, 8), 300),
+    "tied transformer": Task(lambda seed: language(seed, manual(), lambda: Transformer(64, 2, 48, tied=True), 48, 8), 300),
+    "lstm": Task(lambda seed: language(seed, manual(), lambda: LSTM(96), 32, 8), 300),
+    "long": Task(noisy_labels, 6000),
+    "fine-tuning": Task(shifted_text, 200, fine_tuning=True),
+    "lora": Task(functools.partial(shifted_text, low_rank=True), 200, fine_tuning=True),
+    "new digits": Task(new_digits, 100, fine_tuning=True),
 }
 
 # With --data: MNIST and WikiText-2.
-MORE_TASKS: dict[str, HeldOut] = {
-    "mnist mlp": HeldOut(lambda seed: supervised(seed, mnist(), lambda: mlp([784, 128, 10], nn.ReLU), 64, F.cross_entropy), 300),
-    "mnist vit": HeldOut(lambda seed: supervised(seed, mnist(), lambda: VisionTransformer(28, 7, 48, 2), 32, F.cross_entropy), 300),
-    "wikitext transformer": HeldOut(lambda seed: language(seed, wikitext(), lambda: Transformer(80, 2, 64), 64, 8), 300),
-    "wikitext fine-tuning": HeldOut(
+MORE_TASKS: dict[str, Task] = {
+    "mnist mlp": Task(lambda seed: supervised(seed, mnist(), lambda: mlp([784, 128, 10], nn.ReLU), 64, F.cross_entropy), 300),
+    "mnist vit": Task(lambda seed: supervised(seed, mnist(), lambda: VisionTransformer(28, 7, 48, 2), 32, F.cross_entropy), 300),
+    "wikitext transformer": Task(lambda seed: language(seed, wikitext(), lambda: Transformer(80, 2, 64), 64, 8), 300),
+    "wikitext fine-tuning": Task(
         lambda seed: language(seed, wikitext(), lambda: loaded(Transformer(64, 2, 48), pretrained("manual")), 48, 8), 200, fine_tuning=True
     ),
 }

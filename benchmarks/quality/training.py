@@ -6,13 +6,16 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from development import TASKS as DEVELOPMENT
 from optimizers import GRIDS, LEARNED_NAMES, make
 from tasks import MORE_TASKS, TASKS, Problem
 
+PROBLEMS = TASKS | MORE_TASKS | DEVELOPMENT
 LENGTHS = (0.125, 0.25, 0.5, 2.0, 4.0)  # of the reference's runs, beside 1, in units of a task's steps
 EVALUATIONS = 40  # of a run
 Run = dict[str, Any]
@@ -30,7 +33,7 @@ def train(job: Job, pretrained: str) -> Run:
     task_name, optimizer_name, seed, length = job
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    task = (TASKS | MORE_TASKS)[task_name]
+    task = PROBLEMS[task_name]
     steps = max(1, round(task.steps * length))
     problem = task.make(seed)
     measure = problem.measure or problem.loss
@@ -74,6 +77,9 @@ class Results:
         self.runs[self.job(run)] = run
         with self.path.open("a") as file:
             file.write(json.dumps(run, separators=(",", ":")) + "\n")
+
+    def complete(self, task: str, names: Sequence[str], seeds: int) -> bool:
+        return all((task, name, seed, 1.0) in self.runs for name in names for seed in range(seeds))
 
     def best(self, task: str, family: str, seeds: int) -> str:
         """The setting of a family's grid with the lowest final training loss, mean over the seeds."""

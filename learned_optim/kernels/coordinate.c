@@ -20,6 +20,9 @@
 /* CHUNK: coordinates whose intermediate results fit into the L1 cache, and that share a scale in int8. */
 enum { CHUNK = 256, MAX_UNITS = 8, ODD = 2, EVEN = 3 };
 
+/* What a tensor has once, in the order of `PER_TENSOR` in `learned_optim/rule.py`. */
+enum { STEP, PER_TENSOR = 4 };
+
 /* Formats of stored state, as in `learned_optim/storage.py`. */
 enum { FLOAT32, BFLOAT16, INT8 };
 
@@ -30,7 +33,7 @@ static const float RELATIVE_FLOOR = 1e-8f, ABSOLUTE_FLOOR = 1e-20f, GRADIENT_BOU
 typedef struct {
     int64_t size;
     float *param; /* none where it is not fp32 or has gaps */
-    float *step, *correction, *usual; /* () */
+    float *once[PER_TENSOR]; /* () each */
     const float *grad;
     void *momentum, *second_moment;
     void *hidden, *cell;              /* (units, size) */
@@ -131,15 +134,15 @@ INLINE Ratio tanh_ratio(float x) {
 /* What each of `count` tensors has once, into rows for torch to compute with, and back. */
 void gather(const Tensor *tensors, int64_t count, float *rows) {
     for (int64_t k = 0; k < count; k++) {
-        const Tensor *t = &tensors[k];
-        rows[k] = *t->step, rows[count + k] = *t->correction, rows[2 * count + k] = *t->usual;
+        for (int64_t i = 0; i < PER_TENSOR; i++)
+            rows[i * count + k] = *tensors[k].once[i];
     }
 }
 
 void scatter(const Tensor *tensors, int64_t count, const float *rows) {
     for (int64_t k = 0; k < count; k++) {
-        const Tensor *t = &tensors[k];
-        *t->step = rows[k], *t->correction = rows[count + k], *t->usual = rows[2 * count + k];
+        for (int64_t i = 0; i < PER_TENSOR; i++)
+            *tensors[k].once[i] = rows[i * count + k];
     }
 }
 
@@ -226,7 +229,7 @@ EACH_CPU void moments(Job *job, float decay1, float decay2) {
                 second += v;
             }
             sums[0] += grad_square, sums[1] += momentum_square, sums[2] += product, sums[3] += second;
-            if (format != FLOAT32) random_bits(bits, begin, *tensor->step);
+            if (format != FLOAT32) random_bits(bits, begin, *tensor->once[STEP]);
             store(format, tensor->momentum, 0, begin, n, momentum, bits, 0);
             store(format, tensor->second_moment, 0, begin, n, second_moment, bits, 16);
         }
@@ -267,7 +270,7 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
     float *restrict direction = tensor->direction + begin;
     load(job->moment_format, tensor->momentum, 0, begin, n, s->momentum);
     load(job->moment_format, tensor->second_moment, 0, begin, n, s->second_moment);
-    if (format != FLOAT32) random_bits(s->bits, begin, *tensor->step);
+    if (format != FLOAT32) random_bits(s->bits, begin, *tensor->once[STEP]);
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) {
         float variance = s->second_moment[j] * inverse2 + floor;

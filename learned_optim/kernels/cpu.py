@@ -113,7 +113,7 @@ class Passes:
         return (totals / self.table[:, :1]).float().T
 
     def per_tensor(self, name: str, rows: Tensor) -> None:
-        """Runs "gather" or "scatter" on what tensors have once, (3, K)."""
+        """Runs "gather" or "scatter" on what tensors have once, (PER_TENSOR, K)."""
         getattr(library(), name)(self.table.data_ptr(), len(self.table), rows.data_ptr())
 
 
@@ -142,7 +142,7 @@ def step(
         direction += 4 * size
     passes = Passes(layout, table, [FORMATS.index(config.moment_format), FORMATS.index(config.lstm_format)])
 
-    rows = torch.empty(3, len(params), dtype=torch.float32)
+    rows = torch.empty(len(PER_TENSOR), len(params), dtype=torch.float32)
     passes.per_tensor("gather", rows)
     before = dict(zip(PER_TENSOR, rows, strict=True))
     *products, second_moment = passes.run("moments", 4, config.momentum, config.second_moment)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ from ..kernels import cpu
 from ..network import OptimizerNetwork
 from ..rule import PER_TENSOR, State
 from .unroll import Optimizees, is_large
-
-COORDINATES = ("momentum", "second_moment", "hidden", "cell")
 
 
 def serves(network: OptimizerNetwork, optimizees: Optimizees) -> bool:
@@ -43,15 +41,27 @@ class InPlaceRule:
     """
 
     def __init__(self, networks: Sequence[OptimizerNetwork], layout: Layout, state: State) -> None:
-        def apart(p: int, r: int) -> list[State]:
-            parts = {key: state[key][p, ..., r, :].split(layout.sizes, -1) for key in COORDINATES}
-            parts |= {key: state[key][p, r].unbind() for key in PER_TENSOR}
-            each = (dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True))
-            return [{key: value.clone(memory_format=torch.contiguous_format) for key, value in tensor.items()} for tensor in each]
+        def row(key: str, p: int, r: int) -> Tensor:
+            if key in PER_TENSOR:
+                return state[key][p, r].clone()
+            return torch.cat([part.reshape(-1) for part in state[key][p, ..., r, :].split(layout.sizes, -1)])
 
-        self.networks = [exact(network) for network in networks]
-        # Of each particle, replica and tensor.
-        self.states = [[apart(p, r) for r in range(state["step"].shape[1])] for p in range(len(networks))]
+        def views(key: str, row: Tensor) -> Sequence[Tensor]:
+            return row.unbind() if key in PER_TENSOR else [part.view(shape) for part, shape in self._parts(key, row)]
+
+        particles, replicas = state["step"].shape[:2]
+        self.networks, self.sizes = [exact(network) for network in networks], layout.sizes
+        self.shapes = {key: value.shape for key, value in state.items()}
+        # Of each key, particle and replica: one tensor after the other.
+        self.rows = {key: [[row(key, p, r) for r in range(replicas)] for p in range(particles)] for key in state}
+        # Of each particle, replica and tensor: its state, as views of those.
+        self.states = [
+            [
+                [dict(zip(state, each, strict=True)) for each in zip(*(views(key, self.rows[key][p][r]) for key in state), strict=True)]
+                for r in range(replicas)
+            ]
+            for p in range(particles)
+        ]
 
     def __call__(self, layout: Layout, grad: Tensor, state: State, total_steps: Tensor) -> tuple[Tensor, State]:
         change, count = torch.zeros_like(grad), len(layout.sizes)
@@ -62,13 +72,23 @@ class InPlaceRule:
         return change, state
 
     def hand_over(self) -> State:
-        """The state, (P, ...), of which nothing is left here: tensor by tensor, since there is no room for two."""
+        """The state, (P, ...), of which nothing is left here: key by key, since there is no room for two."""
+        self.states.clear()
+        return {key: self._joined(key, self.rows.pop(key)) for key in list(self.rows)}
 
-        def one(states: list[State], key: str) -> Tensor:
-            values = [state.pop(key) for state in states]
-            return torch.cat(values, -1) if key in COORDINATES else torch.stack(values)
+    def _joined(self, key: str, rows: list[list[Tensor]]) -> Tensor:
+        if key in PER_TENSOR:
+            return torch.stack([torch.stack(replicas) for replicas in rows])
+        whole = torch.empty(self.shapes[key])
+        for p, replicas in enumerate(rows):
+            for r, row in enumerate(replicas):
+                torch.cat([part.view(shape) for part, shape in self._parts(key, row)], -1, out=whole[p, ..., r, :])
+        return whole
 
-        def particle(replicas: list[list[State]], key: str) -> Tensor:
-            return torch.stack([one(states, key) for states in replicas], -2 if key in COORDINATES else 0)
-
-        return {key: torch.stack([particle(replicas, key) for replicas in self.states]) for key in (*PER_TENSOR, *COORDINATES)}
+    def _parts(self, key: str, row: Tensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+        """Each tensor's stretch of a row, and its shape."""
+        leading = self.shapes[key][1:-2]  # the hidden units, if any
+        return (
+            (part, (*leading, size))
+            for part, size in zip(row.split([leading.numel() * size for size in self.sizes]), self.sizes, strict=True)
+        )
