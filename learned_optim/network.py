@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .config import NetworkConfig
 from .features import EVEN, ODD, CoordinateFeatures
 
-# How much the controller's cosine goes on counting without a horizon, and its bound there, which lets noise cancel out.
-STEADY, BOUND = 0.4, 0.1
+# Without a horizon: the trend that says for certain that steps only bounce about, and the steps before it counts in full.
+BOUND, LEAD = 0.1, 30.0
 
 
 class CoordinateLSTM(nn.Module):
@@ -77,16 +77,16 @@ class Controller(nn.Module):
     its recent mean cosine between gradient and momentum, plus half of the mean over all tensors, at the tensor's step `t`, and
     `fading = 1 / (1 + t / patience)`, the logarithm `k` of the correction to the prior step size becomes
 
-        k' = k + rate * 2 (1 - t / T) * fading * (c if c > 0 else caution * c)      where the horizon `T` is known, else
-        k' = k + rate * (fading * max(c, 0) + STEADY * clamp(c, -BOUND, BOUND)),    both with |k'| <= 3.
+        k' = k + rate * 2 (1 - t / T) * fading * (c if c > 0 else caution * c)                  where the horizon `T` is known, else
+        k' = k + rate * fading * max(c, 0) - shrink * clamp(-c / BOUND, 0, 1) / (t + LEAD),     both with |k'| <= 3.
 
     A mean, since a single cosine scatters, and what counts for more on one side of zero than on the other would turn scatter into growth.
     Correcting fades, since once the scale is found what the cosine shows is the schedule and the noise. With a horizon the controller may
     be bolder at first, since annealing undoes what was too bold, and it must come to rest, or it would undo the annealing. Caution is
     small: a step that is right for the whole run overshoots along the steepest directions, and a greedy controller would take that for too
-    long. Without a horizon nothing else anneals. There a bounded cosine goes on counting: where steps only bounce about in the gradients'
-    noise it is negative on average (Pflug 1983; Chee & Toulis 2018, "Convergence diagnostics for stochastic gradient descent"), and they
-    shrink.
+    long. Without a horizon nothing else anneals. There a negative trend goes on counting: where steps only bounce about in the gradients'
+    noise it is negative (Pflug 1983; Chee & Toulis 2018, "Convergence diagnostics for stochastic gradient descent"), and then step sizes,
+    whose prior falls with the root of `t`, fall with `t` itself, as stochastic approximation wants (Robbins & Monro 1951).
     """
 
     def __init__(self) -> None:
@@ -94,6 +94,7 @@ class Controller(nn.Module):
         self.log_rate = nn.Parameter(torch.tensor(math.log(0.03)))
         self.log_patience = nn.Parameter(torch.tensor(math.log(300.0)))
         self.log_caution = nn.Parameter(torch.tensor(math.log(0.2)))
+        self.shrink = nn.Parameter(torch.tensor(0.5))
         self.power = nn.Parameter(torch.tensor(0.5))  # of a gradient's relative size, see step 5 in `rule`
 
     def forward(self, trend: Tensor, age: Tensor, progress: Tensor, known: Tensor, correction: Tensor) -> Tensor:
@@ -113,8 +114,8 @@ class Controller(nn.Module):
         longer, shorter = trend.clamp(min=0), trend.clamp(max=0)
         fading = 1 / (1 + age / self.log_patience.exp())
         annealed = 2 * (1 - progress) * fading * (longer + self.log_caution.exp() * shorter)
-        endless = fading * longer + STEADY * trend.clamp(-BOUND, BOUND)
-        return (correction + self.log_rate.exp() * torch.where(known > 0, annealed, endless)).clamp(-3, 3)
+        endless = self.log_rate.exp() * fading * longer - self.shrink * (-trend / BOUND).clamp(0, 1) / (age + LEAD)
+        return (correction + torch.where(known > 0, self.log_rate.exp() * annealed, endless)).clamp(-3, 3)
 
 
 class OptimizerNetwork(nn.Module):

@@ -142,9 +142,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
             state = self.state[param]
             if not state:
                 state = self.state[param] = init_state(param, network.config)
-            if param.grad is not None and param.numel():
+            grad = param.grad
+            if grad is not None and param.numel():
                 params.append(param)
-                grads.append(param.grad.detach())
+                grads.append(grad)
                 states.append(state)
                 groups.append(group)
         if not params:

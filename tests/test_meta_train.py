@@ -144,7 +144,7 @@ RATES = [("torch.optim.SGD", 0.1), ("torch.optim.AdamW", 0.1), ("learned_optim.L
 
 @pytest.mark.parametrize(("optimizer", "rate"), RATES)
 def test_any_optimizer_serves_as_meta_optimizer(optimizer: str, rate: float) -> None:
-    lengths = {"meta_steps": 40, "truncation": 8, "horizon_min": 8, "horizon_max": 8, "warm_restart": 0.0}
+    lengths = {"meta_steps": 60, "truncation": 8, "horizon_min": 8, "horizon_max": 8, "warm_restart": 0.0}
     changes = {"optimizer": optimizer, "optimizer_options": {}, "learning_rate": rate}
     families = {"tiny": lambda _: tiny_task(Generator().manual_seed(0))}
     history = meta_train(families, tiny_config(**lengths, **changes, reparametrize=0.0), network=slow_network()).meta_losses

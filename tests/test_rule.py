@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from learned_optim.config import NetworkConfig
 from learned_optim.features import Layout
-from learned_optim.network import BOUND, STEADY, OptimizerNetwork
+from learned_optim.network import BOUND, LEAD, OptimizerNetwork
 from learned_optim.rule import State, init_state, orthogonalize, update
 
 SHAPES = [(), (1,), (7,), (1, 6), (5, 3), (6, 1), (3, 8), (4, 3, 2, 2), (4, 12), (8, 3)]  # the last three have one kind of fans twice
@@ -305,6 +305,7 @@ def test_orthogonalize_keeps_the_singular_vectors(generator: torch.Generator, sh
 def schedule_alone(network: OptimizerNetwork) -> None:
     """Neither the hypergradient nor the gradient's size changes a step."""
     network.controller.log_rate.fill_(-math.inf)
+    network.controller.shrink.zero_()
     network.controller.power.zero_()
 
 
@@ -355,8 +356,8 @@ def test_steps_grow_while_gradients_agree_and_shrink_where_they_turn_back(untrai
         trend += (cosine - trend) / min(age, 10)
         fading = 1 / (1 + age / 10)
         annealed = 2 * (1 - (age - 1) / horizon) * fading * (trend if trend > 0 else caution * trend)
-        endless = fading * max(trend, 0) + STEADY * min(max(trend, -BOUND), BOUND)
-        rises.append(0.3 * (annealed if math.isfinite(horizon) else endless))
+        endless = 0.3 * fading * max(trend, 0) - 0.5 * min(max(-trend / BOUND, 0), 1) / (age + LEAD)
+        rises.append(0.3 * annealed if math.isfinite(horizon) else endless)
     assert min(rises) < 0 < max(rises)
     assert corrections == pytest.approx(list(itertools.accumulate(rises)), rel=1e-4)
 
@@ -369,11 +370,10 @@ def test_scatter_moves_no_step_size(untrained: OptimizerNetwork, generator: torc
 
 
 def test_without_a_horizon_steps_shrink_where_gradients_are_noise_that_turns_back(untrained: OptimizerNetwork) -> None:
-    """However late; with a horizon it is the annealing that does this."""
-    rate = untrained.controller.log_rate.exp().item()
+    """However late: as one over the root of the time, beside the prior that does so too; with a horizon annealing does it."""
     grads = [[(-1.0) ** t * torch.tensor([1.0, -2.0, 3.0])] for t in range(400)]
     early, late = (run(untrained, grads[0], grads[:count])[1]["correction"].item() for count in (200, 400))
-    assert late == pytest.approx(early - 200 * rate * STEADY * BOUND, rel=0.02)
+    assert late == pytest.approx(early - 0.5 * math.log((400 + LEAD) / (200 + LEAD)), rel=0.02)
 
 
 def test_the_correction_is_bounded_and_acts_on_the_step_size(untrained: OptimizerNetwork) -> None:
@@ -550,7 +550,7 @@ def test_meta_gradient_matches_finite_differences(generator: torch.Generator, to
         with torch.no_grad():
             weight.add_(direction, alpha=width)
         slope = (gradient * direction).sum().item()
-        unused = name == "controller.log_caution" and math.isinf(total_steps)
+        unused = name == ("controller.log_caution" if math.isinf(total_steps) else "controller.shrink")
         assert (slope == 0) == unused, name
         assert (values[0] - values[1]) / (2 * width) == pytest.approx(slope, rel=1e-4, abs=1e-8), name
 

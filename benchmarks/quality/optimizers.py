@@ -119,6 +119,8 @@ def without_lstm(network: OptimizerNetwork) -> None:
 
 def without_controller(network: OptimizerNetwork) -> None:
     network.controller.log_rate.data.fill_(-math.inf)
+    network.controller.shrink.data.zero_()
+    network.controller.power.data.zero_()
 
 
 def skeleton(network: OptimizerNetwork) -> None:

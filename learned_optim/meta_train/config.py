@@ -26,7 +26,7 @@ class MetaTrainConfig:
             are those of `OptimizerNetwork` and, for learned initial parameters, "initial". See `learned_optim.meta_train.estimators`:
             "exact" and "first_order" backprop, "pes", "es", "reptile" (initial parameters only), and "frozen" for what stays as it is.
         held: values at which frozen scalars of the network are held during the run, by name; at its end they get their own back. A
-            "controller.log_rate" of -30, say, keeps the hypergradient out of it.
+            "controller.log_rate" of -30 and a "controller.shrink" of 0, say, keep the hypergradient out of it.
         truncation: optimizee steps that one meta-gradient sees at most. Backprop makes step sizes too small where this is less than the
             horizon (Wu et al. 2018, "Understanding short-horizon bias in stochastic meta-optimization"); PES does not.
         recompute: keep the optimizees at every sqrt(truncation)-th step only and compute the steps between once more on the way back. The
