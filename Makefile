@@ -22,8 +22,8 @@ lint: $(VENV)/test.stamp ## check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# constraints.txt pins torch too: left to itself, pip would take the newest one.
-$(VENV)/%.stamp: pyproject.toml constraints.txt | $(BIN)/python
+# constraints.txt pins torch too: left to itself, pip would take the newest one. The kernel is compiled when the package is installed.
+$(VENV)/%.stamp: pyproject.toml constraints.txt learned_optim/kernels/coordinate.c | $(BIN)/python
 	@echo "Installing into $(VENV); the first time, PyTorch takes a few minutes."
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS_$*)]"
 	@touch $@

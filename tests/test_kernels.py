@@ -182,6 +182,16 @@ def test_passes_do_not_depend_on_threads(threads: Callable[[int], None]) -> None
     assert results[0].equal(results[2])
 
 
+def test_a_kernel_of_another_version_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone that was updated and not installed again has a table of tensors that the compiled file would misread."""
+    monkeypatch.setattr(cpu, "COLUMNS", cpu.COLUMNS + 1)
+    cpu.library.cache_clear()
+    try:
+        assert cpu.library() is None
+    finally:
+        cpu.library.cache_clear()
+
+
 def test_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     network = acting_network()
     expected, _ = run("reference", network, lambda step: gradients(step, 1.0))

@@ -131,6 +131,9 @@ INLINE Ratio tanh_ratio(float x) {
     return (Ratio){x * p, q};
 }
 
+/* How many numbers describe a tensor, for the caller to check that it was written for this file. */
+int64_t columns(void) { return sizeof(Tensor) / sizeof(int64_t); }
+
 /* What each of `count` tensors has once, into rows for torch to compute with, and back. */
 void gather(const Tensor *tensors, int64_t count, float *rows) {
     for (int64_t k = 0; k < count; k++) {

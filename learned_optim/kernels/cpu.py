@@ -27,6 +27,11 @@ from ..rule import ADAMW_UPDATE_RMS, PER_TENSOR, Clock, State, is_orthogonal, or
 BLOCK = 2**14  # coordinates that a thread takes at once
 MAX_UNITS = 8  # as in the C file
 
+# A row of the table of tensors has the size, the parameter, these pieces of state (None is the gradient), and the direction.
+KEYS = (*PER_TENSOR, None, "momentum", "second_moment", "hidden", "cell")
+SCALES = ("hidden_scale", "cell_scale")
+COLUMNS = 2 + len(KEYS) + len(SCALES) + 1
+
 
 class Job(ctypes.Structure):
     """See the C file."""
@@ -43,11 +48,13 @@ class Network(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled passes, or None where the package was installed without them."""
+    """The compiled passes, or None where the package was installed without them, or with those of another version."""
     found = importlib.util.find_spec(f"{__package__}.coordinate")
     if found is None or found.origin is None:
         return None
     loaded, job = ctypes.CDLL(found.origin), ctypes.POINTER(Job)
+    if not hasattr(loaded, "columns") or loaded.columns() != COLUMNS:  # a clone that was updated and not installed again
+        return None
     loaded.moments.argtypes = [job, ctypes.c_float, ctypes.c_float]
     loaded.directions.argtypes = [job, ctypes.POINTER(Network), ctypes.c_void_p]
     loaded.apply.argtypes = [job, ctypes.c_void_p]
@@ -60,8 +67,8 @@ def trouble(network: OptimizerNetwork) -> str | None:
     """Why the compiled passes cannot run this network, or None."""
     if library() is None:
         return (
-            "learned_optim was installed without its compiled kernel: there was no C compiler, or it failed. Install gcc or clang, and "
-            "then the package again, with pip's options --force-reinstall --no-deps."
+            "learned_optim was installed without its compiled kernel, or with that of another version: there was no C compiler, it failed, "
+            "or the code has changed since. Install gcc or clang, and then the package again, with pip's options --force-reinstall --no-deps."
         )
     if network.config.hidden_units > MAX_UNITS:
         return f"the compiled kernel runs networks of up to {MAX_UNITS} hidden units, and this one has {network.config.hidden_units}."
@@ -132,12 +139,11 @@ def step(
     flat = [grad if grad.dtype == torch.float32 and grad.is_contiguous() else grad.float().contiguous() for grad in grads]
     directions = torch.empty(sum(layout.sizes), dtype=torch.float32)
     fused = [param.dtype == torch.float32 and param.is_contiguous() for param in params]
-    keys = [*PER_TENSOR, None, "momentum", "second_moment", "hidden", "cell"]
     table, direction = [], directions.data_ptr()
     for size, param, fuse, grad, state in zip(layout.sizes, params, fused, flat, states, strict=True):
         table += [size, param.data_ptr() if fuse else 0]
-        table += [state[key].data_ptr() if key else grad.data_ptr() for key in keys]
-        table += [state[key].data_ptr() if key in state else 0 for key in ("hidden_scale", "cell_scale")]
+        table += [state[key].data_ptr() if key else grad.data_ptr() for key in KEYS]
+        table += [state[key].data_ptr() if key in state else 0 for key in SCALES]
         table.append(direction)
         direction += 4 * size
     passes = Passes(layout, table, [FORMATS.index(config.moment_format), FORMATS.index(config.lstm_format)])
