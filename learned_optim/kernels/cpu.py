@@ -67,8 +67,8 @@ def trouble(network: OptimizerNetwork) -> str | None:
     """Why the compiled passes cannot run this network, or None."""
     if library() is None:
         return (
-            "learned_optim was installed without its compiled kernel, or with that of another version: there was no C compiler, it failed, "
-            "or the code has changed since. Install gcc or clang, and then the package again, with pip's options --force-reinstall --no-deps."
+            "learned_optim was installed without its compiled kernel, or with that of another version: there was no C compiler, or the "
+            "code has changed since. Install gcc or clang, and then the package again, with pip's options --force-reinstall --no-deps."
         )
     if network.config.hidden_units > MAX_UNITS:
         return f"the compiled kernel runs networks of up to {MAX_UNITS} hidden units, and this one has {network.config.hidden_units}."
