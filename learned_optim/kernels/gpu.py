@@ -42,9 +42,11 @@ MATRIX_DTYPE = torch.bfloat16  # that matrices are orthogonalised in, as in Muon
 PLACES = ("momentum", "second_moment", "hidden", "cell", "hidden_scale", "cell_scale", "direction")
 FIELDS = ("size", "aligned", "orthogonal", "first", *PER_TENSOR, "param", "param_type", "grad", "grad_type", *PLACES)
 _COLUMNS = tl.constexpr(len(FIELDS))
-_SIZE, _ALIGNED, _, _FIRST, _PER_TENSOR, _, _, _PARAM, _PARAM_TYPE, _GRAD, _GRAD_TYPE = map(tl.constexpr, range(11))
 _KEPT = tl.constexpr(len(PER_TENSOR))
-_MOMENTUM, _SECOND_MOMENT, _HIDDEN, _CELL, _HIDDEN_SCALE, _CELL_SCALE, _DIRECTION = map(tl.constexpr, range(11, len(FIELDS)))
+_PER_TENSOR, _SIZE, _ALIGNED, _FIRST, _PARAM, _PARAM_TYPE, _GRAD, _GRAD_TYPE = (
+    tl.constexpr(FIELDS.index(name)) for name in (PER_TENSOR[0], "size", "aligned", "first", "param", "param_type", "grad", "grad_type")
+)
+_MOMENTUM, _SECOND_MOMENT, _HIDDEN, _CELL, _HIDDEN_SCALE, _CELL_SCALE, _DIRECTION = (tl.constexpr(FIELDS.index(name)) for name in PLACES)
 
 _FLOAT32, _BFLOAT16, _INT8 = map(tl.constexpr, range(len(FORMATS)))
 _ALIGNMENT, _BLOCK, _GROUP, _ROWS = (tl.constexpr(n) for n in (ALIGNMENT, BLOCK, storage.BLOCK, BLOCK // storage.BLOCK))
