@@ -88,6 +88,7 @@ def test_development_tasks_have_data_of_their_own(quality: Any, monkeypatch: pyt
 
     for name in ("scikit_learn", "manual", "docstrings", "mnist", "wikitext"):
         monkeypatch.setattr(quality.tasks, name, refuse)
+        assert not hasattr(quality.development, name)  # a name of its own would escape that
     for task in quality.development.TASKS.values():
         task.make(0).batch()
 

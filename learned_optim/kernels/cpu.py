@@ -120,7 +120,7 @@ class Passes:
         return (totals / self.table[:, :1]).float().T
 
     def per_tensor(self, name: str, rows: Tensor) -> None:
-        """Runs "gather" or "scatter" on what tensors have once, (PER_TENSOR, K)."""
+        """Runs "gather" or "scatter" on what tensors have once, (len(PER_TENSOR), K)."""
         getattr(library(), name)(self.table.data_ptr(), len(self.table), rows.data_ptr())
 
 
