@@ -65,7 +65,7 @@ BLOCK = 2**15  # coordinates of a block; its intermediate results then fit into 
 
 
 def init_state(layout: Layout, config: NetworkConfig, leading: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> State:
-    """The state of tensors that have seen no gradient: zeros.
+    """The state of tensors that have seen no gradient: zeros, which take no memory.
 
     `step`, each tensor's clock, `trend`, the recent cosine of its gradient and momentum, `correction`, the logarithm of its step size's,
     and `usual`, its usual mean second moment, are (..., K); `momentum` and `second_moment` are (..., N), `hidden` and `cell` (H, ..., N).
@@ -81,7 +81,7 @@ def init_state(layout: Layout, config: NetworkConfig, leading: tuple[int, ...] =
         "hidden": (config.hidden_units, *leading, size),
         "cell": (config.hidden_units, *leading, size),
     }
-    return {key: torch.zeros(shape, dtype=dtype, device=layout.device) for key, shape in shapes.items()}
+    return {key: torch.zeros((), dtype=dtype, device=layout.device).expand(shape) for key, shape in shapes.items()}
 
 
 def update(network: OptimizerNetwork, layout: Layout, grad: Tensor, state: State, total_steps: Tensor) -> tuple[Tensor, State]:
