@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TIMM := .venv-timm
 
 .PHONY: help demo test test-integrations lint
 
@@ -14,8 +15,9 @@ demo: $(VENV)/demo.stamp ## compare the learned optimizer with tuned AdamW on sm
 test: $(VENV)/test.stamp ## run the tests
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile
 
-test-integrations: $(VENV)/test-integrations.stamp ## run the tests against transformers, accelerate, peft, trl, lightning and others
+test-integrations: $(VENV)/test-integrations.stamp $(TIMM)/stamp ## run the tests against transformers, trl, lightning, timm and others
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile $(INTEGRATIONS)
+	$(TIMM)/bin/pytest -k timm $(INTEGRATIONS)
 
 lint: $(VENV)/test.stamp ## check style, formatting and types
 	$(BIN)/ruff check .
@@ -33,5 +35,11 @@ EXTRAS_test := demo,test
 EXTRAS_test-integrations := demo,test-integrations
 INTEGRATIONS := $(addprefix tests/,test_trainer.py test_trl.py test_frameworks.py test_integration_examples.py)
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+# timm needs torchvision, which loads only beside the build of torch that it was made with: an environment of their own, of some 5 GB.
+$(TIMM)/stamp: pyproject.toml constraints-timm.txt learned_optim/kernels/coordinate.c | $(TIMM)/bin/python
+	@echo "Installing torch, torchvision and timm into $(TIMM), which takes some minutes."
+	$(TIMM)/bin/python -m pip install --quiet -c constraints-timm.txt -e ".[test-timm]"
+	@touch $@
+
+%/bin/python:
+	$(PYTHON) -m venv $*

@@ -164,7 +164,7 @@ def test_sentence_transformers_trains_with_the_helper(tmp_path: Path) -> None:
 
 
 def test_timms_registry_makes_the_optimizer() -> None:
-    pytest.importorskip("timm", reason="needs timm, and the build of torchvision that fits torch's", exc_type=Exception)
+    pytest.importorskip("timm", reason="needs timm: make test-integrations", exc_type=Exception)
     from timm.optim import OptimInfo, create_optimizer_v2
     from timm.optim._optim_factory import default_registry
 
