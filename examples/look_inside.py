@@ -68,7 +68,7 @@ def training(network, steps: int, horizon: int | None) -> tuple[list[float], dic
     """Trains a transformer: losses, each tensor's step sizes by name, and the hidden states of 12 weights of a layer, (T, H, 12).
 
     A step size is the change's length in the units that the rule gives tensors of its kind: the spectral norm of a matrix over
-    sqrt(fan_out / fan_in), the root mean square of a vector over its constant.
+    sqrt(max(1, fan_out / fan_in)), the root mean square of a vector over its constant.
     """
     data = text_samplers(Generator().manual_seed(0), LENGTH, 16)[0]
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ def training(network, steps: int, horizon: int | None) -> tuple[list[float], dic
         losses.append(loss.item())
         for (name, param), old in zip(model.named_parameters(), before, strict=True):
             change = param.detach() - old
-            unit = gain if change.ndim < 2 else math.sqrt(change.shape[0] / change.shape[1])
+            unit = gain if change.ndim < 2 else math.sqrt(max(1, change.shape[0] / change.shape[1]))
             length = change.square().mean().sqrt() if change.ndim < 2 else torch.linalg.matrix_norm(change, 2)
             sizes[name].append(length.item() / unit)
         hidden.append(optimizer.state[watched]["hidden"].flatten(1)[:, :: watched.numel() // 12].float().clone())

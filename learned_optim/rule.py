@@ -15,9 +15,9 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
 3. **Direction.** Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise
    LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`.
 4. **Length.** The direction loses its length, so that the LSTM cannot change the step size by accident. A matrix (fan_out x fan_in;
-   convolution kernels flattened) is orthogonalised by Newton-Schulz (Muon, Jordan et al. 2024) and given a spectral norm of
-   :math:`\sqrt{fan_{out}/fan_{in}}`, the size that transfers over widths (Bernstein & Newhouse 2024, "Modular duality in deep learning").
-   Any other tensor is divided by its root mean square and scaled by a learned constant.
+   convolution kernels flattened) is orthogonalised by Newton-Schulz and given a spectral norm of
+   :math:`\sqrt{\max(1, fan_{out}/fan_{in})}` (Muon, Jordan et al. 2024). Any other tensor is divided by its root mean square and scaled by
+   a learned constant.
 5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t} \, r_t^p \, d_t`. The relative size :math:`r_t \le 1` is the
    root of the tensor's mean second moment over its mean so far: a direction of fixed length would go on as before where gradients have
    all but vanished. The schedule :math:`s` is constant and
@@ -34,7 +34,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,7 +84,14 @@ def init_state(layout: Layout, config: NetworkConfig, leading: tuple[int, ...] =
     return {key: torch.zeros((), dtype=dtype, device=layout.device).expand(shape) for key, shape in shapes.items()}
 
 
-def update(network: OptimizerNetwork, layout: Layout, grad: Tensor, state: State, total_steps: Tensor) -> tuple[Tensor, State]:
+def update(
+    network: OptimizerNetwork,
+    layout: Layout,
+    grad: Tensor,
+    state: State,
+    total_steps: Tensor,
+    matrix_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, State]:
     """One step of the rule for all tensors at once.
 
     Args:
@@ -92,6 +99,7 @@ def update(network: OptimizerNetwork, layout: Layout, grad: Tensor, state: State
         grad: gradients, (..., N), in the network's dtype.
         state: see `init_state`.
         total_steps: each tensor's horizon in steps, (..., K); infinite where it is not known.
+        matrix_dtype: what large matrices are orthogonalised in; None is the network's.
 
     Returns:
         what to add to the parameters, (..., N), and the new state.
@@ -100,7 +108,7 @@ def update(network: OptimizerNetwork, layout: Layout, grad: Tensor, state: State
     # 1. Moments
     momentum = torch.lerp(grad, state["momentum"], config.momentum)
     second_moment = torch.lerp(grad.square(), state["second_moment"], config.second_moment)
-    products = layout.mean(torch.stack([grad.square(), state["momentum"].square(), grad * state["momentum"]]))
+    products = torch.stack([layout.mean(part) for part in (grad.square(), state["momentum"].square(), grad * state["momentum"])])
 
     # 2. Step size
     clock = Clock.after(state["step"], layout.mean(second_moment), config)
@@ -115,8 +123,9 @@ def update(network: OptimizerNetwork, layout: Layout, grad: Tensor, state: State
     direction, hidden, cell = blockwise(direct, layout, [grad, momentum, second_moment, state["hidden"], state["cell"]])
 
     # 4. Length, 5. Update
-    change = -layout.spread(step_size) * torch.cat(normalize(direction.split(layout.sizes, -1), layout, network), -1)
-    return change, per_tensor | {"momentum": momentum, "second_moment": second_moment, "hidden": hidden, "cell": cell}
+    directions = normalize(direction.split(layout.sizes, -1), layout, network, matrix_dtype)
+    change = [-size * direction for size, direction in zip(step_size.split(1, -1), directions, strict=True)]
+    return torch.cat(change, -1), per_tensor | {"momentum": momentum, "second_moment": second_moment, "hidden": hidden, "cell": cell}
 
 
 class Clock(NamedTuple):
@@ -184,9 +193,11 @@ def blockwise(function: Callable[..., tuple[Tensor, ...]], layout: Layout, tenso
     return [torch.cat(pieces, -1) for pieces in zip(*parts, strict=True)]
 
 
-def normalize(directions: Sequence[Tensor], layout: Layout, network: OptimizerNetwork) -> list[Tensor]:
+def normalize(
+    directions: Sequence[Tensor], layout: Layout, network: OptimizerNetwork, matrix_dtype: torch.dtype | None = None
+) -> list[Tensor]:
     """Each tensor's direction (..., n) with the length that its shape calls for (step 4 of the method)."""
-    matrices = orthogonalize_all(directions, layout, network.config)
+    matrices = orthogonalize_all(directions, layout, network.config, matrix_dtype)
     vectors = {
         k: part * vector_scale(network, part.square().mean(-1, keepdim=True)) for k, part in enumerate(directions) if k not in matrices
     }
@@ -206,8 +217,8 @@ def vector_scale(network: OptimizerNetwork, mean_square: Tensor) -> Tensor:
 def orthogonalize_all(
     directions: Sequence[Tensor], layout: Layout, config: NetworkConfig, dtype: torch.dtype | None = None
 ) -> dict[int, Tensor]:
-    """The directions (..., n) of matrices, by index, orthogonalised and with spectral norms of sqrt(fan_out / fan_in); `dtype` as in
-    `orthogonalize`."""
+    """The directions (..., n) of matrices, by index, orthogonalised and with spectral norms of sqrt(max(1, fan_out / fan_in)); `dtype` as
+    in `orthogonalize`."""
     found: dict[int, Tensor] = {}
     groups: dict[tuple[int, int], list[int]] = {}  # matrices of one shape are orthogonalised together
     for k, orthogonal in enumerate(is_orthogonal(layout, config)):
@@ -216,7 +227,7 @@ def orthogonalize_all(
     for (fan_out, fan_in), members in groups.items():
         matrices = torch.stack([directions[k].unflatten(-1, (fan_out, fan_in)) for k in members])
         fast = dtype if min(fan_out, fan_in) >= SMALL else None
-        matrices = math.sqrt(fan_out / fan_in) * orthogonalize(matrices, config.orthogonalize_steps, fast)
+        matrices = math.sqrt(max(1.0, fan_out / fan_in)) * orthogonalize(matrices, config.orthogonalize_steps, fast)
         found |= zip(members, matrices.flatten(-2).unbind(), strict=True)
     return found
 
@@ -229,11 +240,43 @@ def orthogonalize(matrix: Tensor, steps: int, dtype: torch.dtype | None = None) 
         steps: iterations; 5 bring singular values above 1e-3 of the Frobenius norm to within about [0.7, 1.2].
         dtype: of the iteration and of what is returned; None is the matrix's.
     """
-    a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[-2] > matrix.shape[-1]
     wide = matrix.mT if tall else matrix
     wide = (wide * (wide.square().sum((-2, -1), keepdim=True) + EPSILON).rsqrt()).to(dtype or matrix.dtype)
     for _ in range(steps):
-        gram = wide @ wide.mT
-        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+        wide = newton_schulz(wide)[0] if wide.shape[-2] < SMALL else NewtonSchulz.apply(wide)[0]  # type: ignore[no-untyped-call]
     return wide.mT if tall else wide
+
+
+def newton_schulz(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One iteration: the new matrix, and what its derivative needs, the Gram matrix and the polynomial of it."""
+    a, b, c = NEWTON_SCHULZ
+    gram = wide @ wide.mT
+    polynomial = b * gram + c * gram @ gram
+    return a * wide + polynomial @ wide, gram, polynomial
+
+
+class NewtonSchulz(torch.autograd.Function):
+    """`newton_schulz` with a derivative of four products instead of the six of automatic differentiation, which cannot know that two of
+    its matrices are symmetric."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return newton_schulz(wide)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:  # type: ignore[override]
+        a, b, c = NEWTON_SCHULZ
+        wide, gram, polynomial = ctx.saved_tensors
+        slope = grad @ wide.mT
+        slope = (slope + slope.mT) / 2  # of the polynomial, as far as it acts on symmetric matrices
+        product = slope @ gram
+        slope = b * slope + c * (product + product.mT)  # of the Gram matrix
+        return a * grad + polynomial @ grad + 2 * slope @ wide

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from learned_optim.config import NetworkConfig
 from learned_optim.features import Layout
 from learned_optim.network import BOUND, LEAD, OptimizerNetwork
-from learned_optim.rule import State, init_state, orthogonalize, update
+from learned_optim.rule import SMALL, State, init_state, newton_schulz, orthogonalize, update
 
 SHAPES = [(), (1,), (7,), (1, 6), (5, 3), (6, 1), (3, 8), (4, 3, 2, 2), (4, 12), (8, 3)]  # the last three have one kind of fans twice
 MATRICES = [(16, 16), (32, 8), (8, 32), (12, 3, 3, 3)]
@@ -257,11 +257,11 @@ def test_convolution_kernel_counts_as_its_flattened_matrix(network: OptimizerNet
 
 @pytest.mark.parametrize("shape", MATRICES, ids=str)
 def test_spectral_norm_of_matrix_updates(untrained: OptimizerNetwork, generator: torch.Generator, shape: tuple[int, ...]) -> None:
-    """sqrt(fan_out / fan_in) times the step size, to the accuracy of the Newton-Schulz iteration."""
+    """sqrt(max(1, fan_out / fan_in)) times the step size, to the accuracy of the Newton-Schulz iteration."""
     params, gradients = draw([shape], generator), [draw([shape], generator)]
     change = run(untrained, params, gradients, total_steps=1000.0)[0][0][0].flatten(1)
     fan_out, fan_in = change.shape
-    expected = untrained.log_step_size.exp().item() * math.sqrt(fan_out / fan_in)
+    expected = untrained.log_step_size.exp().item() * math.sqrt(max(1.0, fan_out / fan_in))
     assert 0.6 < torch.linalg.matrix_norm(change, 2).item() / expected < 1.3
 
 
@@ -288,6 +288,27 @@ def test_matrices_without_orthogonalisation_are_sized_as_vectors(generator: torc
     plain = OptimizerNetwork(NetworkConfig(orthogonalize_steps=0)).requires_grad_(False)
     change = run(plain, draw([(6, 5)], generator), [draw([(6, 5)], generator)], total_steps=1000.0)[0][0][0]
     assert rms(change) == pytest.approx((plain.log_step_size + plain.log_vector_gain).exp().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(SMALL, SMALL + 9), (3, SMALL + 5, SMALL)], ids=str)
+def test_derivative_of_large_matrices(generator: torch.Generator, shape: tuple[int, ...]) -> None:
+    """It is written by hand, and equals that of the operations one by one; so does what vmap makes of it."""
+    matrix, weight = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def plain(matrix: Tensor) -> Tensor:
+        wide = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
+        wide = wide / wide.square().sum((-2, -1), keepdim=True).sqrt()
+        for _ in range(3):
+            wide = newton_schulz(wide)[0]
+        return wide.mT if matrix.shape[-2] > matrix.shape[-1] else wide
+
+    def slope(function: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.func.grad(lambda matrix: (function(matrix) * weight).sum())(matrix)
+
+    expected = slope(plain)
+    torch.testing.assert_close(slope(lambda matrix: orthogonalize(matrix, 3)), expected, rtol=1e-9, atol=1e-12)
+    if len(shape) == 3:
+        torch.testing.assert_close(slope(torch.func.vmap(lambda matrix: orthogonalize(matrix, 3))), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (20, 7), (7, 20)], ids=str)

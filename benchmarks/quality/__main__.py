@@ -25,13 +25,16 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from development import TASKS as DEVELOPMENT
-from optimizers import ABLATED, DEFAULTS, GRIDS, LEARNED_NAMES, REFERENCE, SENSITIVITY
+from optimizers import ABLATED, DEFAULTS, GRIDS, LEARNED_NAMES, REFERENCE, SENSITIVITY, STORED
 from report import report
 from tasks import MORE_TASKS, TASKS
 from training import LENGTHS, PROBLEMS, Job, Results, train
 
 from learned_optim import load_network
 from learned_optim.weights import fingerprint
+
+
+PARTS = ["baselines", "learned", "ablations", "sensitivity", "state"]
 
 
 def wanted(tasks: list[str], results: Results, seeds: int, parts: set[str]) -> list[Job]:
@@ -44,7 +47,7 @@ def wanted(tasks: list[str], results: Results, seeds: int, parts: set[str]) -> l
             jobs += [(task, best, seed, length) for seed, length in itertools.product(range(seeds), LENGTHS)]
         names = [*itertools.chain(*GRIDS.values()), *DEFAULTS] if "baselines" in parts else []
         names += [*(LEARNED_NAMES if "learned" in parts else ()), *(ABLATED if "ablations" in parts else ())]
-        names += SENSITIVITY if "sensitivity" in parts else []
+        names += [*(SENSITIVITY if "sensitivity" in parts else ()), *(STORED if "state" in parts else ())]
         jobs += [(task, name, seed, 1.0) for name in names for seed in range(seeds)]
     return [job for job in dict.fromkeys(jobs) if job not in results.runs]
 
@@ -57,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="*", choices=list(PROBLEMS), metavar="TASK", help="all held-out ones by default")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--development", action="store_true", help="the tasks that weights and rules are chosen on")
-    parser.add_argument("--parts", nargs="*", default=["baselines", "learned", "ablations", "sensitivity"], help="beside tuned AdamW")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="beside tuned AdamW; all by default")
     parser.add_argument("--seeds", type=int, default=3)
     kind.add_argument("--data", type=Path, help="folder with mnist/ and wikitext-2/: adds their tasks")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side, each on one thread")

@@ -6,6 +6,7 @@ steps; "constant" stays there, "cosine" and "linear" fall to zero. What is tuned
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -133,21 +134,29 @@ ABLATIONS: dict[str, Callable[[OptimizerNetwork], None]] = {
     "-controller": without_controller,
     "skeleton": skeleton,
 }
+# How the optimizer keeps its state between steps, beside what the weights' configuration says.
+STATES: dict[str, dict[str, str]] = {
+    "fp32-state": {"moment_format": "float32", "lstm_format": "float32"},
+    "small-state": {"moment_format": "bfloat16", "lstm_format": "int8"},
+}
 LEARNED, HORIZON = "learned", "learned+T"
 MULTIPLIERS = (0.3, 3.0)
 LEARNED_NAMES = [LEARNED, HORIZON]
 SENSITIVITY = [f"{mode} x{multiplier:g}" for mode in LEARNED_NAMES for multiplier in MULTIPLIERS]
 # The skeleton gets the best of three constants; the other two are what `lr` makes of it.
 ABLATED = [f"{mode} {off}" for mode in LEARNED_NAMES for off in (*ABLATIONS, "skeleton x3", "skeleton x10")]
+STORED = [f"{mode} {state}" for mode in LEARNED_NAMES for state in STATES]
 
 
 def learned(name: str, params: Iterable[nn.Parameter], pretrained: str, steps: int) -> Trained:
-    """ "learned" or "learned+T" (with the horizon), then perhaps an ablation, and "x0.3" for another multiplier."""
+    """ "learned" or "learned+T" (with the horizon), then perhaps an ablation or a format of state, and "x0.3" for another multiplier."""
     mode, *changes = name.split()
     network, lr = load_network(pretrained), 1.0
     for change in changes:
         if change.startswith("x"):
             lr = float(change[1:])
+        elif change in STATES:
+            network.config = dataclasses.replace(network.config, **STATES[change])  # type: ignore[arg-type]
         else:
             ABLATIONS[change](network)
     return Trained(LearnedOptimizer(params, network, lr=lr, total_steps=steps if mode == HORIZON else None))

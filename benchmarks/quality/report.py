@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimizers import ABLATED, DEFAULTS, GRIDS, HORIZON, LEARNED, LEARNED_NAMES, REFERENCE, SENSITIVITY
+from optimizers import ABLATED, DEFAULTS, GRIDS, HORIZON, LEARNED, LEARNED_NAMES, REFERENCE, SENSITIVITY, STORED
 from training import LENGTHS, PROBLEMS, Results, final
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666", "#E69F00", "#56B4E9")  # Okabe & Ito (2008)
@@ -83,7 +83,8 @@ def report(tasks: list[str], results: Results, seeds: int, out: Path) -> None:
 
     tuned = {family: {task: results.best(task, family, seeds) for task in tasks} for family, grid in GRIDS.items() if complete(*grid)}
     columns = {f"{family} tuned": names for family, names in tuned.items()}
-    columns |= {name: dict.fromkeys(tasks, name) for name in [*LEARNED_NAMES, *DEFAULTS, *SENSITIVITY, *ABLATED] if complete(name)}
+    untuned = [*LEARNED_NAMES, *DEFAULTS, *SENSITIVITY, *ABLATED, *STORED]
+    columns |= {name: dict.fromkeys(tasks, name) for name in untuned if complete(name)}
     figures: dict[str, dict[str, Any]] = {}
     for column, names in columns.items():
         by_task = {}

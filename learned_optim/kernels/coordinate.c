@@ -33,12 +33,12 @@ static const float RELATIVE_FLOOR = 1e-8f, ABSOLUTE_FLOOR = 1e-20f, GRADIENT_BOU
 typedef struct {
     int64_t size;
     float *param; /* none where it is not fp32 or has gaps */
-    float *once[PER_TENSOR]; /* () each */
     const float *grad;
+    float *direction;
+    float *once[PER_TENSOR]; /* () each */
     void *momentum, *second_moment;
     void *hidden, *cell;              /* (units, size) */
     float *hidden_scale, *cell_scale; /* (units, chunks of size), of int8 */
-    float *direction;
 } Tensor;
 
 typedef struct {
@@ -131,8 +131,8 @@ INLINE Ratio tanh_ratio(float x) {
     return (Ratio){x * p, q};
 }
 
-/* How many numbers describe a tensor, for the caller to check that it was written for this file. */
-int64_t columns(void) { return sizeof(Tensor) / sizeof(int64_t); }
+/* The number of this file's interface, for the caller to check that it was written for it. Raise it with each change of a struct. */
+int64_t interface(void) { return 2; }
 
 /* What each of `count` tensors has once, into rows for torch to compute with, and back. */
 void gather(const Tensor *tensors, int64_t count, float *rows) {

@@ -12,9 +12,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import itertools
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -25,12 +27,11 @@ from ..network import OptimizerNetwork
 from ..rule import ADAMW_UPDATE_RMS, PER_TENSOR, Clock, State, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
 
 BLOCK = 2**14  # coordinates that a thread takes at once
-MAX_UNITS = 8  # as in the C file
+INTERFACE, MAX_UNITS = 2, 8  # as in the C file
 
-# A row of the table of tensors has the size, the parameter, these pieces of state (None is the gradient), and the direction.
-KEYS = (*PER_TENSOR, None, "momentum", "second_moment", "hidden", "cell")
-SCALES = ("hidden_scale", "cell_scale")
-COLUMNS = 2 + len(KEYS) + len(SCALES) + 1
+# A row of the table of tensors has the size, the parameter, the gradient, the direction and these pieces of state, the last two of int8.
+KEYS = (*PER_TENSOR, "momentum", "second_moment", "hidden", "cell", "hidden_scale", "cell_scale")
+COLUMNS = 4 + len(KEYS)
 
 
 class Job(ctypes.Structure):
@@ -53,7 +54,7 @@ def library() -> ctypes.CDLL | None:
     if found is None or found.origin is None:
         return None
     loaded, job = ctypes.CDLL(found.origin), ctypes.POINTER(Job)
-    if not hasattr(loaded, "columns") or loaded.columns() != COLUMNS:  # a clone that was updated and not installed again
+    if not hasattr(loaded, "interface") or loaded.interface() != INTERFACE:  # a clone that was updated and not installed again
         return None
     loaded.moments.argtypes = [job, ctypes.c_float, ctypes.c_float]
     loaded.directions.argtypes = [job, ctypes.POINTER(Network), ctypes.c_void_p]
@@ -87,23 +88,45 @@ def pool(workers: int) -> ThreadPoolExecutor:
 
 
 @functools.lru_cache(maxsize=4)
-def blocks(layout: Layout) -> Tensor:
-    """(tensor, begin, end) of each block, (count, 3)."""
+def blocks(layout: Layout) -> tuple[Tensor, Tensor]:
+    """(tensor, begin, end) of each block, (count, 3), and the tensors' sizes, (K,)."""
     table = [(k, begin, min(begin + BLOCK, size)) for k, size in enumerate(layout.sizes) for begin in range(0, size, BLOCK)]
-    return torch.tensor(table)
+    return torch.tensor(table), torch.tensor(layout.sizes)
+
+
+def addresses(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.frombuffer(array("q", map(Tensor.data_ptr, tensors)), dtype=torch.int64)
 
 
 class Passes:
     """Passes over the same tensors.
 
     Args:
-        table: the tensors as the C file describes them, one after the other.
-        formats: of the moments and of the LSTM's state, as numbers.
+        params: none where it is not to be changed.
+        grads: fp32 without gaps.
+        directions: what the second pass writes and the third one reads, (N,).
+        formats: of the moments and of the LSTM's state.
     """
 
-    def __init__(self, layout: Layout, table: list[int], formats: Sequence[int]) -> None:
-        self.table = torch.frombuffer(array("q", table), dtype=torch.int64).view(len(layout.sizes), -1)
-        self.blocks, self.formats = blocks(layout), formats
+    def __init__(
+        self,
+        layout: Layout,
+        params: Sequence[Tensor | None],
+        grads: Sequence[Tensor],
+        directions: Tensor,
+        states: Sequence[State],
+        formats: Sequence[str],
+    ) -> None:
+        self.blocks, sizes = blocks(layout)
+        self.formats = [FORMATS.index(fmt) for fmt in formats]
+        kept = itemgetter(*(KEYS if "int8" in formats else KEYS[:-2]))
+        stored = addresses(itertools.chain.from_iterable(map(kept, states))).view(len(states), -1)
+        self.table = torch.zeros(len(states), COLUMNS, dtype=torch.int64)
+        self.table[:, 0] = sizes
+        self.table[:, 1] = torch.tensor([0 if param is None else param.data_ptr() for param in params])
+        self.table[:, 2] = addresses(grads)
+        self.table[:, 3] = directions.data_ptr() + 4 * (sizes.cumsum(0) - sizes)
+        self.table[:, 4 : 4 + stored.shape[1]] = stored
         # A thread needs some 30 microseconds to wake up, in which another has done four blocks.
         self.workers = min(torch.get_num_threads(), len(self.blocks) // 4) - 1
 
@@ -138,15 +161,8 @@ def step(
     config, lstm = network.config, network.coordinate
     flat = [grad if grad.dtype == torch.float32 and grad.is_contiguous() else grad.float().contiguous() for grad in grads]
     directions = torch.empty(sum(layout.sizes), dtype=torch.float32)
-    fused = [param.dtype == torch.float32 and param.is_contiguous() for param in params]
-    table, direction = [], directions.data_ptr()
-    for size, param, fuse, grad, state in zip(layout.sizes, params, fused, flat, states, strict=True):
-        table += [size, param.data_ptr() if fuse else 0]
-        table += [state[key].data_ptr() if key else grad.data_ptr() for key in KEYS]
-        table += [state[key].data_ptr() if key in state else 0 for key in SCALES]
-        table.append(direction)
-        direction += 4 * size
-    passes = Passes(layout, table, [FORMATS.index(config.moment_format), FORMATS.index(config.lstm_format)])
+    fused = [param if param.dtype == torch.float32 and param.is_contiguous() else None for param in params]
+    passes = Passes(layout, fused, flat, directions, states, [config.moment_format, config.lstm_format])
 
     rows = torch.empty(len(PER_TENSOR), len(params), dtype=torch.float32)
     passes.per_tensor("gather", rows)
@@ -169,7 +185,7 @@ def step(
     shrink = rate * torch.tensor(weight_decay, dtype=torch.float32) * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
     factors = torch.stack([shrink, -rate * scale], -1)
     passes.run("apply", 0, factors.data_ptr())
-    if not all(fused):
+    if any(param is None for param in fused):
         for param, fuse, part, (share, factor) in zip(params, fused, directions.split(layout.sizes), factors.tolist(), strict=True):
-            if not fuse:
+            if fuse is None:
                 param.add_(factor * part.view(param.shape) - share * param)

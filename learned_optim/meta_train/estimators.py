@@ -32,6 +32,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call, vmap
 
 from ..features import Layout
+from ..kernels import cpu
 from ..network import OptimizerNetwork
 from ..rule import State, update
 from . import in_place
@@ -104,7 +105,7 @@ def backprop(
     segment = math.ceil(math.sqrt(length) / (4 if is_large(unroll.optimizees) else 2)) if config.recompute else length
     mine = {name: weight for name, weight in weights.items() if name != INITIAL}
 
-    rule = functools.partial(update, network)
+    rule = functools.partial(update, network, matrix_dtype=matrix_dtype(unroll.optimizees))
 
     def record(first: int, last: int, now: Optimizees) -> tuple[list[tuple[list[Tensor], Tensor, list[Tensor]]], Optimizees]:
         """Steps with their graphs, each cut off from the one before: inputs, loss, outputs."""
@@ -153,6 +154,14 @@ def backprop(
     if INITIAL in weights:
         found[INITIAL] = cotangents[0].sum(0) if unroll.step == 0 else torch.zeros_like(weights[INITIAL])
     return unroll.advanced(end, length), Estimate(total.item(), found)
+
+
+def matrix_dtype(optimizees: Optimizees) -> torch.dtype | None:
+    """What matrices are orthogonalised in: as in the kernels where that is half of the time, and as finely as the rest elsewhere."""
+    params = optimizees.params
+    if params.dtype != torch.float32 or not is_large(optimizees):
+        return None
+    return torch.bfloat16 if params.is_cuda else cpu.matrix_dtype()
 
 
 def park(optimizees: Optimizees) -> Callable[[], Optimizees]:
