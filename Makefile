@@ -41,5 +41,5 @@ $(TIMM)/stamp: pyproject.toml constraints-timm.txt learned_optim/kernels/coordin
 	$(TIMM)/bin/python -m pip install --quiet -c constraints-timm.txt -e ".[test-timm]"
 	@touch $@
 
-%/bin/python:
-	$(PYTHON) -m venv $*
+$(BIN)/python $(TIMM)/bin/python:
+	$(PYTHON) -m venv $(@:/bin/python=)
