@@ -258,7 +258,7 @@ def newton_schulz(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 class NewtonSchulz(torch.autograd.Function):
     """`newton_schulz` with a derivative of four products instead of the six of automatic differentiation, which cannot know that two of
-    its matrices are symmetric."""
+    its matrices are symmetric. Between small matrices a call of it costs more than the products."""
 
     generate_vmap_rule = True
 
@@ -272,11 +272,12 @@ class NewtonSchulz(torch.autograd.Function):
         ctx.save_for_backward(*inputs, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:
         a, b, c = NEWTON_SCHULZ
         wide, gram, polynomial = ctx.saved_tensors
         slope = grad @ wide.mT
         slope = (slope + slope.mT) / 2  # of the polynomial, as far as it acts on symmetric matrices
         product = slope @ gram
         slope = b * slope + c * (product + product.mT)  # of the Gram matrix
-        return a * grad + polynomial @ grad + 2 * slope @ wide
+        result: Tensor = a * grad + polynomial @ grad + 2 * slope @ wide
+        return result

@@ -33,7 +33,6 @@ from training import LENGTHS, PROBLEMS, Job, Results, train
 from learned_optim import load_network
 from learned_optim.weights import fingerprint
 
-
 PARTS = ["baselines", "learned", "ablations", "sensitivity", "state"]
 
 
