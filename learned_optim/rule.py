@@ -61,7 +61,9 @@ SMALL = 128  # the shorter side of matrices that are orthogonalised in the preci
 # section 2.2), so this turns the size of our update into the learning rate that AdamW's weight decay would be multiplied by.
 ADAMW_UPDATE_RMS = 0.2
 
-BLOCK = 2**15  # coordinates of a block; its intermediate results then fit into a core's L2 cache
+# Coordinates of a block; its intermediate results then fit into a core's L2 cache. Many coordinates have larger blocks, up to the second
+# number: to start some hundred operations for each block takes longer by then than the cache saves.
+BLOCK, LARGE_BLOCK = 2**15, 2**17
 
 
 def init_state(layout: Layout, config: NetworkConfig, leading: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> State:
@@ -181,8 +183,9 @@ def blockwise(function: Callable[..., tuple[Tensor, ...]], layout: Layout, tenso
         function: (block, tensors (..., n)) -> tensors (..., n).
         tensors: (..., N).
     """
-    replicas = tensors[0].numel() // sum(layout.sizes)
-    blocks = layout.blocks(max(1, BLOCK // replicas))
+    total = tensors[0].numel()
+    size = min(max(BLOCK, total // 64), LARGE_BLOCK)
+    blocks = layout.blocks(max(1, size * sum(layout.sizes) // total))
     if len(blocks) == 1:
         return list(function(blocks[0], *tensors))
     if torch.is_grad_enabled():
@@ -227,7 +230,9 @@ def orthogonalize_all(
     for (fan_out, fan_in), members in groups.items():
         matrices = torch.stack([directions[k].unflatten(-1, (fan_out, fan_in)) for k in members])
         fast = dtype if min(fan_out, fan_in) >= SMALL else None
-        matrices = math.sqrt(max(1.0, fan_out / fan_in)) * orthogonalize(matrices, config.orthogonalize_steps, fast)
+        matrices = orthogonalize(matrices, config.orthogonalize_steps, fast)
+        if fan_out > fan_in:
+            matrices = math.sqrt(fan_out / fan_in) * matrices
         found |= zip(members, matrices.flatten(-2).unbind(), strict=True)
     return found
 

@@ -184,7 +184,7 @@ def test_passes_do_not_depend_on_threads(threads: Callable[[int], None]) -> None
 
 def test_a_kernel_of_another_version_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clone that was updated and not installed again has a table of tensors that the compiled file would misread."""
-    monkeypatch.setattr(cpu, "COLUMNS", cpu.COLUMNS + 1)
+    monkeypatch.setattr(cpu, "INTERFACE", cpu.INTERFACE + 1)
     cpu.library.cache_clear()
     try:
         assert cpu.library() is None
