@@ -24,8 +24,9 @@ import copy
 import functools
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Generator, Tensor, nn
@@ -208,9 +209,7 @@ def evolve(
     perturbed = {name: weights[name].detach() + shift for name, shift in shifts.items()}
     with torch.no_grad():
         if in_place.serves(network, now):
-            rule = in_place.InPlaceRule(networks(network, perturbed), unroll.layout, now.state)
-            losses, end = _run(unroll, now._replace(state={"step": now.state["step"]}), length, rule)
-            end = end._replace(state=rule.hand_over())
+            losses, end = apart(unroll, now, networks(network, perturbed), length)
         else:
             losses, end = _run(unroll, now, length, perturbed_rule(network, perturbed))
         each = meta_loss(losses, unroll, config)
@@ -274,6 +273,23 @@ def networks(network: OptimizerNetwork, weights: Mapping[str, Tensor]) -> list[O
         for name, weight in weights.items():
             one.get_parameter(name).copy_(weight[p])
     return made
+
+
+def apart(unroll: Unroll, now: Optimizees, networks: Sequence[OptimizerNetwork], length: int) -> tuple[Tensor, Optimizees]:
+    """`_run` for large optimizees (P, R), one particle after the other, so that only one of them takes the memory of training."""
+    found = []
+    for p, network in enumerate(networks):
+        mine = now.map(itemgetter(slice(p, p + 1)))
+        rule = in_place.InPlaceRule(network, unroll.layout, mine.state)
+        losses, mine = _run(unroll, mine._replace(state={"step": mine.state["step"]}), length, rule)
+        found.append((losses, mine._replace(state=rule.hand_over())))
+    each = [end for _, end in found]
+    end = Optimizees(
+        torch.cat([one.params for one in each]),
+        {key: torch.cat([one.state[key] for one in each]) for key in now.state},
+        {key: torch.cat([one.buffers[key] for one in each]) for key in now.buffers},
+    )
+    return torch.cat([losses for losses, _ in found], 1), end
 
 
 def _run(unroll: Unroll, now: Optimizees, length: int, rule: Rule) -> tuple[Tensor, Optimizees]:

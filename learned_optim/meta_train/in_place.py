@@ -1,6 +1,6 @@
 """The rule of large optimizees on a CPU, through the compiled kernel, for estimators that need no graph.
 
-Shapes: `P` particles, `R` replicas of each, `K` tensors of an optimizee, with `N` coordinates laid end to end.
+Shapes: `R` replicas, `K` tensors of an optimizee, with `N` coordinates laid end to end.
 """
 
 from __future__ import annotations
@@ -36,53 +36,46 @@ class InPlaceRule:
     """A `Rule` that keeps the state itself, each tensor's apart, as the kernel wants it; that which it is called with stays as it is.
 
     Args:
-        networks: of each particle.
-        state: of the optimizees, (P, ...).
+        state: of one particle's optimizees, (1, R, ...).
     """
 
-    def __init__(self, networks: Sequence[OptimizerNetwork], layout: Layout, state: State) -> None:
-        def row(key: str, p: int, r: int) -> Tensor:
+    def __init__(self, network: OptimizerNetwork, layout: Layout, state: State) -> None:
+        def row(key: str, r: int) -> Tensor:
             if key in PER_TENSOR:
-                return state[key][p, r].clone()
-            return torch.cat([part.reshape(-1) for part in state[key][p, ..., r, :].split(layout.sizes, -1)])
+                return state[key][0, r].clone()
+            return torch.cat([part.reshape(-1) for part in state[key][0, ..., r, :].split(layout.sizes, -1)])
 
         def views(key: str, row: Tensor) -> Sequence[Tensor]:
             return row.unbind() if key in PER_TENSOR else [part.view(shape) for part, shape in self._parts(key, row)]
 
-        particles, replicas = state["step"].shape[:2]
-        self.networks, self.sizes = [exact(network) for network in networks], layout.sizes
+        self.network, self.sizes = exact(network), layout.sizes
         self.shapes = {key: value.shape for key, value in state.items()}
-        # Of each key, particle and replica: one tensor after the other.
-        self.rows = {key: [[row(key, p, r) for r in range(replicas)] for p in range(particles)] for key in state}
-        # Of each particle, replica and tensor: its state, as views of those.
+        # Of each key and replica: one tensor after the other.
+        self.rows = {key: [row(key, r) for r in range(state["step"].shape[1])] for key in state}
+        # Of each replica and tensor: its state, as views of those.
         self.states = [
-            [
-                [dict(zip(state, each, strict=True)) for each in zip(*(views(key, self.rows[key][p][r]) for key in state), strict=True)]
-                for r in range(replicas)
-            ]
-            for p in range(particles)
+            [dict(zip(state, each, strict=True)) for each in zip(*(views(key, self.rows[key][r]) for key in state), strict=True)]
+            for r in range(state["step"].shape[1])
         ]
 
     def __call__(self, layout: Layout, grad: Tensor, state: State, total_steps: Tensor) -> tuple[Tensor, State]:
         change, count = torch.zeros_like(grad), len(layout.sizes)
-        for p, network in enumerate(self.networks):
-            for r, states in enumerate(self.states[p]):
-                moved, slopes = change[p, r].split(layout.sizes), grad[p, r].split(layout.sizes)
-                cpu.step(network, layout, moved, slopes, states, total_steps[p, r], [1.0] * count, [0.0] * count)
+        for r, states in enumerate(self.states):
+            moved, slopes = change[0, r].split(layout.sizes), grad[0, r].split(layout.sizes)
+            cpu.step(self.network, layout, moved, slopes, states, total_steps[0, r], [1.0] * count, [0.0] * count)
         return change, state
 
     def hand_over(self) -> State:
-        """The state, (P, ...), of which nothing is left here: key by key, since there is no room for two."""
+        """The state, (1, R, ...), of which nothing is left here: key by key, since there is no room for two."""
         self.states.clear()
         return {key: self._joined(key, self.rows.pop(key)) for key in list(self.rows)}
 
-    def _joined(self, key: str, rows: list[list[Tensor]]) -> Tensor:
+    def _joined(self, key: str, rows: list[Tensor]) -> Tensor:
         if key in PER_TENSOR:
-            return torch.stack([torch.stack(replicas) for replicas in rows])
+            return torch.stack(rows)[None]
         whole = torch.empty(self.shapes[key])
-        for p, replicas in enumerate(rows):
-            for r, row in enumerate(replicas):
-                torch.cat([part.view(shape) for part, shape in self._parts(key, row)], -1, out=whole[p, ..., r, :])
+        for r, row in enumerate(rows):
+            torch.cat([part.view(shape) for part, shape in self._parts(key, row)], -1, out=whole[0, ..., r, :])
         return whole
 
     def _parts(self, key: str, row: Tensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
