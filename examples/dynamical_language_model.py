@@ -37,7 +37,7 @@ class FastWeights(nn.Module):
         super().__init__()
         self.network, self.usual = OptimizerNetwork(CONFIG), usual
         self.network.log_step_size.data.fill_(math.log(rate * math.sqrt(AGE / 100)))  # undoes the rule's decay at that age
-        self.network.log_vector_gain.data.zero_()
+        self.network.log_vector_gain.data, self.network.controller.power.data = torch.zeros(2)  # one gradient alone always agrees
         self.gain, self.decay = nn.Parameter(torch.zeros(tensors)), nn.Parameter(torch.full((tensors,), -5.0))
         self.epsilon = nn.Parameter((scale - usual).mean().log().repeat(tensors))
 

@@ -110,18 +110,19 @@ class CoordinateFeatures(NamedTuple):
     even: Tensor  # (3, ..., N): their sizes, and the coordinate's share of its tensor's second moment; they do not
 
 
-def coordinate_features(grad: Tensor, momentum: Tensor, second_moment: Tensor, mean: Tensor) -> CoordinateFeatures:
+def coordinate_features(grad: Tensor, momentum: Tensor, second_moment: Tensor, mean: Tensor, steady: Tensor) -> CoordinateFeatures:
     """Features of each coordinate.
 
     Args:
         grad, momentum, second_moment: the gradient and the bias-corrected running means of it and of its square, (..., N).
         mean: each tensor's mean of `second_moment` at its coordinates, (..., N) or (..., 1).
+        steady: of each tensor, in the same way. Where gradients turn back, the last one says nothing that their mean does not know better.
     """
     variance = second_moment + RELATIVE_FLOOR * mean + ABSOLUTE_FLOOR
     scale = variance.rsqrt()
     slow = momentum * scale
     fast = grad * scale
-    fast = fast * (1 + (fast / GRADIENT_BOUND).square()).rsqrt()
+    fast = steady * fast * (1 + (fast / GRADIENT_BOUND).square()).rsqrt()
     share = (variance / (mean + ABSOLUTE_FLOOR)).log() / 8
     return CoordinateFeatures(torch.stack([slow, fast]), torch.stack([slow.abs(), fast.abs(), share]))
 

@@ -75,16 +75,17 @@ class Controller(nn.Module):
     It follows the hypergradient (Baydin et al. 2018, "Online learning rate adaptation with hypergradient descent"): while gradients go on
     pointing where the steps before them went, steps are too short, and once they point back, too long. With `c` half of a tensor's trend,
     its recent mean cosine between gradient and momentum, plus half of the mean over all tensors, at the tensor's step `t`, and
-    `fading = 1 / (1 + t / patience)`, the logarithm `k` of the correction to the prior step size becomes
+    `fading = 1 / (1 + t / patience)` and the steadiness `w`, the logarithm `k` of the correction to the prior step size becomes
 
-        k' = k + rate * 2 (1 - t / T) * fading * (c if c > 0 else caution * c)                  where the horizon `T` is known, else
-        k' = k + rate * fading * max(c, 0) - shrink * clamp(-c / BOUND, 0, 1) / (t + LEAD),     both with |k'| <= 3.
+        k' = k + rate * 2 (1 - t / T) * fading * (c if c > 0 else caution * w * c)                  where the horizon `T` is known, else
+        k' = k + rate * fading * max(c, 0) - shrink * w * clamp(-c / BOUND, 0, 1) / (t + LEAD),     both with |k'| <= 3.
 
     A mean, since a single cosine scatters, and what counts for more on one side of zero than on the other would turn scatter into growth.
     Correcting fades, since once the scale is found what the cosine shows is the schedule and the noise. With a horizon the controller may
     be bolder at first, since annealing undoes what was too bold, and it must come to rest, or it would undo the annealing. Caution is
     small: a step that is right for the whole run overshoots along the steepest directions, and a greedy controller would take that for too
-    long. Without a horizon nothing else anneals. There a negative trend goes on counting: where steps only bounce about in the gradients'
+    long. Where gradients turn back by more than noise would, because of steep directions, the steadiness mutes what would shorten steps.
+    Without a horizon nothing else anneals. There a negative trend goes on counting: where steps only bounce about in the gradients'
     noise it is negative (Pflug 1983; Chee & Toulis 2018, "Convergence diagnostics for stochastic gradient descent"), and then step sizes,
     whose prior falls with the root of `t`, fall with `t` itself, as stochastic approximation wants (Robbins & Monro 1951).
     """
@@ -95,13 +96,14 @@ class Controller(nn.Module):
         self.log_patience = nn.Parameter(torch.tensor(math.log(300.0)))
         self.log_caution = nn.Parameter(torch.tensor(math.log(0.2)))
         self.shrink = nn.Parameter(torch.tensor(0.5))
-        self.power = nn.Parameter(torch.tensor(0.5))  # of a gradient's relative size, see step 5 in `rule`
+        self.power = nn.Parameter(torch.tensor(1.0))  # of the gradients' agreement, see step 5 in `rule`
 
-    def forward(self, trend: Tensor, age: Tensor, progress: Tensor, known: Tensor, correction: Tensor) -> Tensor:
+    def forward(self, trend: Tensor, steady: Tensor, age: Tensor, progress: Tensor, known: Tensor, correction: Tensor) -> Tensor:
         """Runs one step; all tensors are (..., K).
 
         Args:
             trend: recent mean cosine of each tensor's gradient and momentum.
+            steady: see `rule.steadiness`.
             age: in steps.
             progress: age / horizon in [0, 1].
             known: 1 where the horizon is known, else 0.
@@ -111,10 +113,10 @@ class Controller(nn.Module):
             the new correction.
         """
         trend = 0.5 * (trend + trend.mean(-1, keepdim=True))
-        longer, shorter = trend.clamp(min=0), trend.clamp(max=0)
+        longer, shorter = trend.clamp(min=0), steady * trend.clamp(max=0)
         fading = 1 / (1 + age / self.log_patience.exp())
         annealed = 2 * (1 - progress) * fading * (longer + self.log_caution.exp() * shorter)
-        endless = self.log_rate.exp() * fading * longer - self.shrink * (-trend / BOUND).clamp(0, 1) / (age + LEAD)
+        endless = self.log_rate.exp() * fading * longer - self.shrink * steady * (-trend / BOUND).clamp(0, 1) / (age + LEAD)
         return (correction + torch.where(known > 0, self.log_rate.exp() * annealed, endless)).clamp(-3, 3)
 
 
@@ -131,7 +133,7 @@ class OptimizerNetwork(nn.Module):
         self.coordinate = CoordinateLSTM(config.hidden_units)
         self.controller = Controller()
         # Logarithms of the prior step size, and of a vector's update RMS in units of it.
-        self.log_step_size = nn.Parameter(torch.tensor(math.log(0.04)))
+        self.log_step_size = nn.Parameter(torch.tensor(math.log(0.06)))
         self.log_vector_gain = nn.Parameter(torch.tensor(math.log(0.15)))
 
     # Not huggingface_hub's PyTorchModelHubMixin: it loads wrong names and a missing config without an error, takes config and weights

@@ -215,7 +215,7 @@ def init_state(param: Tensor, config: NetworkConfig) -> State:
 
     What belongs to coordinates is made by `zeros_like`, so that it is placed and sharded like the parameter: `momentum` and `second_moment`
     have its shape, `hidden` and `cell` are (H, *shape), in the formats of the configuration; "int8" adds `hidden_scale` and `cell_scale`,
-    (H, blocks). `step`, `trend`, `correction` and `usual`, see `rule.init_state`, are () and fp32.
+    (H, blocks). `step`, `trend` and `correction`, see `rule.init_state`, are () and fp32.
     """
     state = {key: torch.zeros((), dtype=torch.float32, device=param.device) for key in PER_TENSOR}
     for key, (leading, fmt) in _coordinate_state(config).items():

@@ -9,20 +9,21 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
 
 1. **Moments** as in Adam (Kingma & Ba 2015): :math:`m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t`,
    :math:`v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2`, used bias-corrected.
-2. **Step size.** The cosine of the tensor's gradient with its momentum, the hypergradient of its step size, is averaged over some ten
-   steps. This *trend* goes to the controller (`network.Controller`), which adds it up to a correction :math:`e^{\kappa_t}` of the prior
-   step size.
+2. **Step size.** The agreement :math:`a_t` of the tensor's recent gradients is the length of their mean, in units of what it would be by
+   chance: 1 where they are noise, up to 4.4 where all are the same, and next to nothing where each turns back the one before. The cosine
+   of the tensor's gradient with its momentum, the hypergradient of its step size, is averaged over some ten steps. This *trend* goes to the
+   controller (`network.Controller`), which adds it up to a correction :math:`e^{\kappa_t}` of the prior step size.
 3. **Direction.** Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise
-   LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`.
+   LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`. The last gradient among them
+   counts for less where gradients turn back, by the steadiness :math:`w_t = \min(1, 2 a_t)^2`.
 4. **Length.** The direction loses its length, so that the LSTM cannot change the step size by accident. A matrix (fan_out x fan_in;
    convolution kernels flattened) is orthogonalised by Newton-Schulz and given a spectral norm of
    :math:`\sqrt{\max(1, fan_{out}/fan_{in})}` (Muon, Jordan et al. 2024). Any other tensor is divided by its root mean square and scaled by
    a learned constant.
-5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t} \, r_t^p \, d_t`. The relative size :math:`r_t \le 1` is the
-   root of the tensor's mean second moment over its mean so far: a direction of fixed length would go on as before where gradients have
-   all but vanished. The schedule :math:`s` is constant and
-   then falls linearly to zero over the last 60 % of the horizon `T` if that is known (Haegele et al. 2024, "Scaling laws and
-   compute-optimal training beyond fixed training durations"), else :math:`1/\sqrt{1 + t/100}`.
+5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t} \, a_t^p \, d_t`. Adam's steps have such an :math:`a_t` in
+   each coordinate, and step 4 would lose it. The schedule :math:`s` is constant and then falls linearly to zero over the last 60 % of the
+   horizon `T` if that is known (Haegele et al. 2024, "Scaling laws and compute-optimal training beyond fixed training durations"), else
+   :math:`1/\sqrt{1 + t/100}`.
 
 A tensor's clock `t` starts with its first non-zero gradient. Until then its state stays as it was made and its update is zero.
 
@@ -45,16 +46,17 @@ from .features import ABSOLUTE_FLOOR, Block, Layout, coordinate_features, cosine
 from .network import OptimizerNetwork
 
 State = dict[str, Tensor]
-PER_TENSOR = ("step", "trend", "correction", "usual")  # state that a tensor has once; the rest belongs to its coordinates
+PER_TENSOR = ("step", "trend", "correction")  # state that a tensor has once; the rest belongs to its coordinates
 
 # Newton-Schulz coefficients of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): singular values end within about [0.7, 1.2].
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 COOLDOWN = 0.6  # share of a known horizon over which the step size falls to zero
 TREND_STEPS = 10.0  # time constant of the trend, in steps; before that it is the mean so far
-USUAL_STEPS = 500.0  # time constant of a tensor's usual second moment, in steps; before that it is the mean so far
 DECAY_STEPS = 100.0  # time constant of the prior step size's decay without a horizon, in steps
 EPSILON = 1e-12
+LEAST_AGREEMENT = 0.01  # below it steps do not get shorter any more
+TURNING = 0.5  # the agreement below which gradients turn back
 SMALL = 128  # the shorter side of matrices that are orthogonalised in the precision that they have: fewer bits would not be faster
 
 # AdamW's updates have a root mean square of 0.2 to 0.4 times its learning rate (Liu et al. 2025, "Muon is scalable for LLM training",
@@ -69,15 +71,14 @@ BLOCK, LARGE_BLOCK = 2**15, 2**17
 def init_state(layout: Layout, config: NetworkConfig, leading: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> State:
     """The state of tensors that have seen no gradient: zeros, which take no memory.
 
-    `step`, each tensor's clock, `trend`, the recent cosine of its gradient and momentum, `correction`, the logarithm of its step size's,
-    and `usual`, its usual mean second moment, are (..., K); `momentum` and `second_moment` are (..., N), `hidden` and `cell` (H, ..., N).
+    `step`, each tensor's clock, `trend`, the recent cosine of its gradient and momentum, and `correction`, the logarithm of its step
+    size's, are (..., K); `momentum` and `second_moment` are (..., N), `hidden` and `cell` (H, ..., N).
     """
     count, size = len(layout.sizes), sum(layout.sizes)
     shapes = {
         "step": (*leading, count),
         "trend": (*leading, count),
         "correction": (*leading, count),
-        "usual": (*leading, count),
         "momentum": (*leading, size),
         "second_moment": (*leading, size),
         "hidden": (config.hidden_units, *leading, size),
@@ -114,12 +115,14 @@ def update(
 
     # 2. Step size
     clock = Clock.after(state["step"], layout.mean(second_moment), config)
-    step_size, per_tensor = step_sizes(network, clock, products, state, total_steps)
+    agreed = agreement(products, clock, config)
+    step_size, per_tensor = step_sizes(network, clock, products, agreed, state, total_steps)
+    steady = steadiness(agreed)
 
     # 3. Direction
     def direct(block: Block, grad: Tensor, momentum: Tensor, second_moment: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
         moments = momentum / block.spread(clock.correction1), second_moment / block.spread(clock.correction2)
-        features = coordinate_features(grad, *moments, block.spread(clock.mean))
+        features = coordinate_features(grad, *moments, block.spread(clock.mean), block.spread(steady))
         return network.coordinate(features, hidden, cell)  # type: ignore[no-any-return]
 
     direction, hidden, cell = blockwise(direct, layout, [grad, momentum, second_moment, state["hidden"], state["cell"]])
@@ -149,11 +152,14 @@ class Clock(NamedTuple):
         return Clock(started, step, correction1, correction2, mean / correction2)
 
 
-def step_sizes(network: OptimizerNetwork, clock: Clock, products: Tensor, state: State, total_steps: Tensor) -> tuple[Tensor, State]:
+def step_sizes(
+    network: OptimizerNetwork, clock: Clock, products: Tensor, agreed: Tensor, state: State, total_steps: Tensor
+) -> tuple[Tensor, State]:
     """Step 2 of the method, and the factors of step 5.
 
     Args:
         products: means of the squared gradient, of the squared momentum before it and of their product, (3, ..., K).
+        agreed: how far gradients agree, (..., K).
         state: see `init_state`; what tensors have once is read.
         total_steps: (..., K).
 
@@ -164,13 +170,35 @@ def step_sizes(network: OptimizerNetwork, clock: Clock, products: Tensor, state:
     known = total_steps.isfinite().to(age.dtype)
     progress = ((age - 1) / total_steps).clamp(max=1)
     trend = torch.lerp(state["trend"], cosine(products), (1 / age).clamp(min=1 / TREND_STEPS))
-    correction = network.controller(trend, age, progress, known, state["correction"]) * clock.started
+    correction = network.controller(trend, steadiness(agreed), age, progress, known, state["correction"]) * clock.started
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
-    usual = torch.lerp(state["usual"], clock.mean, (1 / age).clamp(min=1 / USUAL_STEPS))
-    relative = ((clock.mean + ABSOLUTE_FLOOR) / (usual + ABSOLUTE_FLOOR)).clamp(max=1) ** (0.5 * network.controller.power)
-    step_size = (network.log_step_size + correction).exp() * relative * torch.where(known > 0, annealed, decayed) * clock.started
-    return step_size, {"step": clock.step, "trend": trend * clock.started, "correction": correction, "usual": usual * clock.started}
+    schedule = torch.where(known > 0, annealed, decayed)
+    step_size = (network.log_step_size + correction).exp() * agreed**network.controller.power * schedule * clock.started
+    return step_size, {"step": clock.step, "trend": trend * clock.started, "correction": correction}
+
+
+def agreement(products: Tensor, clock: Clock, config: NetworkConfig) -> Tensor:
+    """How far recent gradients agree, (..., K): the root mean square of the momentum over what it would be, by chance, of independent
+    gradients without a mean. The geometric mean of each tensor's own and the mean of all, since that of a small tensor scatters.
+
+    Args:
+        products: see `step_sizes`.
+    """
+    grad_square, before_square, product = products
+    new, old = 1 - config.momentum, config.momentum
+    momentum_square = new**2 * grad_square + 2 * new * old * product + old**2 * before_square
+    by_chance = new / (1 + old) * clock.correction1 * (2 - clock.correction1)  # of the gradient's mean square
+    ratio = (momentum_square / by_chance + ABSOLUTE_FLOOR) / (clock.mean + ABSOLUTE_FLOOR)  # 1 where both have vanished
+    own = ratio.clamp(LEAST_AGREEMENT**2, (1 + old) / new).sqrt()
+    everyone = (own * clock.started).sum(-1, keepdim=True) / clock.started.sum(-1, keepdim=True).clamp(min=1)
+    agreed: Tensor = (own * everyone.clamp(min=LEAST_AGREEMENT)).sqrt()
+    return agreed
+
+
+def steadiness(agreed: Tensor) -> Tensor:
+    """1 where gradients agree or are noise, less where they turn back, because of steep directions that the others have to wait for."""
+    return (agreed / TURNING).clamp(max=1).square()
 
 
 def blockwise(function: Callable[..., tuple[Tensor, ...]], layout: Layout, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim.config import NetworkConfig
-from learned_optim.features import Layout
+from learned_optim.features import GRADIENT_BOUND, Layout
 from learned_optim.network import BOUND, LEAD, OptimizerNetwork
 from learned_optim.rule import SMALL, State, init_state, newton_schulz, orthogonalize, update
 
@@ -131,7 +131,6 @@ def test_init_state() -> None:
         "step": (6, 3),
         "trend": (6, 3),
         "correction": (6, 3),
-        "usual": (6, 3),
         "momentum": (6, 12),
         "second_moment": (6, 12),
         "hidden": (3, 6, 12),
@@ -324,21 +323,64 @@ def test_orthogonalize_keeps_the_singular_vectors(generator: torch.Generator, sh
 
 
 def schedule_alone(network: OptimizerNetwork) -> None:
-    """Neither the hypergradient nor the gradient's size changes a step."""
+    """Neither the hypergradient nor the gradients' agreement changes a step."""
     network.controller.log_rate.fill_(-math.inf)
     network.controller.shrink.zero_()
     network.controller.power.zero_()
 
 
+def agreements(network: OptimizerNetwork, gradients: list[list[Tensor]]) -> list[list[float]]:
+    """By step and tensor, from the updates' lengths."""
+    for power in (1.0, 0.0):
+        schedule_alone(network)
+        network.controller.power.fill_(power)
+        sizes = [list(map(rms, updates)) for updates in run(network, gradients[0], gradients, total_steps=1e6)[0]]
+        if power:
+            agreed = sizes
+    return [[one / other if other else 0.0 for one, other in zip(*pair, strict=True)] for pair in zip(agreed, sizes, strict=True)]
+
+
+def test_steps_follow_how_far_gradients_agree(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
+    """1 where they are noise, from the first step on; the most that momentum allows where they stay; little where they turn back."""
+    noise = [draw([(20_000,)], generator) for _ in range(60)]
+    scattered = [one for (one,) in agreements(untrained, noise)]
+    assert scattered == pytest.approx([1.0] * 60, rel=0.05)
+    steady = [one for (one,) in agreements(untrained, noise[:1] * 60)]
+    assert all(later > earlier for earlier, later in itertools.pairwise(steady[:30]))
+    assert steady[0] == pytest.approx(1)
+    assert steady[-1] == pytest.approx(math.sqrt(19), rel=0.02)
+    turning = [one for (one,) in agreements(untrained, [[(-1) ** t * noise[0][0]] for t in range(60)])]
+    assert turning[-1] == pytest.approx(1 / math.sqrt(19), rel=0.02)
+
+
 def test_steps_get_shorter_where_gradients_vanish(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
-    """By the power of how much smaller than usual they are, in each tensor alone; where they grow, steps stay."""
-    untrained.controller.log_rate.fill_(-math.inf)
-    params = draw([(90,), (90,), (90,)], generator)
-    scales = [(1.0, 1.0, 1.0)] * 100 + [(1.0, 1e-3, 1e3)] * 400
-    gradients = [[scale * torch.randn(90, generator=generator) for scale in each] for each in scales]
-    same, vanished, grown = (rms(update) for update in run(untrained, params, gradients, total_steps=1e6)[0][-1])
-    assert vanished == pytest.approx(same * (0.99**400 / ((200 - 100 * 0.99**400) / 500)) ** 0.25, rel=0.1)
-    assert grown == pytest.approx(same, rel=0.1)
+    """A direction of fixed length would go on along a momentum that is all but gone."""
+    grad = draw([(90,)], generator)
+    assert agreements(untrained, [grad] * 30 + [[1e-3 * grad[0]]] * 30)[-1][0] < 0.1 * math.sqrt(19)
+
+
+def test_the_last_gradient_has_less_say_where_gradients_turn_back(untrained: OptimizerNetwork) -> None:
+    """Beside the momentum, by the square of twice the agreement; seen in one coordinate of a hundred whose gradient does not turn."""
+    untrained.coordinate.skip.fill_(1.0)
+    signs = torch.ones(100)
+    gradients = [[(-1.0) ** t * signs] for t in range(200)]
+    gradients[-1] = [gradients[-1][0].clone()]
+    gradients[-1][0][-1] *= -1
+    *_, last = run(untrained, gradients[0], gradients, total_steps=1e6)[0]
+    turning, going_on = 0.1 - 0.9 / 19, 0.1 + 0.9 / 19  # sizes of the momentum
+    steady = 4 * 19 * (0.99 * turning**2 + 0.01 * going_on**2)
+    fast = 1 / math.sqrt(1 + 1 / GRADIENT_BOUND**2)
+    assert -last[0][-1] / last[0][0] == pytest.approx((going_on + steady * fast) / (turning + steady * fast), rel=0.01)
+
+
+def test_agreement_is_half_a_tensors_own_and_half_everybodys(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
+    """The geometric mean; tensors that never had a gradient have no say."""
+    steady, noise, silent = draw([(9_000,)], generator)[0], draw([(9_000,)] * 60, generator), torch.zeros(9)
+    steadily, noisily = agreements(untrained, [[steady, one] for one in noise])[-1]
+    alone, beside = (agreements(untrained, [[steady, *more]] * 60)[-1][0] for more in ([], [silent]))
+    assert alone == beside == pytest.approx(math.sqrt(19), rel=0.02)
+    everyone = (math.sqrt(19) + 1) / 2
+    assert (steadily, noisily) == pytest.approx((math.sqrt(math.sqrt(19) * everyone), math.sqrt(everyone)), rel=0.05)
 
 
 def test_step_size_anneals_to_a_known_horizon(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
@@ -375,9 +417,9 @@ def test_steps_grow_while_gradients_agree_and_shrink_where_they_turn_back(untrai
         cosine = 0 if age == 1 else math.copysign(1, sign * momentum)
         momentum += 0.1 * (sign - momentum)
         trend += (cosine - trend) / min(age, 10)
-        fading = 1 / (1 + age / 10)
-        annealed = 2 * (1 - (age - 1) / horizon) * fading * (trend if trend > 0 else caution * trend)
-        endless = 0.3 * fading * max(trend, 0) - 0.5 * min(max(-trend / BOUND, 0), 1) / (age + LEAD)
+        fading, steady = 1 / (1 + age / 10), min(1, 2 * abs(momentum) * math.sqrt(19 / (1 - 0.9 ** (2 * age)))) ** 2
+        annealed = 2 * (1 - (age - 1) / horizon) * fading * (trend if trend > 0 else caution * steady * trend)
+        endless = 0.3 * fading * max(trend, 0) - 0.5 * steady * min(max(-trend / BOUND, 0), 1) / (age + LEAD)
         rises.append(0.3 * annealed if math.isfinite(horizon) else endless)
     assert min(rises) < 0 < max(rises)
     assert corrections == pytest.approx(list(itertools.accumulate(rises)), rel=1e-4)
@@ -390,15 +432,26 @@ def test_scatter_moves_no_step_size(untrained: OptimizerNetwork, generator: torc
     assert correction.mean().abs() < 0.5  # one by one, above 1
 
 
-def test_without_a_horizon_steps_shrink_where_gradients_are_noise_that_turns_back(untrained: OptimizerNetwork) -> None:
-    """However late: as one over the root of the time, beside the prior that does so too; with a horizon annealing does it."""
-    grads = [[(-1.0) ** t * torch.tensor([1.0, -2.0, 3.0])] for t in range(400)]
-    early, late = (run(untrained, grads[0], grads[:count])[1]["correction"].item() for count in (200, 400))
-    assert late == pytest.approx(early - 0.5 * math.log((400 + LEAD) / (200 + LEAD)), rel=0.02)
+def test_without_a_horizon_steps_shrink_where_gradients_are_noise_that_turns_back(
+    untrained: OptimizerNetwork, generator: torch.Generator
+) -> None:
+    """However late: as one over the root of the time, beside the prior that does so too; with a horizon annealing does it. Not where each
+    gradient turns back the one before: that is a steep direction."""
+
+    def shrinkage(gradients: list[list[Tensor]]) -> float:
+        early, late = (run(untrained, gradients[0], gradients[:count])[1]["correction"].item() for count in (200, 400))
+        return early - late
+
+    noise = draw([(4000,)] * 401, generator)
+    pairs = itertools.pairwise(noise)
+    expected = 0.5 * math.log((400 + LEAD) / (200 + LEAD))
+    assert shrinkage([[new - 0.3 * old] for old, new in pairs]) == pytest.approx(expected, rel=0.02)
+    assert shrinkage([[(-1.0) ** t * noise[0]] for t in range(400)]) < 0.25 * expected
 
 
 def test_the_correction_is_bounded_and_acts_on_the_step_size(untrained: OptimizerNetwork) -> None:
     untrained.controller.log_rate.fill_(math.log(5))
+    untrained.controller.power.zero_()
     grads = [[torch.tensor([1.0, -2.0, 3.0])]] * 9
     history, state = run(untrained, grads[0], grads, total_steps=1e6)
     assert state["correction"].item() == pytest.approx(3)

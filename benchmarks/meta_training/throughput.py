@@ -5,7 +5,7 @@
 Compares this library's (replicas batched, all tensors in one flat pass, the graph cut at every step) with an unroll that loops over
 replicas and over tensors in one graph, written in plain autograd, with `higher` and with `torchopt`, where these are installed (torchopt
 needs optree and graphviz). All run the same rule, `learned_optim.rule.update`, the loops on one tensor at a time, and their gradients are
-compared. The controller compares tensors with each other, which a loop over tensors cannot, so here it is at its prior and not learned.
+compared. Step sizes depend on all tensors together, which a loop over tensors cannot see, so here they are at their prior and not learned.
 Time is CPU time, in which other programs do not count.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+import unittest.mock
 from collections.abc import Callable, Sequence
 
 import torch
@@ -147,6 +148,7 @@ def difference(a: Gradient, b: Gradient) -> float:
     return float((flat_a - flat_b).norm() / flat_b.norm())
 
 
+@unittest.mock.patch("learned_optim.rule.TURNING", 1e-9)  # no gradients count as turning back: that too is decided by all tensors
 def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__, "throughput")
     options.add_argument("--families", nargs="*", default=list(DEFAULT_FAMILIES), choices=list(FAMILIES))
@@ -158,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
 
     network = load_network("default").requires_grad_(True)
     nn.init.constant_(network.controller.log_rate, -math.inf)
+    nn.init.zeros_(network.controller.power)
     weights: Gradient = {name: weight for name, weight in network.named_parameters() if not name.startswith("controller")}
 
     def unroll_of(family: str, replicas: int, steps: int) -> Unroll:

@@ -21,7 +21,7 @@
 enum { CHUNK = 256, MAX_UNITS = 8, ODD = 2, EVEN = 3 };
 
 /* What a tensor has once, in the order of `PER_TENSOR` in `learned_optim/rule.py`. */
-enum { STEP, PER_TENSOR = 4 };
+enum { STEP, PER_TENSOR = 3 };
 
 /* Formats of stored state, as in `learned_optim/storage.py`. */
 enum { FLOAT32, BFLOAT16, INT8 };
@@ -132,7 +132,7 @@ INLINE Ratio tanh_ratio(float x) {
 }
 
 /* The number of this file's interface, for the caller to check that it was written for it. Raise it with each change of a struct. */
-int64_t interface(void) { return 2; }
+int64_t interface(void) { return 4; }
 
 /* What each of `count` tensors has once, into rows for torch to compute with, and back. */
 void gather(const Tensor *tensors, int64_t count, float *rows) {
@@ -262,10 +262,10 @@ typedef struct {
  * this is inlined, so that sums over units are unrolled. Short loops one after the other let a processor work on several of their iterations
  * at once; in a long one each waits for its own results.
  *
- * constants: 1 / correction1, 1 / correction2, mean of the second moment. */
+ * constants: 1 / correction1, 1 / correction2, mean of the second moment, steadiness. */
 INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t begin, int64_t n, const Network *network,
                   const GateWeights gate_weights, const float *constants, Scratch *restrict s) {
-    const float inverse1 = constants[0], inverse2 = constants[1], mean = constants[2];
+    const float inverse1 = constants[0], inverse2 = constants[1], mean = constants[2], steady = constants[3];
     const float floor = RELATIVE_FLOOR * mean + ABSOLUTE_FLOOR, inverse_mean = 1.0f / (mean + ABSOLUTE_FLOOR);
     const float skip_slow = network->skip[0], skip_fast = network->skip[1];
     const int64_t format = job->lstm_format, size = tensor->size, chunks = (size + CHUNK - 1) / CHUNK, chunk = begin / CHUNK;
@@ -280,7 +280,7 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
         float scale = 1.0f / __builtin_sqrtf(variance);
         float slow = s->momentum[j] * inverse1 * scale;
         float fast = grad[j] * scale;
-        fast = fast / __builtin_sqrtf(1.0f + fast * fast * (1.0f / (GRADIENT_BOUND * GRADIENT_BOUND)));
+        fast = steady * fast / __builtin_sqrtf(1.0f + fast * fast * (1.0f / (GRADIENT_BOUND * GRADIENT_BOUND)));
         s->odd[0][j] = slow;
         s->odd[1][j] = fast;
         s->even[0][j] = __builtin_fabsf(slow);
@@ -335,7 +335,7 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
 
 /* Step 3 of the rule, and the sum of squared directions.
  *
- * scalars: of each tensor 1 / correction1, 1 / correction2 and the mean of its second moment. */
+ * scalars: of each tensor 1 / correction1, 1 / correction2, the mean of its second moment and its steadiness. */
 EACH_CPU void directions(Job *job, const Network *network, const float *scalars) {
     GateWeights weights;
     Scratch scratch;
@@ -343,7 +343,7 @@ EACH_CPU void directions(Job *job, const Network *network, const float *scalars)
     for (int64_t b; (b = take(job)) < job->count;) {
         const Block *block = &job->blocks[b];
         const Tensor *tensor = &job->tensors[block->tensor];
-        const float *own = scalars + 3 * block->tensor;
+        const float *own = scalars + 4 * block->tensor;
         double sum = 0;
         for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) {
             const int64_t n = block->end - begin < CHUNK ? block->end - begin : CHUNK;

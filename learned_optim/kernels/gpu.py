@@ -28,7 +28,18 @@ from .. import features, storage
 from ..config import FORMATS
 from ..features import EVEN, ODD, Layout
 from ..network import OptimizerNetwork
-from ..rule import ADAMW_UPDATE_RMS, PER_TENSOR, Clock, State, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
+from ..rule import (
+    ADAMW_UPDATE_RMS,
+    PER_TENSOR,
+    Clock,
+    State,
+    agreement,
+    is_orthogonal,
+    orthogonalize_all,
+    steadiness,
+    step_sizes,
+    vector_scale,
+)
 
 BLOCK = 1024  # coordinates of a program
 MAX_UNITS = 8  # as on a CPU; more would not fit into registers
@@ -145,8 +156,9 @@ def step(
         _means[every](tables.tensors, sums, means, count, 4)
 
         clock = Clock.after(clocks, means[3], config)
-        step_size, after = step_sizes(network, clock, means[:3], before, total_steps)
-        scalars = torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean], -1)
+        agreed = agreement(means[:3], clock, config)
+        step_size, after = step_sizes(network, clock, means[:3], agreed, before, total_steps)
+        scalars = torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean, steadiness(agreed)], -1)
         weights = lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out
         of_network = *weights, config.hidden_units, moment_format, lstm_format
         _directions[blocks](tables.tensors, tables.blocks, clocks, scalars, directions, sums, *of_network)
@@ -364,11 +376,11 @@ def _directions(
 ):
     """Step 3 of the rule, and the sum of squared directions.
 
-    scalars: of each tensor 1 / correction1, 1 / correction2 and the mean of its second moment.
+    scalars: of each tensor 1 / correction1, 1 / correction2, the mean of its second moment and its steadiness.
     """
     k, row, groups, offsets = _block(tensors, blocks)
     weights = gate_weight, gate_bias, candidate_weight, skip, out
-    step, scalars = tl.load(clocks + k), scalars + 3 * k
+    step, scalars = tl.load(clocks + k), scalars + 4 * k
     if tl.load(row + _ALIGNED) != 0:
         _directions_of(row, groups, offsets, step, scalars, directions, sums, weights, UNITS, MOMENTS, LSTM, _ALIGNMENT)
     else:
@@ -396,13 +408,13 @@ def _directions_of(
     grad = _load_gradient(row, offsets, mask, ALIGN)
     momentum = _load(row, _MOMENTUM, 0, 0, size, groups, offsets, MOMENTS, ALIGN) * tl.load(scalars)
     second_moment = _load(row, _SECOND_MOMENT, 0, 0, size, groups, offsets, MOMENTS, ALIGN) * tl.load(scalars + 1)
-    mean = tl.load(scalars + 2)
+    mean, steady = tl.load(scalars + 2), tl.load(scalars + 3)
 
     variance = second_moment + (_RELATIVE_FLOOR * mean + _ABSOLUTE_FLOOR)
     scale = tl.rsqrt(variance)
     slow, fast = momentum * scale, grad * scale
     bounded = fast / _GRADIENT_BOUND
-    fast = fast * tl.rsqrt(1.0 + bounded * bounded)
+    fast = steady * fast * tl.rsqrt(1.0 + bounded * bounded)
     share = tl.log(variance / (mean + _ABSOLUTE_FLOOR)) * 0.125
     odd, even = (slow, fast), (tl.abs(slow), tl.abs(fast), share)
     for h in tl.static_range(UNITS):
