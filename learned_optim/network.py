@@ -96,7 +96,7 @@ class Controller(nn.Module):
         self.log_patience = nn.Parameter(torch.tensor(math.log(300.0)))
         self.log_caution = nn.Parameter(torch.tensor(math.log(0.2)))
         self.shrink = nn.Parameter(torch.tensor(0.5))
-        self.power = nn.Parameter(torch.tensor(1.0))  # of the gradients' agreement, see step 5 in `rule`
+        self.power = nn.Parameter(torch.tensor(1.0))  # of the pace, see step 5 in `rule`
 
     def forward(self, trend: Tensor, steady: Tensor, age: Tensor, progress: Tensor, known: Tensor, correction: Tensor) -> Tensor:
         """Runs one step; all tensors are (..., K).
@@ -133,7 +133,7 @@ class OptimizerNetwork(nn.Module):
         self.coordinate = CoordinateLSTM(config.hidden_units)
         self.controller = Controller()
         # Logarithms of the prior step size, and of a vector's update RMS in units of it.
-        self.log_step_size = nn.Parameter(torch.tensor(math.log(0.06)))
+        self.log_step_size = nn.Parameter(torch.tensor(math.log(0.05)))
         self.log_vector_gain = nn.Parameter(torch.tensor(math.log(0.15)))
 
     # Not huggingface_hub's PyTorchModelHubMixin: it loads wrong names and a missing config without an error, takes config and weights

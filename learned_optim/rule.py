@@ -20,10 +20,11 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    convolution kernels flattened) is orthogonalised by Newton-Schulz and given a spectral norm of
    :math:`\sqrt{\max(1, fan_{out}/fan_{in})}` (Muon, Jordan et al. 2024). Any other tensor is divided by its root mean square and scaled by
    a learned constant.
-5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t} \, a_t^p \, d_t`. Adam's steps have such an :math:`a_t` in
-   each coordinate, and step 4 would lose it. The schedule :math:`s` is constant and then falls linearly to zero over the last 60 % of the
-   horizon `T` if that is known (Haegele et al. 2024, "Scaling laws and compute-optimal training beyond fixed training durations"), else
-   :math:`1/\sqrt{1 + t/100}`.
+5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t} \, p_t \, d_t`. The pace :math:`p_t` is the agreement, or the
+   length of the last gradient in units of :math:`\sqrt{v_t}`, at most 1, if that is more: long where gradients agree, and short where they
+   vanish. Adam's steps have such a factor in each coordinate, and step 4 would lose it. The schedule :math:`s` is constant and then falls
+   linearly to zero over the last 60 % of the horizon `T` if that is known (Haegele et al. 2024, "Scaling laws and compute-optimal training
+   beyond fixed training durations"), else :math:`1/\sqrt{1 + t/100}`.
 
 A tensor's clock `t` starts with its first non-zero gradient. Until then its state stays as it was made and its update is zero.
 
@@ -174,7 +175,9 @@ def step_sizes(
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
     schedule = torch.where(known > 0, annealed, decayed)
-    step_size = (network.log_step_size + correction).exp() * agreed**network.controller.power * schedule * clock.started
+    relative = ((products[0] + ABSOLUTE_FLOOR) / (clock.mean + ABSOLUTE_FLOOR)).sqrt().clamp(max=1)  # size of the last gradient
+    pace = torch.maximum(agreed, relative) ** network.controller.power
+    step_size = (network.log_step_size + correction).exp() * pace * schedule * clock.started
     return step_size, {"step": clock.step, "trend": trend * clock.started, "correction": correction}
 
 

@@ -323,40 +323,52 @@ def test_orthogonalize_keeps_the_singular_vectors(generator: torch.Generator, sh
 
 
 def schedule_alone(network: OptimizerNetwork) -> None:
-    """Neither the hypergradient nor the gradients' agreement changes a step."""
+    """Neither the hypergradient nor the pace changes a step."""
     network.controller.log_rate.fill_(-math.inf)
     network.controller.shrink.zero_()
     network.controller.power.zero_()
 
 
-def agreements(network: OptimizerNetwork, gradients: list[list[Tensor]]) -> list[list[float]]:
+def paces(network: OptimizerNetwork, gradients: list[list[Tensor]]) -> list[list[float]]:
     """By step and tensor, from the updates' lengths."""
     for power in (1.0, 0.0):
         schedule_alone(network)
         network.controller.power.fill_(power)
         sizes = [list(map(rms, updates)) for updates in run(network, gradients[0], gradients, total_steps=1e6)[0]]
         if power:
-            agreed = sizes
-    return [[one / other if other else 0.0 for one, other in zip(*pair, strict=True)] for pair in zip(agreed, sizes, strict=True)]
+            paced = sizes
+    return [[one / other if other else 0.0 for one, other in zip(*pair, strict=True)] for pair in zip(paced, sizes, strict=True)]
 
 
-def test_steps_follow_how_far_gradients_agree(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
-    """1 where they are noise, from the first step on; the most that momentum allows where they stay; little where they turn back."""
+def test_steps_are_longer_where_gradients_agree(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
+    """As usual where they are noise, from the first step on, or turn back; the most that momentum allows where they stay."""
     noise = [draw([(20_000,)], generator) for _ in range(60)]
-    scattered = [one for (one,) in agreements(untrained, noise)]
+    scattered = [one for (one,) in paces(untrained, noise)]
     assert scattered == pytest.approx([1.0] * 60, rel=0.05)
-    steady = [one for (one,) in agreements(untrained, noise[:1] * 60)]
+    steady = [one for (one,) in paces(untrained, noise[:1] * 60)]
     assert all(later > earlier for earlier, later in itertools.pairwise(steady[:30]))
     assert steady[0] == pytest.approx(1)
     assert steady[-1] == pytest.approx(math.sqrt(19), rel=0.02)
-    turning = [one for (one,) in agreements(untrained, [[(-1) ** t * noise[0][0]] for t in range(60)])]
-    assert turning[-1] == pytest.approx(1 / math.sqrt(19), rel=0.02)
+    turning = [one for (one,) in paces(untrained, [[(-1) ** t * noise[0][0]] for t in range(60)])]
+    assert turning == pytest.approx([1.0] * 60)
 
 
 def test_steps_get_shorter_where_gradients_vanish(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
     """A direction of fixed length would go on along a momentum that is all but gone."""
-    grad = draw([(90,)], generator)
-    assert agreements(untrained, [grad] * 30 + [[1e-3 * grad[0]]] * 30)[-1][0] < 0.1 * math.sqrt(19)
+    noise = [draw([(20_000,)], generator) for _ in range(90)]
+    vanishing = [one for (one,) in paces(untrained, noise[:60] + [[0.1 * one] for (one,) in noise[60:]])]
+    size = math.sqrt(0.01 / (0.01 + 0.99 * 0.99**30 * (1 - 0.99**60) / (1 - 0.99**90)))
+    assert vanishing[-1] == pytest.approx(size, rel=0.1)
+
+
+def test_agreement_is_half_a_tensors_own_and_half_everybodys(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
+    """The geometric mean; tensors that never had a gradient have no say."""
+    steady, noise, silent = draw([(9_000,)], generator)[0], draw([(9_000,)] * 60, generator), torch.zeros(9)
+    steadily, noisily = paces(untrained, [[steady, one] for one in noise])[-1]
+    alone, beside = (paces(untrained, [[steady, *more]] * 60)[-1][0] for more in ([], [silent]))
+    assert alone == beside == pytest.approx(math.sqrt(19), rel=0.02)
+    everyone = (math.sqrt(19) + 1) / 2
+    assert (steadily, noisily) == pytest.approx((math.sqrt(math.sqrt(19) * everyone), math.sqrt(everyone)), rel=0.05)
 
 
 def test_the_last_gradient_has_less_say_where_gradients_turn_back(untrained: OptimizerNetwork) -> None:
@@ -371,16 +383,6 @@ def test_the_last_gradient_has_less_say_where_gradients_turn_back(untrained: Opt
     steady = 4 * 19 * (0.99 * turning**2 + 0.01 * going_on**2)
     fast = 1 / math.sqrt(1 + 1 / GRADIENT_BOUND**2)
     assert -last[0][-1] / last[0][0] == pytest.approx((going_on + steady * fast) / (turning + steady * fast), rel=0.01)
-
-
-def test_agreement_is_half_a_tensors_own_and_half_everybodys(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
-    """The geometric mean; tensors that never had a gradient have no say."""
-    steady, noise, silent = draw([(9_000,)], generator)[0], draw([(9_000,)] * 60, generator), torch.zeros(9)
-    steadily, noisily = agreements(untrained, [[steady, one] for one in noise])[-1]
-    alone, beside = (agreements(untrained, [[steady, *more]] * 60)[-1][0] for more in ([], [silent]))
-    assert alone == beside == pytest.approx(math.sqrt(19), rel=0.02)
-    everyone = (math.sqrt(19) + 1) / 2
-    assert (steadily, noisily) == pytest.approx((math.sqrt(math.sqrt(19) * everyone), math.sqrt(everyone)), rel=0.05)
 
 
 def test_step_size_anneals_to_a_known_horizon(untrained: OptimizerNetwork, generator: torch.Generator) -> None:

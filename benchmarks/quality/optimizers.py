@@ -121,17 +121,22 @@ def without_lstm(network: OptimizerNetwork) -> None:
 def without_controller(network: OptimizerNetwork) -> None:
     network.controller.log_rate.data.fill_(-math.inf)
     network.controller.shrink.data.zero_()
+
+
+def without_pace(network: OptimizerNetwork) -> None:
     network.controller.power.data.zero_()
 
 
 def skeleton(network: OptimizerNetwork) -> None:
     without_lstm(network)
     without_controller(network)
+    without_pace(network)
 
 
 ABLATIONS: dict[str, Callable[[OptimizerNetwork], None]] = {
     "-lstm": without_lstm,
     "-controller": without_controller,
+    "-pace": without_pace,
     "skeleton": skeleton,
 }
 # How the optimizer keeps its state between steps, beside what the weights' configuration says.
@@ -144,7 +149,7 @@ MULTIPLIERS = (0.3, 3.0)
 LEARNED_NAMES = [LEARNED, HORIZON]
 SENSITIVITY = [f"{mode} x{multiplier:g}" for mode in LEARNED_NAMES for multiplier in MULTIPLIERS]
 # The skeleton gets the best of three constants; the other two are what `lr` makes of it.
-ABLATED = [f"{mode} {off}" for mode in LEARNED_NAMES for off in (*ABLATIONS, "skeleton x3", "skeleton x10")]
+ABLATED = [f"{mode} {off}" for mode in LEARNED_NAMES for off in (*ABLATIONS, "skeleton x0.6", "skeleton x2")]
 STORED = [f"{mode} {state}" for mode in LEARNED_NAMES for state in STATES]
 
 
