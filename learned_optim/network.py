@@ -103,7 +103,7 @@ class Controller(nn.Module):
 
         Args:
             trend: recent mean cosine of each tensor's gradient and momentum.
-            steady: see `rule.steadiness`.
+            steady: see step 3 in `rule`.
             age: in steps.
             progress: age / horizon in [0, 1].
             known: 1 where the horizon is known, else 0.

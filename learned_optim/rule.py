@@ -10,7 +10,7 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
 1. **Moments** as in Adam (Kingma & Ba 2015): :math:`m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t`,
    :math:`v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2`, used bias-corrected.
 2. **Step size.** The agreement :math:`a_t` of the tensor's recent gradients is the length of their mean, in units of what it would be by
-   chance: 1 where they are noise, up to 4.4 where all are the same, and next to nothing where each turns back the one before. The cosine
+   chance: 1 where they are noise, up to 4.4 where all are the same, and a quarter where each turns back the one before. The cosine
    of the tensor's gradient with its momentum, the hypergradient of its step size, is averaged over some ten steps. This *trend* goes to the
    controller (`network.Controller`), which adds it up to a correction :math:`e^{\kappa_t}` of the prior step size.
 3. **Direction.** Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise
@@ -20,11 +20,11 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    convolution kernels flattened) is orthogonalised by Newton-Schulz and given a spectral norm of
    :math:`\sqrt{\max(1, fan_{out}/fan_{in})}` (Muon, Jordan et al. 2024). Any other tensor is divided by its root mean square and scaled by
    a learned constant.
-5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t} \, p_t \, d_t`. The pace :math:`p_t` is the agreement, or the
+5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t} \, p_t^q \, d_t`. The pace :math:`p_t` is the agreement, or the
    length of the last gradient in units of :math:`\sqrt{v_t}`, at most 1, if that is more: long where gradients agree, and short where they
-   vanish. Adam's steps have such a factor in each coordinate, and step 4 would lose it. The schedule :math:`s` is constant and then falls
-   linearly to zero over the last 60 % of the horizon `T` if that is known (Haegele et al. 2024, "Scaling laws and compute-optimal training
-   beyond fixed training durations"), else :math:`1/\sqrt{1 + t/100}`.
+   vanish; its power :math:`q`, of `Controller`, is 1 unless it is learned. Adam's steps have such a factor in each coordinate, and step 4
+   would lose it. The schedule :math:`s` is constant and then falls linearly to zero over the last 60 % of the horizon `T` if that is known
+   (Haegele et al. 2024, "Scaling laws and compute-optimal training beyond fixed training durations"), else :math:`1/\sqrt{1 + t/100}`.
 
 A tensor's clock `t` starts with its first non-zero gradient. Until then its state stays as it was made and its update is zero.
 
@@ -56,7 +56,7 @@ COOLDOWN = 0.6  # share of a known horizon over which the step size falls to zer
 TREND_STEPS = 10.0  # time constant of the trend, in steps; before that it is the mean so far
 DECAY_STEPS = 100.0  # time constant of the prior step size's decay without a horizon, in steps
 EPSILON = 1e-12
-LEAST_AGREEMENT = 0.01  # below it steps do not get shorter any more
+LEAST_AGREEMENT = 0.01  # a floor that keeps the derivatives of roots finite
 TURNING = 0.5  # the agreement below which gradients turn back
 SMALL = 128  # the shorter side of matrices that are orthogonalised in the precision that they have: fewer bits would not be faster
 
@@ -116,9 +116,7 @@ def update(
 
     # 2. Step size
     clock = Clock.after(state["step"], layout.mean(second_moment), config)
-    agreed = agreement(products, clock, config)
-    step_size, per_tensor = step_sizes(network, clock, products, agreed, state, total_steps)
-    steady = steadiness(agreed)
+    step_size, steady, per_tensor = step_sizes(network, clock, products, state, total_steps)
 
     # 3. Direction
     def direct(block: Block, grad: Tensor, momentum: Tensor, second_moment: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
@@ -154,31 +152,33 @@ class Clock(NamedTuple):
 
 
 def step_sizes(
-    network: OptimizerNetwork, clock: Clock, products: Tensor, agreed: Tensor, state: State, total_steps: Tensor
-) -> tuple[Tensor, State]:
-    """Step 2 of the method, and the factors of step 5.
+    network: OptimizerNetwork, clock: Clock, products: Tensor, state: State, total_steps: Tensor
+) -> tuple[Tensor, Tensor, State]:
+    """Step 2 of the method, the steadiness of step 3 and the factors of step 5.
 
     Args:
         products: means of the squared gradient, of the squared momentum before it and of their product, (3, ..., K).
-        agreed: how far gradients agree, (..., K).
         state: see `init_state`; what tensors have once is read.
         total_steps: (..., K).
 
     Returns:
-        step sizes, (..., K), and the new state that tensors have once.
+        step sizes and steadiness, (..., K), and the new state that tensors have once.
     """
+    agreed = agreement(products, clock, network.config)
+    # 1 where gradients agree or are noise, less where they turn back, because of steep directions that the others have to wait for.
+    steady = (agreed / TURNING).clamp(max=1).square()
     age = clock.step.clamp(min=1)
     known = total_steps.isfinite().to(age.dtype)
     progress = ((age - 1) / total_steps).clamp(max=1)
     trend = torch.lerp(state["trend"], cosine(products), (1 / age).clamp(min=1 / TREND_STEPS))
-    correction = network.controller(trend, steadiness(agreed), age, progress, known, state["correction"]) * clock.started
+    correction = network.controller(trend, steady, age, progress, known, state["correction"]) * clock.started
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
     schedule = torch.where(known > 0, annealed, decayed)
     relative = ((products[0] + ABSOLUTE_FLOOR) / (clock.mean + ABSOLUTE_FLOOR)).sqrt().clamp(max=1)  # size of the last gradient
     pace = torch.maximum(agreed, relative) ** network.controller.power
     step_size = (network.log_step_size + correction).exp() * pace * schedule * clock.started
-    return step_size, {"step": clock.step, "trend": trend * clock.started, "correction": correction}
+    return step_size, steady, {"step": clock.step, "trend": trend * clock.started, "correction": correction}
 
 
 def agreement(products: Tensor, clock: Clock, config: NetworkConfig) -> Tensor:
@@ -197,11 +197,6 @@ def agreement(products: Tensor, clock: Clock, config: NetworkConfig) -> Tensor:
     everyone = (own * clock.started).sum(-1, keepdim=True) / clock.started.sum(-1, keepdim=True).clamp(min=1)
     agreed: Tensor = (own * everyone.clamp(min=LEAST_AGREEMENT)).sqrt()
     return agreed
-
-
-def steadiness(agreed: Tensor) -> Tensor:
-    """1 where gradients agree or are noise, less where they turn back, because of steep directions that the others have to wait for."""
-    return (agreed / TURNING).clamp(max=1).square()
 
 
 def blockwise(function: Callable[..., tuple[Tensor, ...]], layout: Layout, tensors: Sequence[Tensor]) -> list[Tensor]:

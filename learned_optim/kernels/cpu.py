@@ -24,18 +24,7 @@ from torch import Tensor
 from ..config import FORMATS
 from ..features import Layout
 from ..network import OptimizerNetwork
-from ..rule import (
-    ADAMW_UPDATE_RMS,
-    PER_TENSOR,
-    Clock,
-    State,
-    agreement,
-    is_orthogonal,
-    orthogonalize_all,
-    steadiness,
-    step_sizes,
-    vector_scale,
-)
+from ..rule import ADAMW_UPDATE_RMS, PER_TENSOR, Clock, State, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
 
 BLOCK = 2**14  # coordinates that a thread takes at once
 INTERFACE, MAX_UNITS = 4, 8  # as in the C file
@@ -180,10 +169,8 @@ def step(
     before = dict(zip(PER_TENSOR, rows, strict=True))
     *products, second_moment = passes.run("moments", 4, config.momentum, config.second_moment)
     clock = Clock.after(before["step"], second_moment, config)
-    moments = torch.stack(products)
-    agreed = agreement(moments, clock, config)
-    step_size, after = step_sizes(network, clock, moments, agreed, before, total_steps)
-    scalars = torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean, steadiness(agreed)], -1)
+    step_size, steady, after = step_sizes(network, clock, torch.stack(products), before, total_steps)
+    scalars = torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean, steady], -1)
     weights = [weight.data_ptr() for weight in (lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out)]
     (mean_square,) = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), scalars.data_ptr())
     passes.per_tensor("scatter", torch.stack([after[key] for key in PER_TENSOR]))

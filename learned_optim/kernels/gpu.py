@@ -28,18 +28,7 @@ from .. import features, storage
 from ..config import FORMATS
 from ..features import EVEN, ODD, Layout
 from ..network import OptimizerNetwork
-from ..rule import (
-    ADAMW_UPDATE_RMS,
-    PER_TENSOR,
-    Clock,
-    State,
-    agreement,
-    is_orthogonal,
-    orthogonalize_all,
-    steadiness,
-    step_sizes,
-    vector_scale,
-)
+from ..rule import ADAMW_UPDATE_RMS, PER_TENSOR, Clock, State, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
 
 BLOCK = 1024  # coordinates of a program
 MAX_UNITS = 8  # as on a CPU; more would not fit into registers
@@ -156,9 +145,8 @@ def step(
         _means[every](tables.tensors, sums, means, count, 4)
 
         clock = Clock.after(clocks, means[3], config)
-        agreed = agreement(means[:3], clock, config)
-        step_size, after = step_sizes(network, clock, means[:3], agreed, before, total_steps)
-        scalars = torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean, steadiness(agreed)], -1)
+        step_size, steady, after = step_sizes(network, clock, means[:3], before, total_steps)
+        scalars = torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean, steady], -1)
         weights = lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out
         of_network = *weights, config.hidden_units, moment_format, lstm_format
         _directions[blocks](tables.tensors, tables.blocks, clocks, scalars, directions, sums, *of_network)
