@@ -20,8 +20,8 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    convolution kernels flattened) is orthogonalised by Newton-Schulz and given a spectral norm of
    :math:`\sqrt{\max(1, fan_{out}/fan_{in})}` (Muon, Jordan et al. 2024). Any other tensor is divided by its root mean square and scaled by
    a learned constant.
-5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t} \, p_t^q \, d_t`. The pace :math:`p_t` is the agreement, or the
-   length of the last gradient in units of :math:`\sqrt{v_t}`, at most 1, if that is more: long where gradients agree, and short where they
+5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t} \, p_t^q \, d_t`. The pace :math:`p_t` is the agreement, or
+   the length of the last gradient in units of :math:`\sqrt{v_t}`, at most 1, if that is more: long where gradients agree, short where they
    vanish; its power :math:`q`, of `Controller`, is 1 unless it is learned. Adam's steps have such a factor in each coordinate, and step 4
    would lose it. The schedule :math:`s` is constant and then falls linearly to zero over the last 60 % of the horizon `T` if that is known
    (Haegele et al. 2024, "Scaling laws and compute-optimal training beyond fixed training durations"), else :math:`1/\sqrt{1 + t/100}`.
