@@ -101,13 +101,16 @@ def test_the_program_runs_and_resumes(quality: Any, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(quality.report, "DEFAULTS", ["AdamW-default 0.001"])
     monkeypatch.setattr(quality.main, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(quality.main, "as_completed", list)
-    arguments = ["--tasks", "linear", "--seeds", "1", "--parts", "baselines", "learned", "--out", str(tmp_path)]
+    arguments = ["--tasks", "linear", "--seeds", "1", "--parts", "baselines", "learned", "state", "--out", str(tmp_path)]
     quality.main.main(arguments)
     written = (tmp_path / "runs.jsonl").read_text()
-    found = json.loads((tmp_path / "results.json").read_text())["optimizers"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    found = results["optimizers"]
     assert found["AdamW tuned"]["tasks"]["linear"]["setting"] == "AdamW 0.03 cosine"  # a thousandth is far too small for 200 steps
     assert found["AdamW-default 0.001"]["speed"] < 0.5 < found["AdamW tuned"]["speed"]
     assert found["learned"]["tasks"]["linear"]["train"] < 0.6
+    assert results["formats"].keys() == {"learned", "learned+T", "learned small-state", "learned+T small-state"}
+    assert all(0.9 < one["ratio"] < 1.1 for one in results["formats"].values())
     assert (tmp_path / "speed.png").stat().st_size > 0
     quality.main.main(arguments)
     assert (tmp_path / "runs.jsonl").read_text() == written  # nothing was run again

@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from development import TASKS as DEVELOPMENT
-from optimizers import ABLATED, DEFAULTS, GRIDS, LEARNED_NAMES, REFERENCE, SENSITIVITY, STORED
+from optimizers import ABLATED, DEFAULTS, GRIDS, LEARNED_NAMES, REFERENCE, SENSITIVITY, STORED, STORED_REPEATS
 from report import report
 from tasks import MORE_TASKS, TASKS
 from training import LENGTHS, PROBLEMS, Job, Results, train
@@ -46,8 +46,10 @@ def wanted(tasks: list[str], results: Results, seeds: int, parts: set[str]) -> l
             jobs += [(task, best, seed, length) for seed, length in itertools.product(range(seeds), LENGTHS)]
         names = [*itertools.chain(*GRIDS.values()), *DEFAULTS] if "baselines" in parts else []
         names += [*(LEARNED_NAMES if "learned" in parts else ()), *(ABLATED if "ablations" in parts else ())]
-        names += [*(SENSITIVITY if "sensitivity" in parts else ()), *(STORED if "state" in parts else ())]
+        names += SENSITIVITY if "sensitivity" in parts else ()
         jobs += [(task, name, seed, 1.0) for name in names for seed in range(seeds)]
+        stored = [*LEARNED_NAMES, *STORED] if "state" in parts else []
+        jobs += [(task, name, seed, 1.0) for name in stored for seed in range(STORED_REPEATS * seeds)]
     return [job for job in dict.fromkeys(jobs) if job not in results.runs]
 
 

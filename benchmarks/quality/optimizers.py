@@ -140,8 +140,9 @@ ABLATIONS: dict[str, Callable[[OptimizerNetwork], None]] = {
     "skeleton": skeleton,
 }
 # How the optimizer keeps its state between steps, beside what the weights' configuration says.
+EXACT = "fp32-state"
 STATES: dict[str, dict[str, str]] = {
-    "fp32-state": {"moment_format": "float32", "lstm_format": "float32"},
+    EXACT: {"moment_format": "float32", "lstm_format": "float32"},
     "small-state": {"moment_format": "bfloat16", "lstm_format": "int8"},
 }
 LEARNED, HORIZON = "learned", "learned+T"
@@ -151,6 +152,7 @@ SENSITIVITY = [f"{mode} x{multiplier:g}" for mode in LEARNED_NAMES for multiplie
 # The skeleton gets the best of three constants; the other two are what `lr` makes of it.
 ABLATED = [f"{mode} {off}" for mode in LEARNED_NAMES for off in (*ABLATIONS, "skeleton x0.6", "skeleton x2")]
 STORED = [f"{mode} {state}" for mode in LEARNED_NAMES for state in STATES]
+STORED_REPEATS = 3  # times as many seeds, since formats differ by less than seeds do
 
 
 def learned(name: str, params: Iterable[nn.Parameter], pretrained: str, steps: int) -> Trained:
