@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from .config import NetworkConfig
 from .features import EVEN, ODD, CoordinateFeatures
 
-# Without a horizon: the trend that says for certain that steps only bounce about, and the steps before it counts in full.
-BOUND, LEAD = 0.1, 30.0
+# Without a horizon: the trend that says for certain that steps only bounce about in noise, the steps before it counts in full, and the
+# trend from which on they leap from one side of a valley to the other.
+BOUND, LEAD, LEAP = 0.1, 30.0, 0.6
 
 
 class CoordinateLSTM(nn.Module):
@@ -77,8 +78,9 @@ class Controller(nn.Module):
     its recent mean cosine between gradient and momentum, plus half of the mean over all tensors, at the tensor's step `t`, and
     `fading = 1 / (1 + t / patience)` and the steadiness `w`, the logarithm `k` of the correction to the prior step size becomes
 
-        k' = k + rate * 2 (1 - t / T) * fading * (c if c > 0 else caution * w * c)                  where the horizon `T` is known, else
-        k' = k + rate * fading * max(c, 0) - shrink * w * clamp(-c / BOUND, 0, 1) / (t + LEAD),     both with |k'| <= 3.
+        k' = k + rate * 3 (1 - t / T) * fading * (c if c > 0 else caution * w * c)      where the horizon `T` is known, else
+        k' = k + rate * fading * max(c, 0)
+               - shrink * (w * clamp(-c / BOUND, 0, 1) / (t + LEAD) + max(-c - LEAP, 0)),   both with |k'| <= 3.
 
     A mean, since a single cosine scatters, and what counts for more on one side of zero than on the other would turn scatter into growth.
     Correcting fades, since once the scale is found what the cosine shows is the schedule and the noise. With a horizon the controller may
@@ -87,7 +89,8 @@ class Controller(nn.Module):
     long. Where gradients turn back by more than noise would, because of steep directions, the steadiness mutes what would shorten steps.
     Without a horizon nothing else anneals. There a negative trend goes on counting: where steps only bounce about in the gradients'
     noise it is negative (Pflug 1983; Chee & Toulis 2018, "Convergence diagnostics for stochastic gradient descent"), and then step sizes,
-    whose prior falls with the root of `t`, fall with `t` itself, as stochastic approximation wants (Robbins & Monro 1951).
+    whose prior falls with the root of `t`, fall with `t` itself, as stochastic approximation wants (Robbins & Monro 1951). And where each
+    gradient turns back nearly the whole of the last, steps leap across a valley that they would never come to rest in, and shorten at once.
     """
 
     def __init__(self) -> None:
@@ -115,8 +118,9 @@ class Controller(nn.Module):
         trend = 0.5 * (trend + trend.mean(-1, keepdim=True))
         longer, shorter = trend.clamp(min=0), steady * trend.clamp(max=0)
         fading = 1 / (1 + age / self.log_patience.exp())
-        annealed = 2 * (1 - progress) * fading * (longer + self.log_caution.exp() * shorter)
-        endless = self.log_rate.exp() * fading * longer - self.shrink * steady * (-trend / BOUND).clamp(0, 1) / (age + LEAD)
+        annealed = 3 * (1 - progress) * fading * (longer + self.log_caution.exp() * shorter)
+        bouncing = steady * (-trend / BOUND).clamp(0, 1) / (age + LEAD) + (-trend - LEAP).clamp(min=0)
+        endless = self.log_rate.exp() * fading * longer - self.shrink * bouncing
         return (correction + torch.where(known > 0, self.log_rate.exp() * annealed, endless)).clamp(-3, 3)
 
 

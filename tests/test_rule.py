@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from learned_optim.config import NetworkConfig
 from learned_optim.features import GRADIENT_BOUND, Layout
-from learned_optim.network import BOUND, LEAD, OptimizerNetwork
+from learned_optim.network import BOUND, LEAD, LEAP, OptimizerNetwork
 from learned_optim.rule import SMALL, State, init_state, newton_schulz, orthogonalize, update
 
 SHAPES = [(), (1,), (7,), (1, 6), (5, 3), (6, 1), (3, 8), (4, 3, 2, 2), (4, 12), (8, 3)]  # the last three have one kind of fans twice
@@ -420,8 +420,9 @@ def test_steps_grow_while_gradients_agree_and_shrink_where_they_turn_back(untrai
         momentum += 0.1 * (sign - momentum)
         trend += (cosine - trend) / min(age, 10)
         fading, steady = 1 / (1 + age / 10), min(1, 2 * abs(momentum) * math.sqrt(19 / (1 - 0.9 ** (2 * age)))) ** 2
-        annealed = 2 * (1 - (age - 1) / horizon) * fading * (trend if trend > 0 else caution * steady * trend)
-        endless = 0.3 * fading * max(trend, 0) - 0.5 * steady * min(max(-trend / BOUND, 0), 1) / (age + LEAD)
+        annealed = 3 * (1 - (age - 1) / horizon) * fading * (trend if trend > 0 else caution * steady * trend)
+        bouncing = steady * min(max(-trend / BOUND, 0), 1) / (age + LEAD) + max(-trend - LEAP, 0)
+        endless = 0.3 * fading * max(trend, 0) - 0.5 * bouncing
         rises.append(0.3 * annealed if math.isfinite(horizon) else endless)
     assert min(rises) < 0 < max(rises)
     assert corrections == pytest.approx(list(itertools.accumulate(rises)), rel=1e-4)
@@ -437,8 +438,8 @@ def test_scatter_moves_no_step_size(untrained: OptimizerNetwork, generator: torc
 def test_without_a_horizon_steps_shrink_where_gradients_are_noise_that_turns_back(
     untrained: OptimizerNetwork, generator: torch.Generator
 ) -> None:
-    """However late: as one over the root of the time, beside the prior that does so too; with a horizon annealing does it. Not where each
-    gradient turns back the one before: that is a steep direction."""
+    """However late: as one over the root of the time, beside the prior that does so too; with a horizon annealing does it. Hardly where
+    gradients turn back much of the one before, along steep directions, and fast where they turn back all of it."""
 
     def shrinkage(gradients: list[list[Tensor]]) -> float:
         early, late = (run(untrained, gradients[0], gradients[:count])[1]["correction"].item() for count in (200, 400))
@@ -448,7 +449,10 @@ def test_without_a_horizon_steps_shrink_where_gradients_are_noise_that_turns_bac
     pairs = itertools.pairwise(noise)
     expected = 0.5 * math.log((400 + LEAD) / (200 + LEAD))
     assert shrinkage([[new - 0.3 * old] for old, new in pairs]) == pytest.approx(expected, rel=0.02)
-    assert shrinkage([[(-1.0) ** t * noise[0]] for t in range(400)]) < 0.25 * expected
+    shared = noise[0]
+    assert shrinkage([[(-1.0) ** t * shared + 0.3 * own] for t, own in enumerate(noise)]) < 0.7 * expected
+    leaps = [[(-1.0) ** t * shared] for t in range(60)]
+    assert run(untrained, leaps[0], leaps)[1]["correction"].item() == pytest.approx(-3)
 
 
 def test_the_correction_is_bounded_and_acts_on_the_step_size(untrained: OptimizerNetwork) -> None:
