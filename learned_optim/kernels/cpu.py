@@ -95,7 +95,8 @@ def blocks(layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def addresses(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.frombuffer(array("q", map(Tensor.data_ptr, tensors)), dtype=torch.int64)
+    # Through a list, whose length is known: an array grows slowly.
+    return torch.frombuffer(array("q", list(map(Tensor.data_ptr, tensors))), dtype=torch.int64)
 
 
 class Passes:
