@@ -36,7 +36,7 @@ from ..features import Layout
 from ..kernels import cpu
 from ..network import OptimizerNetwork
 from ..rule import State, update
-from . import in_place
+from . import in_place, process
 from .config import MetaTrainConfig
 from .unroll import VMAP_LIMIT, Optimizees, Rule, Unroll, derive_seed, is_large
 
@@ -209,7 +209,8 @@ def evolve(
     perturbed = {name: weights[name].detach() + shift for name, shift in shifts.items()}
     with torch.no_grad():
         if in_place.serves(network, now):
-            losses, end = apart(unroll, now, networks(network, perturbed), length)
+            with process.thrifty():
+                losses, end = apart(unroll, now, networks(network, perturbed), length)
         else:
             losses, end = _run(unroll, now, length, perturbed_rule(network, perturbed))
         each = meta_loss(losses, unroll, config)
@@ -277,19 +278,17 @@ def networks(network: OptimizerNetwork, weights: Mapping[str, Tensor]) -> list[O
 
 def apart(unroll: Unroll, now: Optimizees, networks: Sequence[OptimizerNetwork], length: int) -> tuple[Tensor, Optimizees]:
     """`_run` for large optimizees (P, R), one particle after the other, so that only one of them takes the memory of training."""
-    found = []
+    everyones, end = [], now.map(torch.empty_like)
     for p, network in enumerate(networks):
-        mine = now.map(itemgetter(slice(p, p + 1)))
+        mine, place = (whole.map(itemgetter(slice(p, p + 1))) for whole in (now, end))
         rule = in_place.InPlaceRule(network, unroll.layout, mine.state)
         losses, mine = _run(unroll, mine._replace(state={"step": mine.state["step"]}), length, rule)
-        found.append((losses, mine._replace(state=rule.hand_over())))
-    each = [end for _, end in found]
-    end = Optimizees(
-        torch.cat([one.params for one in each]),
-        {key: torch.cat([one.state[key] for one in each]) for key in now.state},
-        {key: torch.cat([one.buffers[key] for one in each]) for key in now.buffers},
-    )
-    return torch.cat([losses for losses, _ in found], 1), end
+        everyones.append(losses)
+        place.params.copy_(mine.params)
+        for key, buffer in mine.buffers.items():
+            place.buffers[key].copy_(buffer)
+        rule.hand_over(place.state)
+    return torch.cat(everyones, 1), end
 
 
 def _run(unroll: Unroll, now: Optimizees, length: int, rule: Rule) -> tuple[Tensor, Optimizees]:

@@ -49,6 +49,7 @@ class InPlaceRule:
             return row.unbind() if key in PER_TENSOR else [part.view(shape) for part, shape in self._parts(key, row)]
 
         self.network, self.sizes = exact(network), layout.sizes
+        self.change: Tensor | None = None  # the memory of the last one, for the next
         self.shapes = {key: value.shape for key, value in state.items()}
         # Of each key and replica: one tensor after the other.
         self.rows = {key: [row(key, r) for r in range(state["step"].shape[1])] for key in state}
@@ -59,24 +60,23 @@ class InPlaceRule:
         ]
 
     def __call__(self, layout: Layout, grad: Tensor, state: State, total_steps: Tensor) -> tuple[Tensor, State]:
-        change, count = torch.zeros_like(grad), len(layout.sizes)
+        change, count = torch.zeros_like(grad) if self.change is None else self.change.zero_(), len(layout.sizes)
         for r, states in enumerate(self.states):
             moved, slopes = change[0, r].split(layout.sizes), grad[0, r].split(layout.sizes)
             cpu.step(self.network, layout, moved, slopes, states, total_steps[0, r], [1.0] * count, [0.0] * count)
+        self.change = change
         return change, state
 
-    def hand_over(self) -> State:
-        """The state, (1, R, ...), of which nothing is left here: key by key, since there is no room for two."""
+    def hand_over(self, state: State) -> None:
+        """Writes the state, (1, R, ...), of which nothing is left here: key by key, since there is no room for two."""
         self.states.clear()
-        return {key: self._joined(key, self.rows.pop(key)) for key in list(self.rows)}
-
-    def _joined(self, key: str, rows: list[Tensor]) -> Tensor:
-        if key in PER_TENSOR:
-            return torch.stack(rows)[None]
-        whole = torch.empty(self.shapes[key])
-        for r, row in enumerate(rows):
-            torch.cat([part.view(shape) for part, shape in self._parts(key, row)], -1, out=whole[0, ..., r, :])
-        return whole
+        self.change = None
+        for key, whole in state.items():
+            for r, row in enumerate(self.rows.pop(key)):
+                if key in PER_TENSOR:
+                    whole[0, r] = row
+                else:
+                    torch.cat([part.view(shape) for part, shape in self._parts(key, row)], -1, out=whole[0, ..., r, :])
 
     def _parts(self, key: str, row: Tensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         """Each tensor's stretch of a row, and its shape."""
