@@ -209,8 +209,7 @@ def evolve(
     perturbed = {name: weights[name].detach() + shift for name, shift in shifts.items()}
     with torch.no_grad():
         if in_place.serves(network, now):
-            with process.thrifty():
-                losses, end = apart(unroll, now, networks(network, perturbed), length)
+            losses, end = apart(unroll, now, networks(network, perturbed), length)
         else:
             losses, end = _run(unroll, now, length, perturbed_rule(network, perturbed))
         each = meta_loss(losses, unroll, config)
@@ -281,8 +280,9 @@ def apart(unroll: Unroll, now: Optimizees, networks: Sequence[OptimizerNetwork],
     everyones, end = [], now.map(torch.empty_like)
     for p, network in enumerate(networks):
         mine, place = (whole.map(itemgetter(slice(p, p + 1))) for whole in (now, end))
-        rule = in_place.InPlaceRule(network, unroll.layout, mine.state)
-        losses, mine = _run(unroll, mine._replace(state={"step": mine.state["step"]}), length, rule)
+        with process.thrifty():
+            rule = in_place.InPlaceRule(network, unroll.layout, mine.state)
+            losses, mine = _run(unroll, mine._replace(state={"step": mine.state["step"]}), length, rule)
         everyones.append(losses)
         place.params.copy_(mine.params)
         for key, buffer in mine.buffers.items():

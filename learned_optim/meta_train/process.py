@@ -30,8 +30,8 @@ def settle() -> None:
 
 @contextmanager
 def thrifty() -> Iterator[None]:
-    """Inside, the largest blocks go back nevertheless: a few of the size of all parameters are all that training without a graph takes, and
-    kept ones get too small for the next by what settles in them."""
+    """Inside, the largest blocks go back nevertheless, and at the end whatever is free: a few of the size of all parameters are all that
+    training without a graph takes, and kept ones get too small for the next by what settles in them."""
     if settled:
         _malloc(M_MMAP_MAX, ANY_NUMBER)
     try:
@@ -39,6 +39,7 @@ def thrifty() -> Iterator[None]:
     finally:
         if settled:
             _malloc(M_MMAP_MAX, 0)
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _malloc(option: int, value: int) -> None:
