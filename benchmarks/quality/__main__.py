@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from development import TASKS as DEVELOPMENT
-from optimizers import ABLATED, DEFAULTS, GRIDS, LEARNED_NAMES, REFERENCE, SENSITIVITY, STORED, STORED_REPEATS
+from optimizers import ABLATED, DEFAULTS, GRIDS, LEARNED_NAMES, REFERENCE, SENSITIVITY, STORED
 from report import report
 from tasks import MORE_TASKS, TASKS
 from training import LENGTHS, PROBLEMS, Job, Results, train
@@ -36,7 +36,7 @@ from learned_optim.weights import fingerprint
 PARTS = ["baselines", "learned", "ablations", "sensitivity", "state"]
 
 
-def wanted(tasks: list[str], results: Results, seeds: int, parts: set[str]) -> list[Job]:
+def wanted(tasks: list[str], results: Results, seeds: int, state_seeds: int, parts: set[str]) -> list[Job]:
     """What can be run by now: the grids, and once a task's is complete, AdamW's best setting for other lengths of training."""
     jobs: list[Job] = []
     for task in tasks:
@@ -49,7 +49,7 @@ def wanted(tasks: list[str], results: Results, seeds: int, parts: set[str]) -> l
         names += SENSITIVITY if "sensitivity" in parts else ()
         jobs += [(task, name, seed, 1.0) for name in names for seed in range(seeds)]
         stored = [*LEARNED_NAMES, *STORED] if "state" in parts else []
-        jobs += [(task, name, seed, 1.0) for name in stored for seed in range(STORED_REPEATS * seeds)]
+        jobs += [(task, name, seed, 1.0) for name in stored for seed in range(state_seeds)]
     return [job for job in dict.fromkeys(jobs) if job not in results.runs]
 
 
@@ -63,6 +63,12 @@ def main(argv: list[str] | None = None) -> None:
     kind.add_argument("--development", action="store_true", help="the tasks that weights and rules are chosen on")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="beside tuned AdamW; all by default")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--state-seeds",
+        type=int,
+        default=6,
+        help="of the part `state`, whose formats differ by less than three seeds do; some tasks want more",
+    )
     kind.add_argument("--data", type=Path, help="folder with mnist/ and wikitext-2/: adds their tasks")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side, each on one thread")
     parser.add_argument("--out", type=Path, help="where runs.jsonl, results.json and the plots go; runs/quality or runs/development")
@@ -76,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     results = Results(arguments.out / "runs.jsonl", fingerprint(load_network(arguments.pretrained)))
     with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
-        while todo := wanted(tasks, results, arguments.seeds, set(arguments.parts)):
+        while todo := wanted(tasks, results, arguments.seeds, arguments.state_seeds, set(arguments.parts)):
             began = time.monotonic()
             for count, done in enumerate(as_completed([pool.submit(train, job, arguments.pretrained) for job in todo]), 1):
                 results.add(done.result())

@@ -152,7 +152,6 @@ SENSITIVITY = [f"{mode} x{multiplier:g}" for mode in LEARNED_NAMES for multiplie
 # The skeleton gets the best of three constants; the other two are what `lr` makes of it.
 ABLATED = [f"{mode} {off}" for mode in LEARNED_NAMES for off in (*ABLATIONS, "skeleton x0.6", "skeleton x2")]
 STORED = [f"{mode} {state}" for mode in LEARNED_NAMES for state in STATES]
-STORED_REPEATS = 2  # times as many seeds, since formats differ by less than seeds do
 
 
 def learned(name: str, params: Iterable[nn.Parameter], pretrained: str, steps: int) -> Trained:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimizers import ABLATED, DEFAULTS, EXACT, GRIDS, HORIZON, LEARNED, LEARNED_NAMES, REFERENCE, SENSITIVITY, STORED, STORED_REPEATS
+from optimizers import ABLATED, DEFAULTS, EXACT, GRIDS, HORIZON, LEARNED, LEARNED_NAMES, REFERENCE, SENSITIVITY, STORED
 from training import LENGTHS, PROBLEMS, Results, final
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666", "#E69F00", "#56B4E9")  # Okabe & Ito (2008)
@@ -66,20 +66,22 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def formats(tasks: list[str], results: Results, seeds: int) -> dict[str, dict[str, float]]:
-    """The speed with each format of the state over that with fp32: `ratio`, a geometric mean over tasks and seeds, and `error`, the
-    standard error of its logarithm. Both formats have the same seeds, more than other parts, since they differ by less than seeds do."""
-    count, found = STORED_REPEATS * seeds, {}
+    """The speed with each format of the state over that with fp32: `ratio`, a geometric mean over tasks of that over seeds, and `error`,
+    the standard error of its logarithm. Both formats have the same seeds, on each task as many as were run: `seeds` (fewest) to `most`."""
+    found = {}
     for name in (*LEARNED_NAMES, *STORED):
         exact = f"{name.split()[0]} {EXACT}"
-        if name == exact or not all(results.complete(task, [name, exact], count) for task in tasks):
+        counts = [next(n for n in itertools.count() if not results.complete(task, [name, exact], n + 1)) for task in tasks]
+        if name == exact or min(counts) < 2:
             continue
         means, variances = [], []
-        for task in tasks:
+        for task, count in zip(tasks, counts, strict=True):
             pairs = [[math.log(speed(results, task, one, seed, seeds)) for one in (name, exact)] for seed in range(count)]
             gains = [mine - others for mine, others in pairs]
             means.append(statistics.fmean(gains))
             variances.append(statistics.variance(gains) / count)
-        found[name] = {"ratio": math.exp(statistics.fmean(means)), "error": math.sqrt(sum(variances)) / len(tasks)}
+        error = math.sqrt(sum(variances)) / len(tasks)
+        found[name] = {"ratio": math.exp(statistics.fmean(means)), "error": error, "seeds": min(counts), "most": max(counts)}
     return found
 
 
@@ -135,8 +137,8 @@ def report(tasks: list[str], results: Results, seeds: int, out: Path) -> None:
         by_task.append([task, tuned[REFERENCE][task], *losses, *(figures[name]["tasks"][task]["speed"] for name in shown[2:])])
     text = f"{table(summary)}\n\n{table(by_task)}\n"
     if stored := formats(tasks, results, seeds):
-        heads: list[object] = ["format of the state", "speed / with fp32", "standard error", "seeds"]
-        text += f"\n{table([heads, *([name, *one.values(), STORED_REPEATS * seeds] for name, one in stored.items())])}\n"
+        heads: list[object] = ["format of the state", "speed / with fp32", "standard error", "seeds", "on some tasks"]
+        text += f"\n{table([heads, *([name, *one.values()] for name, one in stored.items())])}\n"
     print(f"\n{len(tasks)} tasks, {seeds} seeds, weights {results.weights}\n\n{text}")
     machine = {"platform": platform.platform(), "torch": torch.__version__}
     found = {"weights": results.weights, "seeds": seeds, "machine": machine, "optimizers": figures, "formats": stored}
