@@ -101,20 +101,8 @@ def test_the_program_runs_and_resumes(quality: Any, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(quality.report, "DEFAULTS", ["AdamW-default 0.001"])
     monkeypatch.setattr(quality.main, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(quality.main, "as_completed", list)
-    arguments = [
-        "--tasks",
-        "linear",
-        "--seeds",
-        "1",
-        "--parts",
-        "baselines",
-        "learned",
-        "state",
-        "--state-seeds",
-        "2",
-        "--out",
-        str(tmp_path),
-    ]
+    options = "--tasks linear --seeds 1 --parts baselines learned state --state-seeds 2"
+    arguments = [*options.split(), "--out", str(tmp_path)]
     quality.main.main(arguments)
     written = (tmp_path / "runs.jsonl").read_text()
     results = json.loads((tmp_path / "results.json").read_text())

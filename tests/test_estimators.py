@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
+import subprocess
+import sys
 import tempfile
 from typing import Any
 
@@ -326,3 +329,31 @@ def test_reptile_is_the_way_that_training_moved_the_parameters() -> None:
     assert estimate.gradient is not None
     torch.testing.assert_close(estimate.gradient[INITIAL], (unroll.optimizees.params - after.optimizees.params).mean(0))
     assert estimate.gradient[INITIAL].norm() > 0
+
+
+RESIDENT = """
+from pathlib import Path
+import torch
+from learned_optim.meta_train import process
+
+def grown():
+    def mebibytes():
+        return int(Path("/proc/self/statm").read_text().split()[1]) / 256
+    before = mebibytes()
+    torch.ones(2**25).sum()
+    return mebibytes() - before
+
+process.settle()
+with process.thrifty():
+    inside = grown()
+print(inside, grown(), grown())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="only glibc's malloc is settled")
+def test_a_settled_process_keeps_large_blocks_unless_it_is_thrifty() -> None:
+    """128 MiB that were used once: inside nothing is left of them, outside they wait for the next."""
+    done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)
+    inside, first, again = map(float, done.stdout.split())
+    assert inside < 32 < 100 < first
+    assert again < 32  # the kept block served
