@@ -7,6 +7,8 @@ Every measurement is a ratio to fused AdamW's step, taken in the same process: o
 `torch.optim.Muon`. The roofline is the time in which the machine copies as many bytes as a step must read and write at least: gradient and
 state once in each pass, parameter once. Whole training iterations are those of a character GPT of 10 million weights at 4,096 tokens a
 batch and of a CNN on 128 images of 32 x 32.
+
+PyLO takes part where it can be imported, from a clone of github.com/Belilovsky-Lab/pylo in PYTHONPATH; `pylo` on PyPI is another program.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import functools
 import math
 import statistics
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,8 +36,8 @@ from learned_optim.kernels.cpu import matrix_dtype
 from learned_optim.rule import orthogonalize
 
 Maker = Callable[[list[nn.Parameter]], Optimizer]
-MINE, REFERENCE, ADAMW = "LearnedOptimizer", "LearnedOptimizer, reference", "AdamW, fused"
-SLOW = {REFERENCE: 10**6}  # the most weights that are measured of what is slow
+MINE, REFERENCE, ADAMW, PYLO = "LearnedOptimizer", "LearnedOptimizer, reference", "AdamW, fused", "PyLO small_fc_lopt"
+SLOW = {REFERENCE: 10**6, PYLO: 10**6}  # the most weights that are measured of what is slow
 # Bytes of a step by weight. Ours, three passes: gradient, momentum and second moment in and the two out; all three and the LSTM's state of
 # two units in bfloat16 in, that state and the direction out; direction and parameter in, parameter out.
 BYTES = {MINE: 20 + 12 + 4 * 2 * 2 + 4 + 12, ADAMW: 28}
@@ -48,7 +52,7 @@ def makers() -> dict[str, Maker]:
         optimizer.train()
         return optimizer
 
-    return {
+    found: dict[str, Maker] = {
         ADAMW: functools.partial(torch.optim.AdamW, fused=True),
         "AdamW": torch.optim.AdamW,
         "Schedule-Free AdamW": schedule_free,
@@ -56,6 +60,27 @@ def makers() -> dict[str, Maker]:
         MINE: LearnedOptimizer,
         REFERENCE: functools.partial(LearnedOptimizer, kernel="reference"),
     }
+    return found if (peer := pylo()) is None else found | {PYLO: peer}
+
+
+def pylo() -> Maker | None:
+    """PyLO's learned optimizer in PyTorch operations, the only way in which it runs on a CPU, or None where PyLO cannot be imported. Its
+    weights are random, which cost as much as those on the Hub."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are no CUDA kernels
+        try:
+            from pylo.models.Meta_MLP import MetaMLP
+            from pylo.optim import AdafacLO_naive
+        except ImportError:
+            return None
+
+    def make(params: list[nn.Parameter]) -> Optimizer:
+        with tempfile.TemporaryDirectory() as folder:
+            MetaMLP(input_size=39, hidden_size=32, hidden_layers=1).save_pretrained(folder)
+            optimizer: Optimizer = AdafacLO_naive(params, hf_key=folder)
+        return optimizer
+
+    return make
 
 
 def parameters(shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -215,7 +240,8 @@ def main(argv: list[str] | None = None) -> None:
 
     figure = new_figure(7, 4.5)
     axes = figure.subplots()
-    for (name, values), colour in zip(curves.items(), (COLOURS[0], COLOURS[2], COLOURS[3], "#56B4E9", COLOURS[1], COLOURS[4]), strict=True):
+    colours = (COLOURS[0], COLOURS[2], COLOURS[3], "#56B4E9", COLOURS[1], COLOURS[4], "#E69F00")
+    for (name, values), colour in zip(curves.items(), colours, strict=False):
         axes.loglog(sizes, [1e3 * value for value in values], "o-", color=colour, label=name)
     axes.loglog(sizes, [1e3 * BYTES[MINE] * size / copy for size in sizes], ":", color=COLOURS[1], label="roofline of LearnedOptimizer")
     axes.set(xlabel="weights, one vector", ylabel="milliseconds a step")
