@@ -8,7 +8,8 @@ Every measurement is a ratio to fused AdamW's step, taken in the same process: o
 state once in each pass, parameter once. Whole training iterations are those of a character GPT of 10 million weights at 4,096 tokens a
 batch and of a CNN on 128 images of 32 x 32.
 
-PyLO takes part where it can be imported, from a clone of github.com/Belilovsky-Lab/pylo in PYTHONPATH; `pylo` on PyPI is another program.
+PyLO takes part where it can be imported: with a clone of github.com/Belilovsky-Lab/pylo in PYTHONPATH and `pip install --no-deps mup==1.0.0`;
+`pylo` on PyPI is another program.
 """
 
 from __future__ import annotations
@@ -241,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     figure = new_figure(7, 4.5)
     axes = figure.subplots()
     colours = (COLOURS[0], COLOURS[2], COLOURS[3], "#56B4E9", COLOURS[1], COLOURS[4], "#E69F00")
-    for (name, values), colour in zip(curves.items(), colours, strict=False):
+    for (name, values), colour in zip(curves.items(), colours[: len(curves)], strict=True):
         axes.loglog(sizes, [1e3 * value for value in values], "o-", color=colour, label=name)
     axes.loglog(sizes, [1e3 * BYTES[MINE] * size / copy for size in sizes], ":", color=COLOURS[1], label="roofline of LearnedOptimizer")
     axes.set(xlabel="weights, one vector", ylabel="milliseconds a step")
