@@ -8,7 +8,7 @@ Every measurement is a ratio to fused AdamW's step, taken in the same process: o
 state once in each pass, parameter once. Whole training iterations are those of a character GPT of 10 million weights at 4,096 tokens a
 batch and of a CNN on 128 images of 32 x 32.
 
-PyLO takes part where it can be imported: with `pip install --no-deps mup==1.0.0` and a clone of github.com/Belilovsky-Lab/pylo in PYTHONPATH.
+PyLO takes part where it can be imported: `pip install --no-deps mup==1.0.0`, and a clone of github.com/Belilovsky-Lab/pylo in PYTHONPATH.
 On PyPI, `pylo` is another program.
 """
 
