@@ -53,6 +53,25 @@ def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path: Path) -
     assert losses[1] == pytest.approx(losses[0], rel=1e-3, abs=1e-4)
 
 
+LEAVING = """
+import sys
+from pathlib import Path
+from learned_optim.meta_train.__main__ import main
+
+main(sys.argv[1:])
+names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+assert not [name for name in names if "gloo" in name], names
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads from /proc")
+def test_no_thread_outlives_the_process_group(tmp_path: Path) -> None:
+    """One that ran while the interpreter goes would abort the process, now and then, after all its work is done."""
+    (tmp_path / "leave.py").write_text(LEAVING)
+    done = torchrun(2, tmp_path, str(tmp_path / "leave.py"), *command(tmp_path / "run")[2:])
+    assert done.returncode == 0, done.stderr
+
+
 DYING = """
 import os, pathlib, signal, sys
 from learned_optim.config import from_json

@@ -260,6 +260,7 @@ def test_hyperparameter_search(tmp_path: Path) -> None:
 
 
 DDP = """
+import gc
 import sys
 from pathlib import Path
 import torch
@@ -277,6 +278,8 @@ assert clocks(trainer) == {4}
 assert inner(trainer).param_groups[0]["total_steps"] == 4
 torch.save(trainer.model.state_dict(), folder / f"rank{trainer.args.process_index}.pt")
 if world > 1:
+    del trainer, model  # they hold the group, whose threads would run while the process exits, and abort it
+    gc.collect()
     torch.distributed.destroy_process_group()
 """
 

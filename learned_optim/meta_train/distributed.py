@@ -35,6 +35,10 @@ def joined(device: str) -> Iterator[str]:
             attempt = f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}"
             options = {"store": dist.PrefixStore(attempt, store)}  # type: ignore[attr-defined]
             options |= {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        # Torch imports this when an optimizer steps, and functions there have the group that exists by then as a default argument: it would
+        # outlive its end, and with it gloo's threads.
+        from torch.distributed import fsdp  # noqa: F401
+
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", **options)
     try:
         yield device
