@@ -272,19 +272,21 @@ def orthogonalize(matrix: Tensor, steps: int, dtype: torch.dtype | None = None) 
         dtype: of the iteration and of what is returned; None is the matrix's.
     """
     tall = matrix.shape[-2] > matrix.shape[-1]
-    wide = matrix.mT if tall else matrix
-    wide = (wide * (wide.square().sum((-2, -1), keepdim=True) + EPSILON).rsqrt()).to(dtype or matrix.dtype)
+    wide = (matrix.mT if tall else matrix).reshape(-1, *sorted(matrix.shape[-2:]))
+    scale = (wide.square().sum((-2, -1), keepdim=True) + EPSILON).rsqrt()
+    wide = wide.to(dtype or matrix.dtype) * scale.to(dtype or matrix.dtype)
+    iterate = NewtonSchulz.apply if torch.is_grad_enabled() and wide.shape[-2] >= SMALL else newton_schulz
     for _ in range(steps):
-        wide = newton_schulz(wide)[0] if wide.shape[-2] < SMALL else NewtonSchulz.apply(wide)[0]  # type: ignore[no-untyped-call]
-    return wide.mT if tall else wide
+        wide = iterate(wide)[0]
+    return (wide.mT if tall else wide).reshape(matrix.shape)
 
 
 def newton_schulz(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One iteration: the new matrix, and what its derivative needs, the Gram matrix and the polynomial of it."""
+    """One iteration (batch, rows, columns): the new matrices, and what their derivative needs, Gram matrices and the polynomial of them."""
     a, b, c = NEWTON_SCHULZ
     gram = wide @ wide.mT
-    polynomial = b * gram + c * gram @ gram
-    return a * wide + polynomial @ wide, gram, polynomial
+    polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    return torch.baddbmm(wide, polynomial, wide, beta=a), gram, polynomial
 
 
 class NewtonSchulz(torch.autograd.Function):

@@ -298,10 +298,10 @@ def test_derivative_of_large_matrices(generator: torch.Generator, shape: tuple[i
 
     def plain(matrix: Tensor) -> Tensor:
         wide = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
-        wide = wide / wide.square().sum((-2, -1), keepdim=True).sqrt()
+        wide = (wide / wide.square().sum((-2, -1), keepdim=True).sqrt()).view(-1, *wide.shape[-2:])
         for _ in range(3):
             wide = newton_schulz(wide)[0]
-        return wide.mT if matrix.shape[-2] > matrix.shape[-1] else wide
+        return (wide.mT if matrix.shape[-2] > matrix.shape[-1] else wide).view(matrix.shape)
 
     def slope(function: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.func.grad(lambda matrix: (function(matrix) * weight).sum())(matrix)
