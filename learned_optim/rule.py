@@ -284,7 +284,8 @@ def orthogonalize(matrix: Tensor, steps: int, dtype: torch.dtype | None = None) 
 def newton_schulz(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One iteration (batch, rows, columns): the new matrices, and what their derivative needs, Gram matrices and the polynomial of them."""
     a, b, c = NEWTON_SCHULZ
-    gram = wide @ wide.mT
+    # Fused products, and `bmm` where one side is transposed, since `matmul` would copy it first.
+    gram = torch.bmm(wide, wide.mT)
     polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
     return torch.baddbmm(wide, polynomial, wide, beta=a), gram, polynomial
 
@@ -308,9 +309,8 @@ class NewtonSchulz(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:
         a, b, c = NEWTON_SCHULZ
         wide, gram, polynomial = ctx.saved_tensors
-        slope = grad @ wide.mT
+        slope = torch.bmm(grad, wide.mT)
         slope = (slope + slope.mT) / 2  # of the polynomial, as far as it acts on symmetric matrices
-        product = slope @ gram
+        product = torch.bmm(slope, gram)
         slope = b * slope + c * (product + product.mT)  # of the Gram matrix
-        result: Tensor = a * grad + polynomial @ grad + 2 * slope @ wide
-        return result
+        return torch.baddbmm(torch.baddbmm(grad, polynomial, grad, beta=a), slope, wide, alpha=2)
