@@ -65,12 +65,16 @@ class Layout:
         return blocks
 
     def per_tensor(self, numbers: Sequence[float | Tensor]) -> Tensor:
-        """Numbers that tensors have once, (K,), in fp32. They go to the device as arguments of its kernels, one for a run of equal ones: a
+        """Numbers that tensors have once, (K,), in fp32. They go to the device as arguments of its kernels, one for a run of one object: a
         copy would make the host wait for a GPU, and a CUDA graph could not hold it."""
-        values = [number if isinstance(number, Tensor) and number.device == self.device else float(number) for number in numbers]
-        runs = [list(run) for _, run in itertools.groupby(values, lambda value: id(value) if isinstance(value, Tensor) else value)]
-        full = functools.partial(torch.full, dtype=torch.float32, device=self.device)
-        return torch.cat([r[0].float().expand(len(r)) if isinstance(r[0], Tensor) else full((len(r),), r[0]) for r in runs])
+        parts = []
+        for _, run in itertools.groupby(numbers, id):
+            number, *others = run
+            if isinstance(number, Tensor) and number.device == self.device:
+                parts.append(number.float().expand(1 + len(others)))
+            else:
+                parts.append(torch.full((1 + len(others),), float(number), dtype=torch.float32, device=self.device))
+        return torch.cat(parts)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over each tensor: (..., N) -> (..., K)."""

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
@@ -104,8 +104,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        # Each parameter with its group; a dict, so that a parameter named twice moves once.
-        by_device: dict[torch.device, dict[Tensor, dict[str, Any]]] = {}
+        # Each parameter with its gradient and group; a dict, so that a parameter named twice moves once.
+        by_device: dict[torch.device, dict[int, tuple[Tensor, Tensor, dict[str, Any]]]] = {}
         for group in self.param_groups:
             for param in group["params"]:
                 grad = param.grad
@@ -123,7 +123,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                         "LearnedOptimizer does not support sharded parameters (DTensor, FSDP2) yet, and got one of shape "
                         f"{tuple(param.shape)}. Train with DistributedDataParallel instead."
                     )
-                by_device.setdefault(param.device, {})[param] = group
+                by_device.setdefault(param.device, {})[id(param)] = param, grad, group
         if not by_device:
             warnings.warn(
                 "LearnedOptimizer.step() found no gradient on any of its parameters, so it changed nothing. Call loss.backward() first, "
@@ -131,19 +131,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 stacklevel=4,  # the caller of `step`, behind two wrappers of torch
             )
         for device, members in by_device.items():
-            self._step_device(device, members)
+            self._step_device(device, members.values())
         return loss
 
-    def _step_device(self, device: torch.device, members: dict[Tensor, dict[str, Any]]) -> None:
+    def _step_device(self, device: torch.device, members: Iterable[tuple[Tensor, Tensor, dict[str, Any]]]) -> None:
         """Runs the rule for all parameters of a device at once and writes the results back in place."""
-        network = self.network.to(device)
+        network = self.network
+        if network.log_step_size.device != device:  # `to` walks through all of it, which is a sixth of a small model's step
+            network.to(device)
         params, grads, states, groups = [], [], [], []
-        for param, group in members.items():  # looking a tensor up is slow enough to be done once
-            state = self.state[param]
+        for param, grad, group in members:
+            state = self.state[param]  # looking a tensor up is slow enough to be done once
             if not state:
                 state = self.state[param] = init_state(param, network.config)
-            grad = param.grad
-            if grad is not None and param.numel():
+            if param.numel():
                 params.append(param)
                 grads.append(grad)
                 states.append(state)

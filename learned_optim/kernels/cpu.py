@@ -95,8 +95,12 @@ def blocks(layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def addresses(tensors: Iterable[Tensor]) -> Tensor:
+    return packed(list(map(Tensor.data_ptr, tensors)))
+
+
+def packed(numbers: list[int]) -> Tensor:
     # Through a list, whose length is known: an array grows slowly.
-    return torch.frombuffer(array("q", list(map(Tensor.data_ptr, tensors))), dtype=torch.int64)
+    return torch.frombuffer(array("q", numbers), dtype=torch.int64)
 
 
 class Passes:
@@ -124,7 +128,7 @@ class Passes:
         stored = addresses(itertools.chain.from_iterable(map(kept, states))).view(len(states), -1)
         self.table = torch.zeros(len(states), COLUMNS, dtype=torch.int64)
         self.table[:, 0] = sizes
-        self.table[:, 1] = torch.tensor([0 if param is None else param.data_ptr() for param in params])
+        self.table[:, 1] = packed([0 if param is None else param.data_ptr() for param in params])
         self.table[:, 2] = addresses(grads)
         self.table[:, 3] = directions.data_ptr() + 4 * (sizes.cumsum(0) - sizes)
         self.table[:, 4 : 4 + stored.shape[1]] = stored
