@@ -95,19 +95,15 @@ def blocks(layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def addresses(tensors: Iterable[Tensor]) -> Tensor:
-    return packed(list(map(Tensor.data_ptr, tensors)))
-
-
-def packed(numbers: list[int]) -> Tensor:
     # Through a list, whose length is known: an array grows slowly.
-    return torch.frombuffer(array("q", numbers), dtype=torch.int64)
+    return torch.frombuffer(array("q", list(map(Tensor.data_ptr, tensors))), dtype=torch.int64)
 
 
 class Passes:
     """Passes over the same tensors.
 
     Args:
-        params: none where it is not to be changed.
+        fused: which parameters are to be changed.
         grads: fp32 without gaps.
         directions: what the second pass writes and the third one reads, (N,).
         formats: of the moments and of the LSTM's state.
@@ -116,7 +112,8 @@ class Passes:
     def __init__(
         self,
         layout: Layout,
-        params: Sequence[Tensor | None],
+        params: Sequence[Tensor],
+        fused: Sequence[bool],
         grads: Sequence[Tensor],
         directions: Tensor,
         states: Sequence[State],
@@ -128,7 +125,7 @@ class Passes:
         stored = addresses(itertools.chain.from_iterable(map(kept, states))).view(len(states), -1)
         self.table = torch.zeros(len(states), COLUMNS, dtype=torch.int64)
         self.table[:, 0] = sizes
-        self.table[:, 1] = packed([0 if param is None else param.data_ptr() for param in params])
+        self.table[:, 1] = torch.where(torch.tensor(fused), addresses(params), 0)
         self.table[:, 2] = addresses(grads)
         self.table[:, 3] = directions.data_ptr() + 4 * (sizes.cumsum(0) - sizes)
         self.table[:, 4 : 4 + stored.shape[1]] = stored
@@ -166,8 +163,8 @@ def step(
     config, lstm = network.config, network.coordinate
     flat = [grad if grad.dtype == torch.float32 and grad.is_contiguous() else grad.float().contiguous() for grad in grads]
     directions = torch.empty(sum(layout.sizes), dtype=torch.float32)
-    fused = [param if param.dtype == torch.float32 and param.is_contiguous() else None for param in params]
-    passes = Passes(layout, fused, flat, directions, states, [config.moment_format, config.lstm_format])
+    fused = [param.dtype == torch.float32 and param.is_contiguous() for param in params]
+    passes = Passes(layout, params, fused, flat, directions, states, [config.moment_format, config.lstm_format])
 
     rows = torch.empty(len(PER_TENSOR), len(params), dtype=torch.float32)
     passes.per_tensor("gather", rows)
@@ -186,11 +183,11 @@ def step(
         for k, matrix in orthogonalize_all(parts, layout, config, matrix_dtype()).items():
             parts[k].copy_(matrix)
             scale[k], mean_square[k] = step_size[k], parts[k].square().mean() if weight_decay[k] else 0.0
-    rate = torch.tensor([float(value) for value in lr], dtype=torch.float32)
-    shrink = rate * torch.tensor(weight_decay, dtype=torch.float32) * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
+    rate = layout.per_tensor(lr)
+    shrink = rate * layout.per_tensor(weight_decay) * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
     factors = torch.stack([shrink, -rate * scale], -1)
     passes.run("apply", 0, factors.data_ptr())
-    if any(param is None for param in fused):
+    if not all(fused):
         for param, fuse, part, (share, factor) in zip(params, fused, directions.split(layout.sizes), factors.tolist(), strict=True):
-            if fuse is None:
+            if not fuse:
                 param.add_(factor * part.view(param.shape) - share * param)
