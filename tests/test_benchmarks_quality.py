@@ -112,6 +112,9 @@ def test_the_program_runs_and_resumes(quality: Any, tmp_path: Path, monkeypatch:
     assert found["learned"]["tasks"]["linear"]["train"] < 0.6
     assert results["formats"].keys() == {"learned", "learned+T", "learned small-state", "learned+T small-state"}
     assert all(0.9 < one["ratio"] < 1.1 for one in results["formats"].values())
+    assert all(one["tasks"] == pytest.approx({"linear": one["speed"]}) for one in results["formats"].values())
+    summary = (tmp_path / "tables.md").read_text().splitlines()[-1].split("|")
+    assert ("linear" in summary[-2]) == (results["formats"]["learned+T small-state"]["speed"] < 0.7)
     assert (tmp_path / "speed.png").stat().st_size > 0
     quality.main.main(arguments)
     assert (tmp_path / "runs.jsonl").read_text() == written  # nothing was run again
