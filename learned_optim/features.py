@@ -65,11 +65,12 @@ class Layout:
         return blocks
 
     def per_tensor(self, numbers: Sequence[float | Tensor]) -> Tensor:
-        """Numbers that tensors have once, (K,), in fp32. They go to the device as arguments of its kernels, one for a run of one object: a
+        """Numbers that tensors have once, (K,), in fp32. They go to the device as arguments of its kernels, one for a run of equal ones: a
         copy would make the host wait for a GPU, and a CUDA graph could not hold it."""
+        same = [list(run) for _, run in itertools.groupby(numbers, id)]  # a group's are one object, which is quick to see
         parts = []
-        for _, run in itertools.groupby(numbers, id):
-            number, *others = run
+        for _, equal in itertools.groupby(same, lambda run: id(run[0]) if isinstance(run[0], Tensor) else run[0]):
+            number, *others = itertools.chain.from_iterable(equal)
             if isinstance(number, Tensor) and number.device == self.device:
                 parts.append(number.float().expand(1 + len(others)))
             else:

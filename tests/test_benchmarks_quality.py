@@ -113,8 +113,9 @@ def test_the_program_runs_and_resumes(quality: Any, tmp_path: Path, monkeypatch:
     assert results["formats"].keys() == {"learned", "learned+T", "learned small-state", "learned+T small-state"}
     assert all(0.9 < one["ratio"] < 1.1 for one in results["formats"].values())
     assert all(one["tasks"] == pytest.approx({"linear": one["speed"]}) for one in results["formats"].values())
-    summary = (tmp_path / "tables.md").read_text().splitlines()[-1].split("|")
-    assert ("linear" in summary[-2]) == (results["formats"]["learned+T small-state"]["speed"] < 0.7)
+    assert all(one["above"] == {"linear": 0} for one in results["formats"].values())
+    again = quality.report.Results(tmp_path / "runs.jsonl", results["weights"])
+    assert quality.report.formats(["linear"], again, 1, {"linear": 0.0})["learned"]["above"] == {"linear": 2}
     assert (tmp_path / "speed.png").stat().st_size > 0
     quality.main.main(arguments)
     assert (tmp_path / "runs.jsonl").read_text() == written  # nothing was run again

@@ -6,10 +6,12 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from learned_optim.config import NetworkConfig
 from learned_optim.features import GRADIENT_BOUND, Layout
@@ -525,6 +527,24 @@ def test_gradients_that_vanish_when_squared_count_as_zero(network: OptimizerNetw
     history, state = run(network, params, gradients)
     assert not any(change.any() for updates in history for change in updates)
     assert not state["step"].any()
+
+
+def test_numbers_of_tensors_are_filled_in_once_for_equal_neighbours() -> None:
+    """Each fill is a launch on a GPU, and a model may have a group for each of its parameters."""
+
+    class Fills(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func is torch.ops.aten.full.default
+            return func(*args, **(kwargs or {}))
+
+    layout = layout_of([torch.ones(2)] * 7)
+    rate = torch.tensor(0.25)
+    with Fills() as fills:
+        numbers = layout.per_tensor([0.5, 0.5, float("0.5"), rate, rate, 3, math.inf])
+    assert numbers.tolist() == [0.5, 0.5, 0.5, 0.25, 0.25, 3.0, math.inf]
+    assert fills.count == 3
 
 
 def test_clocks_are_per_tensor(network: OptimizerNetwork, generator: torch.Generator) -> None:

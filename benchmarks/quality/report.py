@@ -65,31 +65,30 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
-def formats(tasks: list[str], results: Results, seeds: int) -> dict[str, dict[str, Any]]:
+def formats(tasks: list[str], results: Results, seeds: int, untuned: dict[str, float]) -> dict[str, dict[str, Any]]:
     """The speed with each format of the state over that with fp32: `ratio`, a geometric mean over tasks of that over seeds, and `error`,
     the standard error of its logarithm. Both formats have the same seeds, on each task as many as were run: `seeds` (fewest) to `most`.
-    And the speed itself with so many seeds of ours, which scatters less than with those of the other tables, and each task's."""
+    And the speed itself with so many seeds of ours, which scatters less than with those of the other tables, each task's, and of each
+    task how many runs end above a loss, `untuned`."""
     found: dict[str, dict[str, Any]] = {}
     for name in (*LEARNED_NAMES, *STORED):
         exact = f"{name.split()[0]} {EXACT}"
         counts = [next(n for n in itertools.count() if not results.complete(task, [name, exact], n + 1)) for task in tasks]
         if name == exact or min(counts) < 2:
             continue
-        means, variances, speeds = [], [], []
+        means, variances, speeds, above = [], [], [], {}
         for task, count in zip(tasks, counts, strict=True):
             pairs = [[math.log(speed(results, task, one, seed, seeds)) for one in (name, exact)] for seed in range(count)]
             gains = [mine - others for mine, others in pairs]
             means.append(statistics.fmean(gains))
             speeds.append(math.exp(statistics.fmean(mine for mine, _ in pairs)))
             variances.append(statistics.variance(gains) / count)
+            if task in untuned:
+                above[task] = sum(final(results.runs[task, name, seed, 1.0]) > untuned[task] for seed in range(count))
         error = math.sqrt(sum(variances)) / len(tasks)
         found[name] = {"ratio": math.exp(statistics.fmean(means)), "error": error, "seeds": min(counts), "most": max(counts)}
-        found[name] |= {"speed": geometric_mean(speeds), "tasks": dict(zip(tasks, speeds, strict=True))}
+        found[name] |= {"speed": geometric_mean(speeds), "tasks": dict(zip(tasks, speeds, strict=True)), "above": above}
     return found
-
-
-def slow(speeds: dict[str, float]) -> str:
-    return ", ".join(f"{task} {speed:.2f}" for task, speed in speeds.items() if speed < 0.7)
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:
@@ -143,10 +142,15 @@ def report(tasks: list[str], results: Results, seeds: int, out: Path) -> None:
         losses = [figures[name]["tasks"][task]["train"] for name in shown]
         by_task.append([task, tuned[REFERENCE][task], *losses, *(figures[name]["tasks"][task]["speed"] for name in shown[2:])])
     text = f"{table(summary)}\n\n{table(by_task)}\n"
-    if stored := formats(tasks, results, seeds):
-        heads: list[object] = ["format of the state", "speed / with fp32", "standard error", "seeds", "on some tasks", "speed", "below 0.7"]
-        rows = [[name, *list(one.values())[:5], slow(one["tasks"])] for name, one in stored.items()]
-        text += f"\n{table([heads, *rows])}\n"
+    untuned_losses = {task: found["train"] for task, found in figures.get(DEFAULTS[0], {"tasks": {}})["tasks"].items()}
+    if stored := formats(tasks, results, seeds, untuned_losses):
+        heads = ["format of the state", "speed / with fp32", "standard error", "seeds", "on some tasks", "speed", "below 0.7"]
+        rows: list[list[object]] = [[*heads, f"runs that end above {DEFAULTS[0]}"]]
+        for name, one in stored.items():
+            slow = ", ".join(f"{task} {value:.2f}" for task, value in one["tasks"].items() if value < 0.7)
+            above = ", ".join(f"{task} {count}" for task, count in one["above"].items() if count)
+            rows.append([name, *(one[key] for key in ("ratio", "error", "seeds", "most", "speed")), slow, above])
+        text += f"\n{table(rows)}\n"
     print(f"\n{len(tasks)} tasks, {seeds} seeds, weights {results.weights}\n\n{text}")
     machine = {"platform": platform.platform(), "torch": torch.__version__}
     found = {"weights": results.weights, "seeds": seeds, "machine": machine, "optimizers": figures, "formats": stored}
