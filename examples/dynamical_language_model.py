@@ -43,8 +43,8 @@ class FastWeights(nn.Module):
 
     def forward(self, layout, grad, state, horizon):
         scale = self.usual + layout.spread(self.epsilon.exp())
-        known = state | {"second_moment": scale.square().expand_as(grad), "step": torch.full_like(state["step"], AGE)}
-        change, new = update(self.network, layout, grad, known, horizon)
+        aged = {"control": state["control"].index_fill(0, torch.tensor(0), AGE), "second_moment": scale.square().expand_as(grad)}
+        change, new = update(self.network, layout, grad, state | aged, horizon)
         surprise = layout.mean((grad / scale).square()).sqrt()
         change = layout.spread(self.gain.exp() * surprise) * change - layout.spread(self.decay.sigmoid()) * state["moved"]
         return change, new | {"moved": state["moved"] + change}

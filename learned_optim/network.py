@@ -18,6 +18,10 @@ from .features import EVEN, ODD, CoordinateFeatures
 # trend from which on they leap from one side of a valley to the other.
 BOUND, LEAD, LEAP = 0.1, 30.0, 0.6
 
+# Of the path: the straightness after one step of a path that is hardly longer than noise, which falls with the root of the steps; the least
+# that may call for longer steps; the steps before it counts in full; and the trends between which longer steps are let through.
+NOISE, PURPOSE, PATH_LEAD, TURN, TURNED = 2.0, 0.2, 100.0, 0.1, 0.3
+
 
 class CoordinateLSTM(nn.Module):
     """One LSTM shared by every weight of the optimizee (Andrychowicz et al. 2016, section 2.1), made odd.
@@ -79,7 +83,7 @@ class Controller(nn.Module):
     `fading = 1 / (1 + t / patience)` and the steadiness `w`, the logarithm `k` of the correction to the prior step size becomes
 
         k' = k + rate * 3 (1 - t / T) * fading * (c if c > 0 else caution * w * c)      where the horizon `T` is known, else
-        k' = k + rate * fading * max(c, 0)
+        k' = k + rate * fading^2 * max(c, 0)
                - shrink * (w * clamp(-c / BOUND, 0, 1) / (t + LEAD) + max(-c - LEAP, 0)),   both with |k'| <= 3.
 
     A mean, since a single cosine scatters, and what counts for more on one side of zero than on the other would turn scatter into growth.
@@ -91,6 +95,16 @@ class Controller(nn.Module):
     noise it is negative (Pflug 1983; Chee & Toulis 2018, "Convergence diagnostics for stochastic gradient descent"), and then step sizes,
     whose prior falls with the root of `t`, fall with `t` itself, as stochastic approximation wants (Robbins & Monro 1951). And where each
     gradient turns back nearly the whole of the last, steps leap across a valley that they would never come to rest in, and shorten at once.
+
+    What the hypergradient does not see is where the steps lead. Along steep directions gradients may turn back with every step while
+    the others ask for longer ones, and the noise that a run ends in turns back too slowly for ten steps to show it. The straightness of
+    the path tells (DoG, Ivgi et al. 2023, and Prodigy, Mishchenko & Defazio 2024, measure a run by the distance that it went). With `s`
+    its logarithm, half the tensor's own and half the mean of all, `n = min(0, log(NOISE / sqrt(t - 1)))` and the tensor's `own` trend,
+
+        k' += (1 - t / T) * clamp(bend * (min(s - n, 0) + b * max(s - max(n, log PURPOSE), 0)), -4, 4) / (t + PATH_LEAD),
+        b = clamp((-own - TURN) / (TURNED - TURN), 0, 1).
+
+    Without a horizon `T` is infinite and `b` is 0, since nothing would undo what was too bold.
     """
 
     def __init__(self) -> None:
@@ -100,28 +114,37 @@ class Controller(nn.Module):
         self.log_caution = nn.Parameter(torch.tensor(math.log(0.2)))
         self.shrink = nn.Parameter(torch.tensor(0.5))
         self.power = nn.Parameter(torch.tensor(1.0))  # of the pace, see step 5 in `rule`
+        self.bend = nn.Parameter(torch.tensor(4.0))  # of the path
 
-    def forward(self, trend: Tensor, steady: Tensor, age: Tensor, progress: Tensor, known: Tensor, correction: Tensor) -> Tensor:
+    def forward(
+        self, trend: Tensor, steady: Tensor, straight: Tensor, age: Tensor, progress: Tensor, known: Tensor, correction: Tensor
+    ) -> Tensor:
         """Runs one step; all tensors are (..., K).
 
         Args:
             trend: recent mean cosine of each tensor's gradient and momentum.
             steady: see step 3 in `rule`.
+            straight: logarithm of the straightness of each tensor's path, see step 2 in `rule`.
             age: in steps.
-            progress: age / horizon in [0, 1].
+            progress: age / horizon in [0, 1]; 0 where the horizon is not known.
             known: 1 where the horizon is known, else 0.
             correction: logarithm of the step size's correction.
 
         Returns:
             the new correction.
         """
+        left = 1 - progress
+        noise = (math.log(NOISE) - 0.5 * (age - 1).clamp(min=1).log()).clamp(max=0)
+        turning = known * ((-trend - TURN) / (TURNED - TURN)).clamp(0, 1)
+        bent, ahead = (straight - noise).clamp(max=0), (straight - noise.clamp(min=math.log(PURPOSE))).clamp(min=0)
+        path = left * (self.bend * (bent + turning * ahead)).clamp(-4, 4) / (age + PATH_LEAD)
         trend = 0.5 * (trend + trend.mean(-1, keepdim=True))
         longer, shorter = trend.clamp(min=0), steady * trend.clamp(max=0)
         fading = 1 / (1 + age / self.log_patience.exp())
-        annealed = 3 * (1 - progress) * fading * (longer + self.log_caution.exp() * shorter)
+        annealed = 3 * left * fading * (longer + self.log_caution.exp() * shorter)
         bouncing = steady * (-trend / BOUND).clamp(0, 1) / (age + LEAD) + (-trend - LEAP).clamp(min=0)
-        endless = self.log_rate.exp() * fading * longer - self.shrink * bouncing
-        return (correction + torch.where(known > 0, self.log_rate.exp() * annealed, endless)).clamp(-3, 3)
+        endless = self.log_rate.exp() * fading**2 * longer - self.shrink * bouncing
+        return (correction + path + torch.where(known > 0, self.log_rate.exp() * annealed, endless)).clamp(-3, 3)
 
 
 class OptimizerNetwork(nn.Module):

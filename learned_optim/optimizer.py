@@ -17,7 +17,7 @@ from .config import NetworkConfig
 from .features import Layout
 from .kernels import cpu
 from .network import OptimizerNetwork
-from .rule import ADAMW_UPDATE_RMS, PER_TENSOR, State, update
+from .rule import ADAMW_UPDATE_RMS, CONTROL, State, update
 from .storage import load, random_bits, store, zeros
 from .weights import fingerprint, load_network
 
@@ -216,9 +216,9 @@ def init_state(param: Tensor, config: NetworkConfig) -> State:
 
     What belongs to coordinates is made by `zeros_like`, so that it is placed and sharded like the parameter: `momentum` and `second_moment`
     have its shape, `hidden` and `cell` are (H, *shape), in the formats of the configuration; "int8" adds `hidden_scale` and `cell_scale`,
-    (H, blocks). `step`, `trend` and `correction`, see `rule.init_state`, are () and fp32.
+    (H, blocks). `control`, see `rule.Control`, is (CONTROL,) and fp32; its first number is the parameter's steps.
     """
-    state = {key: torch.zeros((), dtype=torch.float32, device=param.device) for key in PER_TENSOR}
+    state = {"control": torch.zeros(CONTROL, dtype=torch.float32, device=param.device)}
     for key, (leading, fmt) in _coordinate_state(config).items():
         state[key], scales = zeros(param, leading, fmt)
         if scales is not None:
@@ -245,19 +245,18 @@ def reference_step(
         total_steps: (K,).
         lr, weight_decay: each parameter's.
     """
-    joined = {key: torch.stack([state[key] for state in states]) for key in PER_TENSOR}
+    joined = {"control": torch.stack([state["control"] for state in states], -1)}
     for key, (leading, _) in _coordinate_state(network.config).items():
         joined[key] = torch.cat([load(state[key].reshape(*leading, -1), state.get(f"{key}_scale")) for state in states], -1)
     change, new = update(network, layout, torch.cat([grad.reshape(-1).float() for grad in grads]), joined, total_steps)
 
-    bits = [random_bits(size, state["step"]) for size, state in zip(layout.sizes, states, strict=True)]
+    bits = [random_bits(size, state["control"][0]) for size, state in zip(layout.sizes, states, strict=True)]
     for key, (leading, _) in _coordinate_state(network.config).items():
         for part, state, halves in zip(new[key].split(layout.sizes, -1), states, bits, strict=True):
             half = halves[key in ("second_moment", "cell")]
             store(part, half, state[key].view(*leading, -1), state.get(f"{key}_scale"))
-    for key in PER_TENSOR:
-        for value, state in zip(new[key], states, strict=True):
-            state[key].copy_(value)
+    for control, state in zip(new["control"].unbind(-1), states, strict=True):
+        state["control"].copy_(control)
     for param, part, rate, decay in zip(params, change.split(layout.sizes), lr, weight_decay, strict=True):
         if decay != 0:
             part = part - decay * (part.square().mean().sqrt() / ADAMW_UPDATE_RMS) * param.reshape(-1)

@@ -11,8 +11,10 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    :math:`v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2`, used bias-corrected.
 2. **Step size.** The agreement :math:`a_t` of the tensor's recent gradients is the length of their mean, in units of what it would be by
    chance: 1 where they are noise, up to 4.4 where all are the same, and a quarter where each turns back the one before. The cosine
-   of the tensor's gradient with its momentum, the hypergradient of its step size, is averaged over some ten steps. This *trend* goes to the
-   controller (`network.Controller`), which adds it up to a correction :math:`e^{\kappa_t}` of the prior step size.
+   of the tensor's gradient with its momentum, the hypergradient of its step size, is averaged over some ten steps: its *trend*. The
+   *straightness* of its path is the length of the mean of its updates, each counted with length 1, over about the last quarter of the run: 1
+   on a straight line, and falling like :math:`1/\sqrt{t}` where updates are noise; a sketch of 16 numbers keeps that mean. The controller
+   (`network.Controller`) adds up what both say to a correction :math:`e^{\kappa_t}` of the prior step size.
 3. **Direction.** Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise
    LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`. The last gradient among them
    counts for less where gradients turn back, by the steadiness :math:`w_t = \min(1, 2 a_t)^2`.
@@ -43,20 +45,20 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .config import NetworkConfig
-from .features import ABSOLUTE_FLOOR, Block, Layout, coordinate_features, cosine
+from .features import ABSOLUTE_FLOOR, BUCKETS, Block, Layout, coordinate_features, cosine
 from .network import OptimizerNetwork
 
 State = dict[str, Tensor]
-PER_TENSOR = ("step", "trend", "correction")  # state that a tensor has once; the rest belongs to its coordinates
 
 # Newton-Schulz coefficients of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): singular values end within about [0.7, 1.2].
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
+WINDOW = 0.25  # share of the run so far over which the path is looked at
 COOLDOWN = 0.6  # share of a known horizon over which the step size falls to zero
 TREND_STEPS = 10.0  # time constant of the trend, in steps; before that it is the mean so far
 DECAY_STEPS = 100.0  # time constant of the prior step size's decay without a horizon, in steps
 EPSILON = 1e-12
-LEAST_AGREEMENT = 0.01  # a floor that keeps the derivatives of roots finite
+LEAST_AGREEMENT = LEAST_STRAIGHTNESS = 0.01  # floors that keep the derivatives of roots and logarithms finite
 TURNING = 0.5  # the agreement below which gradients turn back
 SMALL = 128  # the shorter side of matrices that are orthogonalised in the precision that they have: fewer bits would not be faster
 
@@ -69,17 +71,37 @@ ADAMW_UPDATE_RMS = 0.2
 BLOCK, LARGE_BLOCK = 2**15, 2**17
 
 
+class Control(NamedTuple):
+    """What each tensor has once. Its state is one tensor with all of them as rows, since to look at many small tensors takes time."""
+
+    step: Tensor  # its clock, (..., K)
+    trend: Tensor  # the recent cosine of its gradient and momentum, (..., K)
+    correction: Tensor  # the logarithm of its step size's, (..., K)
+    path: Tensor  # a sketch of its mean update, (BUCKETS, ..., K)
+
+    @staticmethod
+    def of(rows: Tensor) -> Control:
+        """From (CONTROL, ..., K)."""
+        step, trend, correction = rows[:-BUCKETS]
+        return Control(step, trend, correction, rows[-BUCKETS:])
+
+    def rows(self) -> Tensor:
+        """The way back."""
+        return torch.cat([torch.stack(self[:-1]), self.path])
+
+
+CONTROL = len(Control._fields) - 1 + BUCKETS
+
+
 def init_state(layout: Layout, config: NetworkConfig, leading: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> State:
     """The state of tensors that have seen no gradient: zeros, which take no memory.
 
-    `step`, each tensor's clock, `trend`, the recent cosine of its gradient and momentum, and `correction`, the logarithm of its step
-    size's, are (..., K); `momentum` and `second_moment` are (..., N), `hidden` and `cell` (H, ..., N).
+    `control`, what a tensor has once, is (CONTROL, ..., K), see `Control`; `momentum` and `second_moment` are (..., N), `hidden` and `cell`
+    (H, ..., N).
     """
     count, size = len(layout.sizes), sum(layout.sizes)
     shapes = {
-        "step": (*leading, count),
-        "trend": (*leading, count),
-        "correction": (*leading, count),
+        "control": (CONTROL, *leading, count),
         "momentum": (*leading, size),
         "second_moment": (*leading, size),
         "hidden": (config.hidden_units, *leading, size),
@@ -115,8 +137,9 @@ def update(
     products = torch.stack([layout.mean(part) for part in (grad.square(), state["momentum"].square(), grad * state["momentum"])])
 
     # 2. Step size
-    clock = Clock.after(state["step"], layout.mean(second_moment), config)
-    step_size, steady, per_tensor = step_sizes(network, clock, products, state, total_steps)
+    control = Control.of(state["control"])
+    clock = Clock.after(control.step, layout.mean(second_moment), config)
+    step_size, steady, control = step_sizes(network, clock, products, control, total_steps)
 
     # 3. Direction
     def direct(block: Block, grad: Tensor, momentum: Tensor, second_moment: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
@@ -129,7 +152,10 @@ def update(
     # 4. Length, 5. Update
     directions = normalize(direction.split(layout.sizes, -1), layout, network, matrix_dtype)
     change = [-size * direction for size, direction in zip(step_size.split(1, -1), directions, strict=True)]
-    return torch.cat(change, -1), per_tensor | {"momentum": momentum, "second_moment": second_moment, "hidden": hidden, "cell": cell}
+    moved = torch.cat(directions, -1)
+    control = follow(control, clock, layout.sketch(moved), layout.mean(moved.square()))
+    state = {"control": control.rows(), "momentum": momentum, "second_moment": second_moment, "hidden": hidden, "cell": cell}
+    return torch.cat(change, -1), state
 
 
 class Clock(NamedTuple):
@@ -152,17 +178,16 @@ class Clock(NamedTuple):
 
 
 def step_sizes(
-    network: OptimizerNetwork, clock: Clock, products: Tensor, state: State, total_steps: Tensor
-) -> tuple[Tensor, Tensor, State]:
+    network: OptimizerNetwork, clock: Clock, products: Tensor, control: Control, total_steps: Tensor
+) -> tuple[Tensor, Tensor, Control]:
     """Step 2 of the method, the steadiness of step 3 and the factors of step 5.
 
     Args:
         products: means of the squared gradient, of the squared momentum before it and of their product, (3, ..., K).
-        state: see `init_state`; what tensors have once is read.
         total_steps: (..., K).
 
     Returns:
-        step sizes and steadiness, (..., K), and the new state that tensors have once.
+        step sizes and steadiness, (..., K), and the new control but for the path.
     """
     agreed = agreement(products, clock, network.config)
     # 1 where gradients agree or are noise, less where they turn back, because of steep directions that the others have to wait for.
@@ -170,15 +195,16 @@ def step_sizes(
     age = clock.step.clamp(min=1)
     known = total_steps.isfinite().to(age.dtype)
     progress = ((age - 1) / total_steps).clamp(max=1)
-    trend = torch.lerp(state["trend"], cosine(products), (1 / age).clamp(min=1 / TREND_STEPS))
-    correction = network.controller(trend, steady, age, progress, known, state["correction"]) * clock.started
+    trend = torch.lerp(control.trend, cosine(products), (1 / age).clamp(min=1 / TREND_STEPS))
+    straight = straightness(control.path, clock)
+    correction = network.controller(trend, steady, straight, age, progress, known, control.correction) * clock.started
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
     schedule = torch.where(known > 0, annealed, decayed)
     relative = ((products[0] + ABSOLUTE_FLOOR) / (clock.mean + ABSOLUTE_FLOOR)).sqrt().clamp(max=1)  # size of the last gradient
     pace = torch.maximum(agreed, relative) ** network.controller.power
     step_size = (network.log_step_size + correction).exp() * pace * schedule * clock.started
-    return step_size, steady, {"step": clock.step, "trend": trend * clock.started, "correction": correction}
+    return step_size, steady, Control(clock.step, trend * clock.started, correction, control.path)
 
 
 def agreement(products: Tensor, clock: Clock, config: NetworkConfig) -> Tensor:
@@ -197,6 +223,25 @@ def agreement(products: Tensor, clock: Clock, config: NetworkConfig) -> Tensor:
     everyone = (own * clock.started).sum(-1, keepdim=True) / clock.started.sum(-1, keepdim=True).clamp(min=1)
     agreed: Tensor = (own * everyone.clamp(min=LEAST_AGREEMENT)).sqrt()
     return agreed
+
+
+def straightness(path: Tensor, clock: Clock) -> Tensor:
+    """Logarithm of the straightness of each tensor's path, (..., K): half of it the tensor's own, half the mean of all."""
+    moved = clock.step > 1
+    own = torch.where(moved, (path.square().sum(0) + LEAST_STRAIGHTNESS**2).log() / 2, 0)
+    everyone = own.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(moved, (own + everyone) / 2, 0)
+
+
+def follow(control: Control, clock: Clock, sketch: Tensor, mean_square: Tensor) -> Control:
+    """Goes on with the sketch of the path by one more update, which counts with a length of 1.
+
+    Args:
+        sketch: of the update, (BUCKETS, ..., K).
+        mean_square: of the update, (..., K).
+    """
+    weight = (1 / (WINDOW * clock.step.clamp(min=1))).clamp(max=1) * clock.started
+    return control._replace(path=torch.lerp(control.path, sketch * (mean_square + EPSILON).rsqrt(), weight))
 
 
 def blockwise(function: Callable[..., tuple[Tensor, ...]], layout: Layout, tensors: Sequence[Tensor]) -> list[Tensor]:

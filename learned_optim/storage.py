@@ -66,11 +66,15 @@ def store(new: Tensor, bits: Tensor, values: Tensor, scales: Tensor | None) -> N
 
 
 def random_bits(count: int, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent random integers below 2^16 for each coordinate, (n,): a hash (lowbias32 of Wellons 2018, "Prospecting for hash
-    functions") of the coordinate and of the tensor's clock `step`, ()."""
+    """Two independent random integers below 2^16 for each coordinate, (n,): a hash of it and of the tensor's clock `step`, ()."""
+    x = scatter_bits(torch.arange(count, device=step.device) * 0x9E3779B1 + step.long() * 0x85EBCA6B)
+    return x & 0xFFFF, x >> 16
+
+
+def scatter_bits(x: Tensor) -> Tensor:
+    """A hash of the lower 32 bits of integers: lowbias32 (Wellons 2018, "Prospecting for hash functions")."""
     mask = 0xFFFFFFFF
-    x = (torch.arange(count, device=step.device) * 0x9E3779B1 + step.long() * 0x85EBCA6B) & mask
+    x = x & mask
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
     x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
-    x = x ^ (x >> 16)
-    return x & 0xFFFF, x >> 16
+    return x ^ (x >> 16)

@@ -123,7 +123,7 @@ def test_lightning_knows_the_horizon_and_resumes_bit_for_bit(tmp_path: Path) -> 
 
     whole, optimizer = fit()
     assert optimizer.param_groups[0]["total_steps"] == 8, "two epochs of eight batches, two of which make a step"
-    assert {state["step"].item() for state in optimizer.state.values()} == {8}
+    assert {state["control"][0].item() for state in optimizer.state.values()} == {8}
     resumed, _ = fit(tmp_path / "epoch=0.ckpt")
     for a, b in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(a, b)

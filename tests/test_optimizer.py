@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from learned_optim import rule
 from learned_optim.features import Layout
 from learned_optim.network import OptimizerNetwork
-from learned_optim.optimizer import ADAMW_UPDATE_RMS, PER_TENSOR, LearnedOptimizer
+from learned_optim.optimizer import ADAMW_UPDATE_RMS, LearnedOptimizer
 from learned_optim.storage import DTYPES
 from learned_optim.weights import fingerprint, load_network, save_network
 
@@ -71,7 +71,7 @@ def test_step_is_the_rule(network: OptimizerNetwork) -> None:
             share = lr * weight_decay * part.square().mean().sqrt() / ADAMW_UPDATE_RMS
             torch.testing.assert_close(param.detach(), before[k] * (1 - share) + lr * part.view(param.shape), rtol=1e-5, atol=1e-7)
             own = optimizer.state[param]
-            assert_same([own[key] for key in PER_TENSOR], [state[key][k] for key in PER_TENSOR])
+            assert_same(own["control"], state["control"][:, k])
             for key in ("momentum", "second_moment", "hidden", "cell"):
                 expected = state[key].split(layout.sizes, -1)[k]
                 assert_same(own[key].reshape(expected.shape), expected)
@@ -286,8 +286,8 @@ def test_add_param_group_while_training(network: OptimizerNetwork) -> None:
         "weight_decay": 0.0,
         "total_steps": 20,
     }
-    assert [optimizer.state[param]["step"].item() for param in model.first.parameters()] == [5, 5]
-    assert [optimizer.state[param]["step"].item() for param in model.second.parameters()] == [2, 2]
+    assert [optimizer.state[param]["control"][0].item() for param in model.first.parameters()] == [5, 5]
+    assert [optimizer.state[param]["control"][0].item() for param in model.second.parameters()] == [2, 2]
     assert not torch.equal(model.second.weight, before["second.weight"])
 
 

@@ -208,7 +208,7 @@ def test_tie_holds_through_a_checkpointed_unroll() -> None:
     assert set(untied.shapes) - set(tied.shapes) == {"head.weight"}
     assert len(params) == sum(shape.numel() for shape in tied.shapes.values())
     assert unroll.optimizees.state["momentum"].shape == unroll.optimizees.params.shape
-    assert unroll.optimizees.state["step"].tolist() == [[9.0] * len(tied.shapes)]
+    assert unroll.optimizees.state["control"][0].tolist() == [[9.0] * len(tied.shapes)]
     # ... that learns from both of its uses, at the end as at the start.
     assert module.untied_difference(tied, untied, params) < 1e-5
     model = tied.build()

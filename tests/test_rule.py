@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learned_optim.config import NetworkConfig
-from learned_optim.features import GRADIENT_BOUND, Layout
-from learned_optim.network import BOUND, LEAD, LEAP, OptimizerNetwork
-from learned_optim.rule import SMALL, State, init_state, newton_schulz, orthogonalize, update
+from learned_optim.features import BUCKETS, GRADIENT_BOUND, Layout
+from learned_optim.network import BOUND, LEAD, LEAP, PATH_LEAD, OptimizerNetwork
+from learned_optim.rule import CONTROL, SMALL, Clock, Control, State, follow, init_state, newton_schulz, orthogonalize, straightness, update
 
 SHAPES = [(), (1,), (7,), (1, 6), (5, 3), (6, 1), (3, 8), (4, 3, 2, 2), (4, 12), (8, 3)]  # the last three have one kind of fans twice
 MATRICES = [(16, 16), (32, 8), (8, 32), (12, 3, 3, 3)]
@@ -95,6 +95,14 @@ def run(
     return history, state
 
 
+def steps_of(state: State) -> Tensor:
+    return Control.of(state["control"]).step
+
+
+def corrections_of(state: State) -> Tensor:
+    return Control.of(state["control"]).correction
+
+
 def assert_updates_close(actual: list[list[Tensor]], expected: list[list[Tensor]], rtol: float) -> None:
     """Within a share of each update's largest entry: small entries of an orthogonalised matrix are differences of large ones."""
     for step in range(len(expected)):
@@ -132,9 +140,7 @@ def test_init_state() -> None:
     layout = layout_of([torch.ones(shape) for shape in [(3,), (), (2, 4)]])
     state = init_state(layout, NetworkConfig(hidden_units=3), (6,), torch.float64)
     assert {key: tuple(value.shape) for key, value in state.items()} == {
-        "step": (6, 3),
-        "trend": (6, 3),
-        "correction": (6, 3),
+        "control": (CONTROL, 6, 3),
         "momentum": (6, 12),
         "second_moment": (6, 12),
         "hidden": (3, 6, 12),
@@ -238,7 +244,9 @@ def test_order_of_tensors_does_not_matter(network: OptimizerNetwork, generator: 
 
 @pytest.mark.parametrize("shape", [(11,), (6, 5), (5, 9)], ids=str)
 def test_order_of_coordinates_does_not_matter(network: OptimizerNetwork, generator: torch.Generator, shape: tuple[int, ...]) -> None:
-    """A vector's coordinates, and a matrix's rows and columns, may be numbered in any order."""
+    """A vector's coordinates, and a matrix's rows and columns, may be numbered in any order. (A sketch's signs have places, so that
+    how straight the path looks differs by chance.)"""
+    network.controller.bend.zero_()
     params, gradients = draw([shape], generator), [draw([shape], generator) for _ in range(6)]
     orders = [torch.randperm(size, generator=generator) for size in shape]
 
@@ -414,13 +422,14 @@ def test_steps_grow_while_gradients_agree_and_shrink_where_they_turn_back(untrai
     """The hypergradient, against the formula of `Controller`, where cosines are 1 or -1. What counts is their mean, over some ten steps."""
     untrained.controller.log_rate.fill_(math.log(0.3))
     untrained.controller.log_patience.fill_(math.log(10))
+    untrained.controller.bend.zero_()
     caution = untrained.controller.log_caution.exp().item()
     grad = [torch.tensor([1.0, -2.0, 3.0])]
     state, momentum, trend, corrections, rises = fresh(grad, untrained), 0.0, 0.0, [], []
     for age in range(1, 17):
         sign = 1 if age <= 4 else -math.copysign(1, momentum)
         _, state = step(untrained, grad, [sign * grad[0]], state, horizon)
-        corrections.append(state["correction"].item())
+        corrections.append(corrections_of(state).item())
         cosine = 0 if age == 1 else math.copysign(1, sign * momentum)
         momentum += (1 - MOMENTUM) * (sign - momentum)
         trend += (cosine - trend) / min(age, 10)
@@ -428,7 +437,7 @@ def test_steps_grow_while_gradients_agree_and_shrink_where_they_turn_back(untrai
         fading, steady = 1 / (1 + age / 10), min(1, 2 * agreed) ** 2
         annealed = 3 * (1 - (age - 1) / horizon) * fading * (trend if trend > 0 else caution * steady * trend)
         bouncing = steady * min(max(-trend / BOUND, 0), 1) / (age + LEAD) + max(-trend - LEAP, 0)
-        endless = 0.3 * fading * max(trend, 0) - 0.5 * bouncing
+        endless = 0.3 * fading**2 * max(trend, 0) - 0.5 * bouncing
         rises.append(0.3 * annealed if math.isfinite(horizon) else endless)
     assert min(rises) < 0 < max(rises)
     assert corrections == pytest.approx(list(itertools.accumulate(rises)), rel=1e-4)
@@ -436,8 +445,9 @@ def test_steps_grow_while_gradients_agree_and_shrink_where_they_turn_back(untrai
 
 def test_scatter_moves_no_step_size(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
     """Cosines of few coordinates scatter widely about zero, where gradients are noise; counted one by one they would add up to growth."""
+    untrained.controller.bend.zero_()
     grads = [draw([(3,)] * 20, generator) for _ in range(300)]
-    correction = run(untrained, grads[0], grads, total_steps=1e6)[1]["correction"]
+    correction = corrections_of(run(untrained, grads[0], grads, total_steps=1e6)[1])
     assert correction.mean().abs() < 0.5  # one by one, above 1
 
 
@@ -448,9 +458,10 @@ def test_without_a_horizon_steps_shrink_where_gradients_are_noise_that_turns_bac
     gradients turn back much of the one before, along steep directions, and fast where they turn back all of it."""
 
     def shrinkage(gradients: list[list[Tensor]]) -> float:
-        early, late = (run(untrained, gradients[0], gradients[:count])[1]["correction"].item() for count in (200, 400))
+        early, late = (corrections_of(run(untrained, gradients[0], gradients[:count])[1]).item() for count in (200, 400))
         return early - late
 
+    untrained.controller.bend.zero_()
     noise = draw([(4000,)] * 401, generator)
     pairs = itertools.pairwise(noise)
     expected = 0.5 * math.log((400 + LEAD) / (200 + LEAD))
@@ -458,7 +469,66 @@ def test_without_a_horizon_steps_shrink_where_gradients_are_noise_that_turns_bac
     shared = noise[0]
     assert shrinkage([[(-1.0) ** t * shared + 0.3 * own] for t, own in enumerate(noise)]) < 0.7 * expected
     leaps = [[(-1.0) ** t * shared] for t in range(60)]
-    assert run(untrained, leaps[0], leaps)[1]["correction"].item() == pytest.approx(-3)
+    assert corrections_of(run(untrained, leaps[0], leaps)[1]).item() == pytest.approx(-3)
+
+
+def test_sketch(generator: torch.Generator) -> None:
+    """Linear, each tensor's apart, exact where it has no more coordinates than buckets, and as long as the tensor in the mean."""
+    layout = layout_of([torch.ones(shape) for shape in [(5,), (40, 25), ()]])
+    one, two = torch.randn(2, 7, 1006, generator=generator)
+    sketch = layout.sketch(one)
+    assert sketch.shape == (BUCKETS, 7, 3)
+    torch.testing.assert_close(layout.sketch(one - 3 * two), sketch - 3 * layout.sketch(two))
+    torch.testing.assert_close(sketch[:5, :, 0].abs(), one[:, :5].T.abs() / math.sqrt(5))
+    assert not sketch[5:, :, 0].any()
+    torch.testing.assert_close(sketch[..., 2].abs().sum(0), one[:, -1].abs())
+    many = torch.randn(400, 1006, generator=generator) + 0.5  # with a mean, which signs have to take away
+    squares = layout.sketch(many).square().sum(0)[:, 1]
+    assert squares.mean().item() == pytest.approx(many[:, 5:-1].square().mean().item(), rel=0.25)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_straightness(generator: torch.Generator, momentum: float) -> None:
+    """1 on a straight line, however long its steps; where updates are noise it falls with the root of the time."""
+
+    def path(updates: Tensor) -> float:
+        layout, control = Layout.of((updates[0].shape,), torch.device("cpu")), Control.of(torch.zeros(CONTROL, 1))
+        for age, change in enumerate(updates, 1):
+            clock = Clock(*(torch.full((1,), float(value)) for value in (1, age, 1, 1, 1)))
+            control = follow(control, clock, layout.sketch(change), layout.mean(change.square()))
+        return straightness(control.path, clock).exp().item()
+
+    line = torch.randn(3000, generator=generator) * torch.logspace(0, -3, 200)[:, None]
+    assert path(line) == pytest.approx(1, rel=0.3)  # a sketch has an error of its own
+    noise = [torch.randn(3000, generator=generator)]
+    for _ in range(799):
+        noise.append(momentum * noise[-1] + math.sqrt(1 - momentum**2) * torch.randn(3000, generator=generator))
+    # A mean over a share of 1 / 4 of the time, which weights by the third power of it, of what is the same for some steps.
+    alike = (1 + momentum) / (1 - momentum)
+    for count in (200, 800):
+        assert path(torch.stack(noise[:count])) == pytest.approx(math.sqrt(16 / 7 * alike / count), rel=0.35)
+
+
+@pytest.mark.parametrize("horizon", [400.0, math.inf])
+def test_steps_follow_the_path(untrained: OptimizerNetwork, generator: torch.Generator, horizon: float) -> None:
+    """Shorter where gradients go round in circles; longer where they turn back along one direction and agree in the others, if annealing
+    is to come."""
+    untrained.controller.log_rate.fill_(-math.inf)
+
+    def correction(bend: float, gradients: list[list[Tensor]]) -> float:
+        untrained.controller.bend.fill_(bend)
+        return corrections_of(run(untrained, gradients[0], gradients, horizon)[1]).item()
+
+    steep, slope = torch.randn(2, 40, 30, generator=generator)
+    ahead = [[(-1.0) ** t * 3 * steep + 0.3 * slope] for t in range(200)]
+    if math.isfinite(horizon):
+        assert correction(4.0, ahead) > correction(0.0, ahead) + 0.5
+    else:
+        assert correction(4.0, ahead) == pytest.approx(correction(0.0, ahead), abs=4 / PATH_LEAD)
+    angles = (2 * math.pi * t / 25 for t in range(200))
+    circles = [[math.cos(angle) * steep + math.sin(angle) * slope] for angle in angles]
+    assert correction(4.0, circles) < correction(0.0, circles) - 0.3
+    assert correction(4.0, circles[:2]) == pytest.approx(correction(0.0, circles[:2]), abs=4 / PATH_LEAD)
 
 
 def test_the_correction_is_bounded_and_acts_on_the_step_size(untrained: OptimizerNetwork) -> None:
@@ -466,7 +536,7 @@ def test_the_correction_is_bounded_and_acts_on_the_step_size(untrained: Optimize
     untrained.controller.power.zero_()
     grads = [[torch.tensor([1.0, -2.0, 3.0])]] * 9
     history, state = run(untrained, grads[0], grads, total_steps=1e6)
-    assert state["correction"].item() == pytest.approx(3)
+    assert corrections_of(state).item() == pytest.approx(3)
     assert rms(history[-1][0]) == pytest.approx(math.exp(3) * rms(history[0][0]), rel=1e-3)
 
 
@@ -474,13 +544,13 @@ def test_the_correction_is_half_a_tensors_own_and_half_everybodys(untrained: Opt
     """Beside a tensor whose gradient agrees, one whose gradient is orthogonal to the last one is corrected by a quarter, not by nothing."""
     gradients = [[torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0])]]
     _, state = run(untrained, gradients[0], gradients, total_steps=1e6)
-    agreeing, turning = state["correction"].tolist()
+    agreeing, turning = corrections_of(state).tolist()
     assert turning == pytest.approx(agreeing / 3, rel=1e-4)  # (0 + 1/2) / 2 against (1 + 1/2) / 2
 
 
 def test_correcting_ends_with_a_known_horizon(untrained: OptimizerNetwork) -> None:
     grads = [[torch.tensor([1.0, -2.0, 3.0])]] * 30
-    corrections = [run(untrained, grads[0], grads[:count], total_steps=10.0)[1]["correction"].item() for count in (5, 11, 30)]
+    corrections = [corrections_of(run(untrained, grads[0], grads[:count], total_steps=10.0)[1]).item() for count in (5, 11, 30)]
     assert 0 < corrections[0] < corrections[1] == corrections[2]
 
 
@@ -526,7 +596,7 @@ def test_gradients_that_vanish_when_squared_count_as_zero(network: OptimizerNetw
     params, gradients = draw(SHAPES, generator), [[1e-30 * grad for grad in draw(SHAPES, generator)] for _ in range(3)]
     history, state = run(network, params, gradients)
     assert not any(change.any() for updates in history for change in updates)
-    assert not state["step"].any()
+    assert not steps_of(state).any()
 
 
 def test_numbers_of_tensors_are_filled_in_once_for_equal_neighbours() -> None:
@@ -551,7 +621,7 @@ def test_clocks_are_per_tensor(network: OptimizerNetwork, generator: torch.Gener
     params = draw([(4,), (3, 2)], generator)
     gradients = [[draw([(4,)], generator)[0], torch.zeros(3, 2)] for _ in range(3)] + [draw([(4,), (3, 2)], generator)]
     history, state = run(network, params, gradients)
-    assert state["step"].tolist() == [4, 1]
+    assert steps_of(state).tolist() == [4, 1]
     assert not any(updates[1].any() for updates in history[:3])
 
 
@@ -559,7 +629,7 @@ def test_clock_runs_through_later_zero_gradients(network: OptimizerNetwork, gene
     """Once started, a step without gradient still follows the momentum, as in every optimizer with momentum."""
     params = draw([(4,)], generator)
     history, state = run(network, params, [draw([(4,)], generator), [torch.zeros(4)]])
-    assert state["step"].item() == 2
+    assert steps_of(state).item() == 2
     assert history[1][0].abs().min() > 0
 
 
@@ -585,7 +655,7 @@ def test_replicas_side_by_side_are_a_loop(network: OptimizerNetwork, generator: 
     for replica, (own, gradients) in enumerate(replicas):
         history, own_state = run(network, own, gradients, total_steps)
         torch.testing.assert_close(change[replica], flat(history[-1]), rtol=1e-4, atol=1e-5)
-        mine = {key: value[:, replica] if key in ("hidden", "cell") else value[replica] for key, value in state.items()}
+        mine = {key: value[:, replica] if key in ("control", "hidden", "cell") else value[replica] for key, value in state.items()}
         torch.testing.assert_close(mine, own_state, rtol=1e-4, atol=1e-5)
 
 
@@ -674,10 +744,9 @@ def test_update_passes_gradcheck(generator: torch.Generator, shape: tuple[int, .
     network = acting_network(torch.float64, hidden_units=2).requires_grad_(False)
     params = draw([shape], generator, torch.float64)
     _, state = run(network, params, [draw([shape], generator, torch.float64) for _ in range(2)])
-    clock = state.pop("step")
 
     def function(grad: Tensor, param: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        updates, new_state = step(network, [param], [grad], {"step": clock, **dict(zip(state, values, strict=True))})
+        updates, new_state = step(network, [param], [grad], dict(zip(state, values, strict=True)))
         return (*updates, *new_state.values())
 
     arguments = [*draw([shape], generator, torch.float64), *params, *state.values()]

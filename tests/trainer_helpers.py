@@ -82,4 +82,4 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 
 def clocks(trainer: Trainer) -> set[float]:
     """The steps that the parameters' clocks show."""
-    return {state["step"].item() for state in inner(trainer).state.values()}
+    return {state["control"][0].item() for state in inner(trainer).state.values()}

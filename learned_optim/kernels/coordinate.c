@@ -18,10 +18,10 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* CHUNK: coordinates whose intermediate results fit into the L1 cache, and that share a scale in int8. */
-enum { CHUNK = 256, MAX_UNITS = 8, ODD = 2, EVEN = 3 };
+enum { CHUNK = 256, MAX_UNITS = 8, ODD = 2, EVEN = 3, BUCKETS = 16, ROWS = CHUNK / BUCKETS };
 
-/* What a tensor has once, in the order of `PER_TENSOR` in `learned_optim/rule.py`. */
-enum { STEP, PER_TENSOR = 3 };
+/* What a tensor has once, as in `Control` of `learned_optim/rule.py`. */
+enum { STEP, CONTROL = 3 + BUCKETS };
 
 /* Formats of stored state, as in `learned_optim/storage.py`. */
 enum { FLOAT32, BFLOAT16, INT8 };
@@ -35,7 +35,7 @@ typedef struct {
     float *param; /* none where it is not fp32 or has gaps */
     const float *grad;
     float *direction;
-    float *once[PER_TENSOR]; /* () each */
+    float *control; /* (CONTROL,) */
     void *momentum, *second_moment;
     void *hidden, *cell;              /* (units, size) */
     float *hidden_scale, *cell_scale; /* (units, chunks of size), of int8 */
@@ -132,33 +132,33 @@ INLINE Ratio tanh_ratio(float x) {
 }
 
 /* The number of this file's interface, for the caller to check that it was written for it. Raise it with each change of a struct. */
-int64_t interface(void) { return 4; }
+int64_t interface(void) { return 5; }
 
 /* What each of `count` tensors has once, into rows for torch to compute with, and back. */
 void gather(const Tensor *tensors, int64_t count, float *rows) {
     for (int64_t k = 0; k < count; k++) {
-        for (int64_t i = 0; i < PER_TENSOR; i++)
-            rows[i * count + k] = *tensors[k].once[i];
+        for (int64_t i = 0; i < CONTROL; i++) rows[i * count + k] = tensors[k].control[i];
     }
 }
 
 void scatter(const Tensor *tensors, int64_t count, const float *rows) {
     for (int64_t k = 0; k < count; k++) {
-        for (int64_t i = 0; i < PER_TENSOR; i++)
-            *tensors[k].once[i] = rows[i * count + k];
+        for (int64_t i = 0; i < CONTROL; i++) tensors[k].control[i] = rows[i * count + k];
     }
+}
+
+/* See `scatter_bits` in `learned_optim/storage.py`. */
+INLINE uint32_t scatter_bits(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
 }
 
 /* Random bits for the coordinates of a chunk: see `random_bits` in `learned_optim/storage.py`. */
 INLINE void random_bits(uint32_t *restrict bits, int64_t begin, float step) {
     const uint32_t first = (uint32_t)begin * 0x9e3779b1u + (uint32_t)(int64_t)step * 0x85ebca6bu;
 #pragma omp simd
-    for (uint32_t j = 0; j < CHUNK; j++) {
-        uint32_t x = first + j * 0x9e3779b1u;
-        x = (x ^ (x >> 16)) * 0x7feb352du;
-        x = (x ^ (x >> 15)) * 0x846ca68bu;
-        bits[j] = x ^ (x >> 16);
-    }
+    for (uint32_t j = 0; j < CHUNK; j++) bits[j] = scatter_bits(first + j * 0x9e3779b1u);
 }
 
 /* The `n` values that are stored from `begin` on, at the start of a chunk. */
@@ -232,7 +232,7 @@ EACH_CPU void moments(Job *job, float decay1, float decay2) {
                 second += v;
             }
             sums[0] += grad_square, sums[1] += momentum_square, sums[2] += product, sums[3] += second;
-            if (format != FLOAT32) random_bits(bits, begin, *tensor->once[STEP]);
+            if (format != FLOAT32) random_bits(bits, begin, tensor->control[STEP]);
             store(format, tensor->momentum, 0, begin, n, momentum, bits, 0);
             store(format, tensor->second_moment, 0, begin, n, second_moment, bits, 16);
         }
@@ -273,7 +273,7 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
     float *restrict direction = tensor->direction + begin;
     load(job->moment_format, tensor->momentum, 0, begin, n, s->momentum);
     load(job->moment_format, tensor->second_moment, 0, begin, n, s->second_moment);
-    if (format != FLOAT32) random_bits(s->bits, begin, *tensor->once[STEP]);
+    if (format != FLOAT32) random_bits(s->bits, begin, tensor->control[STEP]);
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) {
         float variance = s->second_moment[j] * inverse2 + floor;
@@ -357,18 +357,42 @@ EACH_CPU void directions(Job *job, const Network *network, const float *scalars)
     }
 }
 
-/* The rest of steps 4 and 5, and weight decay: parameters lose the share `shrink` and get `scale` times the direction.
+/* The rest of steps 4 and 5, and weight decay: parameters lose the share `shrink` and get `scale` times the direction. Its sums are the
+ * direction's sketch, see `Layout.sketch` in `learned_optim/features.py`, and its square.
  *
  * factors: of each tensor shrink and scale. */
 EACH_CPU void apply(Job *job, const float *factors) {
     for (int64_t b; (b = take(job)) < job->count;) {
         const Block *block = &job->blocks[b];
         const Tensor *tensor = &job->tensors[block->tensor];
-        if (!tensor->param) continue;
         const float shrink = factors[2 * block->tensor], scale = factors[2 * block->tensor + 1];
         float *restrict param = tensor->param;
         const float *restrict direction = tensor->direction;
+        double *sums = job->sums + (BUCKETS + 1) * b;
+        float buckets[BUCKETS] = {0}, squares[BUCKETS] = {0}, signs[ROWS];
+        for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) { /* multiples of BUCKETS */
+            const int64_t end = begin + CHUNK < block->end ? begin + CHUNK : block->end;
 #pragma omp simd
-        for (int64_t j = block->begin; j < block->end; j++) param[j] += scale * direction[j] - shrink * param[j];
+            for (uint32_t row = 0; row < ROWS; row++)
+                signs[row] = scatter_bits((uint32_t)(begin / BUCKETS + row) * 0x9e3779b1u) & 1 ? 1.0f : -1.0f;
+            int64_t row = 0, first = begin;
+            for (; first + BUCKETS <= end; row++, first += BUCKETS) {
+#pragma omp simd
+                for (int64_t j = 0; j < BUCKETS; j++) {
+                    buckets[j] += signs[row] * direction[first + j];
+                    squares[j] += direction[first + j] * direction[first + j];
+                }
+            }
+            for (int64_t j = 0; first + j < end; j++) {
+                buckets[j] += signs[row] * direction[first + j];
+                squares[j] += direction[first + j] * direction[first + j];
+            }
+            if (!param) continue;
+#pragma omp simd
+            for (int64_t j = begin; j < end; j++) param[j] += scale * direction[j] - shrink * param[j];
+        }
+        double square = 0;
+        for (int64_t j = 0; j < BUCKETS; j++) sums[j] = buckets[j], square += squares[j];
+        sums[BUCKETS] = square;
     }
 }

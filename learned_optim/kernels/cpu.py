@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from ..config import FORMATS
-from ..features import Layout
+from ..features import BUCKETS, Layout
 from ..network import OptimizerNetwork
-from ..rule import ADAMW_UPDATE_RMS, PER_TENSOR, Clock, State, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
+from ..rule import ADAMW_UPDATE_RMS, CONTROL, Clock, Control, State, follow, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
 
 BLOCK = 2**14  # coordinates that a thread takes at once
-INTERFACE, MAX_UNITS = 4, 8  # as in the C file
+INTERFACE, MAX_UNITS = 5, 8  # as in the C file
 
 # A row of the table of tensors has the size, the parameter, the gradient, the direction and these pieces of state, the last two of int8.
-KEYS = (*PER_TENSOR, "momentum", "second_moment", "hidden", "cell", "hidden_scale", "cell_scale")
+KEYS = ("control", "momentum", "second_moment", "hidden", "cell", "hidden_scale", "cell_scale")
 COLUMNS = 4 + len(KEYS)
 
 
@@ -119,15 +119,15 @@ class Passes:
         states: Sequence[State],
         formats: Sequence[str],
     ) -> None:
-        self.blocks, sizes = blocks(layout)
+        self.blocks, self.sizes = blocks(layout)
         self.formats = [FORMATS.index(fmt) for fmt in formats]
         kept = itemgetter(*(KEYS if "int8" in formats else KEYS[:-2]))
         stored = addresses(itertools.chain.from_iterable(map(kept, states))).view(len(states), -1)
         self.table = torch.zeros(len(states), COLUMNS, dtype=torch.int64)
-        self.table[:, 0] = sizes
+        self.table[:, 0] = self.sizes
         self.table[:, 1] = torch.where(torch.tensor(fused), addresses(params), 0)
         self.table[:, 2] = addresses(grads)
-        self.table[:, 3] = directions.data_ptr() + 4 * (sizes.cumsum(0) - sizes)
+        self.table[:, 3] = directions.data_ptr() + 4 * (self.sizes.cumsum(0) - self.sizes)
         self.table[:, 4 : 4 + stored.shape[1]] = stored
         # A thread needs some 30 microseconds to wake up, in which another has done four blocks.
         self.workers = min(torch.get_num_threads(), len(self.blocks) // 4) - 1
@@ -144,8 +144,8 @@ class Passes:
         totals = torch.zeros(len(self.table), columns, dtype=torch.float64).index_add_(0, self.blocks[:, 0], sums)
         return (totals / self.table[:, :1]).float().T
 
-    def per_tensor(self, name: str, rows: Tensor) -> None:
-        """Runs "gather" or "scatter" on what tensors have once, (len(PER_TENSOR), K)."""
+    def control(self, name: str, rows: Tensor) -> None:
+        """Runs "gather" or "scatter" on what tensors have once, (CONTROL, K)."""
         getattr(library(), name)(self.table.data_ptr(), len(self.table), rows.data_ptr())
 
 
@@ -166,27 +166,28 @@ def step(
     fused = [param.dtype == torch.float32 and param.is_contiguous() for param in params]
     passes = Passes(layout, params, fused, flat, directions, states, [config.moment_format, config.lstm_format])
 
-    rows = torch.empty(len(PER_TENSOR), len(params), dtype=torch.float32)
-    passes.per_tensor("gather", rows)
-    before = dict(zip(PER_TENSOR, rows, strict=True))
+    rows = torch.empty(CONTROL, len(params), dtype=torch.float32)
+    passes.control("gather", rows)
+    control = Control.of(rows)
     *products, second_moment = passes.run("moments", 4, config.momentum, config.second_moment)
-    clock = Clock.after(before["step"], second_moment, config)
-    step_size, steady, after = step_sizes(network, clock, torch.stack(products), before, total_steps)
+    clock = Clock.after(control.step, second_moment, config)
+    step_size, steady, control = step_sizes(network, clock, torch.stack(products), control, total_steps)
     scalars = torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean, steady], -1)
     weights = [weight.data_ptr() for weight in (lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out)]
     (mean_square,) = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), scalars.data_ptr())
-    passes.per_tensor("scatter", torch.stack([after[key] for key in PER_TENSOR]))
 
-    orthogonal, scale = is_orthogonal(layout, config), step_size * vector_scale(network, mean_square)
+    orthogonal, gain = is_orthogonal(layout, config), vector_scale(network, mean_square)
     if any(orthogonal):
         parts = directions.split(layout.sizes)
         for k, matrix in orthogonalize_all(parts, layout, config, matrix_dtype()).items():
             parts[k].copy_(matrix)
-            scale[k], mean_square[k] = step_size[k], parts[k].square().mean() if weight_decay[k] else 0.0
-    rate = layout.per_tensor(lr)
+            gain[k], mean_square[k] = 1.0, parts[k].square().mean() if weight_decay[k] else 0.0
+    scale, rate = step_size * gain, layout.per_tensor(lr)
     shrink = rate * layout.per_tensor(weight_decay) * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
     factors = torch.stack([shrink, -rate * scale], -1)
-    passes.run("apply", 0, factors.data_ptr())
+    *sketch, mean_square = passes.run("apply", BUCKETS + 1, factors.data_ptr())
+    control = follow(control, clock, torch.stack(sketch) * gain * passes.sizes.float().sqrt(), mean_square * gain.square())
+    passes.control("scatter", control.rows())
     if not all(fused):
         for param, fuse, part, (share, factor) in zip(params, fused, directions.split(layout.sizes), factors.tolist(), strict=True):
             if not fuse:

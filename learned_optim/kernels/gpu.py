@@ -26,9 +26,9 @@ from torch import Tensor
 
 from .. import features, storage
 from ..config import FORMATS
-from ..features import EVEN, ODD, Layout
+from ..features import BUCKETS, EVEN, ODD, Layout
 from ..network import OptimizerNetwork
-from ..rule import ADAMW_UPDATE_RMS, PER_TENSOR, Clock, State, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
+from ..rule import ADAMW_UPDATE_RMS, CONTROL, Clock, Control, State, follow, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
 
 BLOCK = 1024  # coordinates of a program
 MAX_UNITS = 8  # as on a CPU; more would not fit into registers
@@ -40,11 +40,11 @@ MATRIX_DTYPE = torch.bfloat16  # that matrices are orthogonalised in, as in Muon
 
 # Columns of the table of tensors. Names in capitals with an underscore are constants that kernels see.
 PLACES = ("momentum", "second_moment", "hidden", "cell", "hidden_scale", "cell_scale", "direction")
-FIELDS = ("size", "aligned", "orthogonal", "first", *PER_TENSOR, "param", "param_type", "grad", "grad_type", *PLACES)
+FIELDS = ("size", "aligned", "orthogonal", "first", "control", "param", "param_type", "grad", "grad_type", *PLACES)
 _COLUMNS = tl.constexpr(len(FIELDS))
-_KEPT = tl.constexpr(len(PER_TENSOR))
-_PER_TENSOR, _SIZE, _ALIGNED, _FIRST, _PARAM, _PARAM_TYPE, _GRAD, _GRAD_TYPE = (
-    tl.constexpr(FIELDS.index(name)) for name in (PER_TENSOR[0], "size", "aligned", "first", "param", "param_type", "grad", "grad_type")
+_CONTROLS, _BUCKETS = tl.constexpr(CONTROL), tl.constexpr(BUCKETS)
+_CONTROL, _SIZE, _ALIGNED, _FIRST, _PARAM, _PARAM_TYPE, _GRAD, _GRAD_TYPE = (
+    tl.constexpr(FIELDS.index(name)) for name in ("control", "size", "aligned", "first", "param", "param_type", "grad", "grad_type")
 )
 _MOMENTUM, _SECOND_MOMENT, _HIDDEN, _CELL, _HIDDEN_SCALE, _CELL_SCALE, _DIRECTION = (tl.constexpr(FIELDS.index(name)) for name in PLACES)
 
@@ -136,25 +136,25 @@ def step(
     with torch.cuda.device_of(directions):  # Triton launches on the current one
         tables = Tables.of(layout, numbers)
         blocks, every = (len(tables.blocks),), (count,)
-        rows, means = directions.new_empty(len(PER_TENSOR), count), directions.new_empty(4, count)
-        sums = directions.new_empty(len(tables.blocks), 4)
+        rows = directions.new_empty(CONTROL, count)
+        means, sums = directions.new_empty(2 * BUCKETS, count), directions.new_empty(len(tables.blocks), 2 * BUCKETS)
         _gather[every](tables.tensors, rows, count)
-        before = dict(zip(PER_TENSOR, rows, strict=True))
-        clocks = before["step"]
+        control = Control.of(rows)
+        clocks = control.step
         _moments[blocks](tables.tensors, tables.blocks, clocks, sums, config.momentum, config.second_moment, moment_format)
         _means[every](tables.tensors, sums, means, count, 4)
 
         clock = Clock.after(clocks, means[3], config)
-        step_size, steady, after = step_sizes(network, clock, means[:3], before, total_steps)
+        step_size, steady, control = step_sizes(network, clock, means[:3], control, total_steps)
         scalars = torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean, steady], -1)
         weights = lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out
         of_network = *weights, config.hidden_units, moment_format, lstm_format
         _directions[blocks](tables.tensors, tables.blocks, clocks, scalars, directions, sums, *of_network)
         _means[every](tables.tensors, sums, means, count, 1)
-        _scatter[every](tables.tensors, torch.stack([after[key] for key in PER_TENSOR]), count)
 
-        mean_square = means[0]
-        scale = torch.where(tables.orthogonal, step_size, step_size * vector_scale(network, mean_square))
+        mean_square = means[0].clone()
+        gain = torch.where(tables.orthogonal, 1.0, vector_scale(network, mean_square))
+        scale = step_size * gain
         parts = [part[:size] for part, size in zip(directions.split(padded), layout.sizes, strict=True)]
         if matrices := orthogonalize_all(parts, layout, config, MATRIX_DTYPE):
             torch._foreach_copy_([parts[k] for k in matrices], list(matrices.values()))
@@ -163,7 +163,10 @@ def step(
         rate = layout.per_tensor(lr)
         shrink = rate * layout.per_tensor(weight_decay) * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
         factors = torch.stack([shrink, -rate * scale])
-        _apply[blocks](tables.tensors, tables.blocks, directions, factors, count)
+        _apply[blocks](tables.tensors, tables.blocks, directions, factors, sums, count)
+        _means[every](tables.tensors, sums, means, count, 2 * BUCKETS)
+        control = follow(control, clock, means[:BUCKETS] * gain * tables.sizes.sqrt(), means[BUCKETS] * gain.square())
+        _scatter[every](tables.tensors, control.rows(), count)
     for k in itertools.compress(range(count), (not fuse for fuse in fused)):
         params[k].add_(factors[1, k] * parts[k].view(params[k].shape) - factors[0, k] * params[k])
 
@@ -185,7 +188,7 @@ def table(
         pointers = [param.data_ptr() if fused[k] else 0, grad.data_ptr()]
         stored = [state[key].data_ptr() for key in ("momentum", "second_moment", "hidden", "cell")]
         aligned = not any(number % ALIGNMENT for number in (size, *pointers, *stored))
-        numbers += [size, aligned, orthogonal[k], first, *(state[key].data_ptr() for key in PER_TENSOR)]
+        numbers += [size, aligned, orthogonal[k], first, state["control"].data_ptr()]
         numbers += [pointers[0], DTYPES.index(param.dtype) if fused[k] else 0, pointers[1], DTYPES.index(grad.dtype)]
         numbers += [*stored, *(state[key].data_ptr() if key in state else 0 for key in ("hidden_scale", "cell_scale")), direction]
         first += block_count(size)
@@ -201,20 +204,18 @@ def _at(address, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
 
 @triton.jit
 def _gather(tensors, rows, count):
-    """What each tensor has once into rows, (_KEPT, K)."""
-    k = tl.program_id(0)
-    row = tensors + k * _COLUMNS + _PER_TENSOR
-    for i in tl.static_range(_KEPT):
-        tl.store(rows + i * count + k, tl.load(_at(tl.load(row + i), tl.float32, 4)))
+    """What each tensor has once into rows, (CONTROL, K)."""
+    k, i = tl.program_id(0), tl.arange(0, 2 * _BUCKETS)  # a power of two, and enough
+    control = _at(tl.load(tensors + k * _COLUMNS + _CONTROL), tl.float32, 4)
+    tl.store(rows + i * count + k, tl.load(control + i, mask=i < _CONTROLS), mask=i < _CONTROLS)
 
 
 @triton.jit
 def _scatter(tensors, rows, count):
     """The way back."""
-    k = tl.program_id(0)
-    row = tensors + k * _COLUMNS + _PER_TENSOR
-    for i in tl.static_range(_KEPT):
-        tl.store(_at(tl.load(row + i), tl.float32, 4), tl.load(rows + i * count + k))
+    k, i = tl.program_id(0), tl.arange(0, 2 * _BUCKETS)
+    control = _at(tl.load(tensors + k * _COLUMNS + _CONTROL), tl.float32, 4)
+    tl.store(control + i, tl.load(rows + i * count + k, mask=i < _CONTROLS), mask=i < _CONTROLS)
 
 
 @triton.jit
@@ -243,7 +244,12 @@ def _block(tensors, blocks):
 @triton.jit
 def _random_bits(offsets, step):
     """See `learned_optim.storage.random_bits`; the two integers are the lower and the upper half."""
-    x = offsets.to(tl.uint32) * 0x9E3779B1 + step.to(tl.int64).to(tl.uint32) * 0x85EBCA6B
+    return _scatter_bits(offsets.to(tl.uint32) * 0x9E3779B1 + step.to(tl.int64).to(tl.uint32) * 0x85EBCA6B)
+
+
+@triton.jit
+def _scatter_bits(x):
+    """See `learned_optim.storage.scatter_bits`."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -428,17 +434,31 @@ def _directions_of(
 
 
 @triton.jit
-def _apply(tensors, blocks, directions, factors, count):
-    """The rest of steps 4 and 5, and weight decay: parameters lose the share `shrink` and get `scale` times the direction.
+def _apply(tensors, blocks, directions, factors, sums, count):
+    """The rest of steps 4 and 5, and weight decay: parameters lose the share `shrink` and get `scale` times the direction. Its sums are the
+    direction's sketch, see `learned_optim.features.Layout.sketch`, and its square.
 
     factors: each tensor's shrink, then each one's scale.
     """
     k, row, _, offsets = _block(tensors, blocks)
+    _sketch(row, offsets, directions, sums + 2 * _BUCKETS * tl.program_id(0))
     shrink, scale = tl.load(factors + k), tl.load(factors + count + k)
     if tl.load(row + _ALIGNED) != 0:
         _apply_to(row, offsets, directions, shrink, scale, _ALIGNMENT)
     else:
         _apply_to(row, offsets, directions, shrink, scale, 1)
+
+
+@triton.jit
+def _sketch(row, offsets, directions, sums):
+    directions += tl.multiple_of(tl.load(row + _DIRECTION), _ALIGNMENT)
+    direction = tl.load(directions + offsets, mask=offsets < tl.load(row + _SIZE), other=0.0)
+    sign = (_scatter_bits((offsets // _BUCKETS).to(tl.uint32) * 0x9E3779B1) & 1).to(tl.float32) * 2.0 - 1.0
+    buckets = tl.sum(tl.reshape(sign * direction, (_BLOCK // _BUCKETS, _BUCKETS)), 0)
+    tl.store(sums + tl.arange(0, _BUCKETS), buckets)
+    # The square has a row of zeros beside it, since the number of columns is a power of two.
+    bucket = tl.arange(0, _BUCKETS)
+    tl.store(sums + _BUCKETS + bucket, tl.where(bucket == 0, tl.sum(direction * direction), 0.0))
 
 
 @triton.jit

@@ -282,7 +282,7 @@ def apart(unroll: Unroll, now: Optimizees, networks: Sequence[OptimizerNetwork],
         mine, place = (whole.map(itemgetter(slice(p, p + 1))) for whole in (now, end))
         with process.thrifty():
             rule = in_place.InPlaceRule(network, unroll.layout, mine.state)
-            losses, mine = _run(unroll, mine._replace(state={"step": mine.state["step"]}), length, rule)
+            losses, mine = _run(unroll, mine._replace(state={}), length, rule)
         everyones.append(losses)
         place.params.copy_(mine.params)
         for key, buffer in mine.buffers.items():

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..features import Layout
 from ..kernels import cpu
 from ..network import OptimizerNetwork
-from ..rule import PER_TENSOR, State
+from ..rule import State
 from .unroll import Optimizees, is_large
 
 
@@ -41,22 +41,23 @@ class InPlaceRule:
 
     def __init__(self, network: OptimizerNetwork, layout: Layout, state: State) -> None:
         def row(key: str, r: int) -> Tensor:
-            if key in PER_TENSOR:
-                return state[key][0, r].clone()
+            if key == "control":
+                return state[key][0, ..., r, :].movedim(-1, 0).clone(memory_format=torch.contiguous_format)
             return torch.cat([part.reshape(-1) for part in state[key][0, ..., r, :].split(layout.sizes, -1)])
 
         def views(key: str, row: Tensor) -> Sequence[Tensor]:
-            return row.unbind() if key in PER_TENSOR else [part.view(shape) for part, shape in self._parts(key, row)]
+            return row.unbind() if key == "control" else [part.view(shape) for part, shape in self._parts(key, row)]
 
         self.network, self.sizes = exact(network), layout.sizes
         self.change: Tensor | None = None  # the memory of the last one, for the next
         self.shapes = {key: value.shape for key, value in state.items()}
         # Of each key and replica: one tensor after the other.
-        self.rows = {key: [row(key, r) for r in range(state["step"].shape[1])] for key in state}
+        replicas = state["momentum"].shape[1]
+        self.rows = {key: [row(key, r) for r in range(replicas)] for key in state}
         # Of each replica and tensor: its state, as views of those.
         self.states = [
             [dict(zip(state, each, strict=True)) for each in zip(*(views(key, self.rows[key][r]) for key in state), strict=True)]
-            for r in range(state["step"].shape[1])
+            for r in range(replicas)
         ]
 
     def __call__(self, layout: Layout, grad: Tensor, state: State, total_steps: Tensor) -> tuple[Tensor, State]:
@@ -73,8 +74,8 @@ class InPlaceRule:
         self.change = None
         for key, whole in state.items():
             for r, row in enumerate(self.rows.pop(key)):
-                if key in PER_TENSOR:
-                    whole[0, r] = row
+                if key == "control":
+                    whole[0, ..., r, :] = row.movedim(0, -1)
                 else:
                     torch.cat([part.view(shape) for part, shape in self._parts(key, row)], -1, out=whole[0, ..., r, :])
 

@@ -6,6 +6,7 @@ Shapes: `R` optimizees (replicas) of one task, trained side by side; `P` perturb
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -95,7 +96,8 @@ class Unroll:
             (grad,) = torch.autograd.grad(loss.sum(), leaf, create_graph=create_graph, retain_graph=differentiable)
         if self.gradient_noise:
             grad = grad + self.gradient_noise * self._noise(grad, seed)
-        total_steps = torch.full_like(state["step"], self.horizon if self.horizon_known else torch.inf)
+        horizon = self.horizon if self.horizon_known else math.inf
+        total_steps = grad.new_full((*grad.shape[:-1], len(self.layout.sizes)), horizon)
         change, new_state = rule(self.layout, grad, state, total_steps)
         # Unless validation data are asked for, the loss that the gradient is taken of counts: it, too, is on data not trained on yet.
         if self.validation:
