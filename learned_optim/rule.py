@@ -12,9 +12,9 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
 2. **Step size.** The agreement :math:`a_t` of the tensor's recent gradients is the length of their mean, in units of what it would be by
    chance: 1 where they are noise, up to 4.4 where all are the same, and a quarter where each turns back the one before. The cosine
    of the tensor's gradient with its momentum, the hypergradient of its step size, is averaged over some ten steps: its *trend*. The
-   *straightness* of its path is the length of the mean of its updates, each counted with length 1, over about the last quarter of the run: 1
-   on a straight line, and falling like :math:`1/\sqrt{t}` where updates are noise; a sketch of 16 numbers keeps that mean. The controller
-   (`network.Controller`) adds up what both say to a correction :math:`e^{\kappa_t}` of the prior step size.
+   *straightness* of its path is the length of the mean of its updates, each counted with length 1, over about the last quarter of the run:
+   1 on a straight line, and falling like :math:`1/\sqrt{t}` where updates are noise; a sketch of 16 numbers keeps that mean. The
+   controller (`network.Controller`) adds up what both say to a correction :math:`e^{\kappa_t}` of the prior step size.
 3. **Direction.** Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise
    LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`. The last gradient among them
    counts for less where gradients turn back, by the steadiness :math:`w_t = \min(1, 2 a_t)^2`.

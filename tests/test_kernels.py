@@ -76,8 +76,8 @@ def test_equals_the_rule(units: int) -> None:
 
 @pytest.mark.parametrize("scale", [1e-17, 1e-9, 1e9, 1e17])
 def test_tiny_and_huge_gradients(scale: float) -> None:
-    """1e-17 is where floors count, and not yet where squares are lost if some library has denormal numbers flushed; 1e17 squared is near the
-    end of fp32."""
+    """1e-17 is where floors count, and not yet where squares are lost if some library has denormal numbers flushed; 1e17 squared is near
+    the end of fp32."""
     network = network_of("default")
     mine, theirs = (run(kernel, network, lambda step: gradients(step, scale))[0] for kernel in ("compiled", "reference"))
     assert all(param.isfinite().all() and param.any() for param in mine)
