@@ -1,9 +1,11 @@
-"""What every test starts from: one thread, so that sums have one order, and a fixed seed."""
+"""What every test starts from: one thread, so that sums have one order, and a fixed seed; and what tests of the rule share."""
 
 import os
 
 import pytest
 import torch
+
+from learned_optim import NetworkConfig, OptimizerNetwork
 
 # Without a GPU Triton's interpreter runs its kernels. Triton looks when it is imported, and any test module may be the first to do so.
 if not torch.cuda.is_available():
@@ -18,3 +20,13 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def untrained() -> OptimizerNetwork:
+    return OptimizerNetwork(NetworkConfig()).requires_grad_(False)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)

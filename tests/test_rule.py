@@ -28,16 +28,6 @@ def network() -> OptimizerNetwork:
     return acting_network().requires_grad_(False)
 
 
-@pytest.fixture
-def untrained() -> OptimizerNetwork:
-    return OptimizerNetwork(NetworkConfig()).requires_grad_(False)
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(1)
-
-
 def test_layout() -> None:
     layout = layout_of([torch.ones(shape) for shape in SHAPES])
     assert layout.fans == [(1, 1), (1, 1), (7, 1), (1, 6), (5, 3), (6, 1), (3, 8), (4, 12), (4, 12), (8, 3)]

@@ -19,16 +19,6 @@ MOMENTUM = NetworkConfig().momentum
 MOST_AGREEMENT = math.sqrt((1 + MOMENTUM) / (1 - MOMENTUM))  # of gradients that are all the same
 
 
-@pytest.fixture
-def untrained() -> OptimizerNetwork:
-    return OptimizerNetwork(NetworkConfig()).requires_grad_(False)
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(1)
-
-
 def schedule_alone(network: OptimizerNetwork) -> None:
     """Neither the controller nor the pace changes a step."""
     network.controller.log_rate.fill_(-math.inf)

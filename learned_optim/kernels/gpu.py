@@ -152,7 +152,7 @@ def step(
         _directions[blocks](tables.tensors, tables.blocks, clocks, scalars, directions, sums, *of_network)
         _means[every](tables.tensors, sums, means, count, 1)
 
-        mean_square = means[0].clone()
+        mean_square = means[0]
         gain = torch.where(tables.orthogonal, 1.0, vector_scale(network, mean_square))
         scale = step_size * gain
         parts = [part[:size] for part, size in zip(directions.split(padded), layout.sizes, strict=True)]
