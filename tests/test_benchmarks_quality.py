@@ -16,9 +16,11 @@ import pytest
 import torch
 from torch import Generator
 
+from learned_optim import LearnedOptimizer, load_network
 from learned_optim.config import from_json
 from learned_optim.meta_train import FAMILIES, MetaTrainConfig
 from learned_optim.meta_train.families.text import source_text
+from learned_optim.rule import Control
 
 FOLDER = Path(__file__).parents[1] / "benchmarks/quality"
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
@@ -158,3 +160,17 @@ def test_speed_is_the_ratio_of_steps_to_the_same_loss(quality: Any, tmp_path: Pa
 def test_an_unknown_loss_is_never_reached(quality: Any) -> None:
     assert quality.report.steps_to([(1.0, 2.0), (4.0, 0.5)], 1.0) == pytest.approx(2.0)
     assert quality.report.steps_to([(1.0, 2.0), (4.0, 0.5)], 0.1) == float("inf")
+
+
+@pytest.mark.parametrize("total_steps", [None, 200])
+def test_without_the_controller_nothing_corrects_the_step_size(quality: Any, total_steps: int | None) -> None:
+    """Neither where gradients agree and then turn back, nor by where the steps lead."""
+    param = torch.nn.Parameter(torch.zeros(40, 30))
+    for ablate, moves in ((lambda network: None, True), (quality.optimizers.without_controller, False)):
+        network = load_network("default")
+        ablate(network)
+        optimizer = LearnedOptimizer([param], network, total_steps=total_steps)
+        for step in range(120):
+            param.grad = torch.ones(40, 30) if step < 10 else torch.randn(40, 30, generator=Generator().manual_seed(step))
+            optimizer.step()
+        assert bool(Control.of(optimizer.state[param]["control"]).correction != 0) is moves
