@@ -89,7 +89,7 @@ def training(network, steps: int, horizon: int | None) -> tuple[list[float], dic
             unit = gain if change.ndim < 2 else math.sqrt(max(1, change.shape[0] / change.shape[1]))
             length = change.square().mean().sqrt() if change.ndim < 2 else torch.linalg.matrix_norm(change, 2)
             sizes[name].append(length.item() / unit)
-        hidden.append(optimizer.state[watched]["hidden"].flatten(1)[:, :: watched.numel() // 12].float().clone())
+        hidden.append(optimizer.state[watched]["lstm"].chunk(2)[0].flatten(1)[:, :: watched.numel() // 12].float().clone())
     return losses, sizes, torch.stack(hidden)
 
 

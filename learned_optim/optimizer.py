@@ -29,9 +29,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         optimizer = LearnedOptimizer(model.parameters())
 
-    The rule is described in `learned_optim.rule`. The state of a parameter is made at its first gradient: tensors of the parameter's
-    shape (two for the moments, and twice the hidden units of the LSTM), in the formats of the weights' configuration, whatever the
-    parameter's dtype.
+    The rule is described in `learned_optim.rule`. The state of a parameter is made at its first gradient: for each of its coordinates two
+    moments, and the hidden units and cells of the LSTM, in the formats of the weights' configuration, whatever the parameter's dtype.
 
     Args:
         params: parameters, named parameters or groups of them, as for every torch optimizer.
@@ -214,13 +213,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
 def init_state(param: Tensor, config: NetworkConfig) -> State:
     """The state of a parameter that has seen no gradient.
 
-    What belongs to coordinates is made by `zeros_like`, so that it is placed and sharded like the parameter: `momentum` and `second_moment`
-    have its shape, `hidden` and `cell` are (H, *shape), in the formats of the configuration; "int8" adds `hidden_scale` and `cell_scale`,
-    (H, blocks). `control`, see `rule.Control`, is (CONTROL,) and fp32; its first number is the parameter's steps.
+    What belongs to coordinates is made by `zeros_like`, so that it is placed and sharded like the parameter, in the formats of the
+    configuration: `moments`, momentum and second moment, (2, *shape), and `lstm`, hidden units and then cells, (2 H, *shape), to which
+    "int8" adds `lstm_scale`, (2 H, blocks). `control`, see `rule.Control`, is (CONTROL,) and fp32; its first number is the parameter's
+    steps. Few tensors, since a step of many small parameters is mostly a search for where they are.
     """
     state = {"control": torch.zeros(CONTROL, dtype=torch.float32, device=param.device)}
-    for key, (leading, fmt) in _coordinate_state(config).items():
-        state[key], scales = zeros(param, leading, fmt)
+    for key, (count, fmt) in _coordinate_state(config).items():
+        state[key], scales = zeros(param, count, fmt)
         if scales is not None:
             state[f"{key}_scale"] = scales
     return state
@@ -246,15 +246,18 @@ def reference_step(
         lr, weight_decay: each parameter's.
     """
     joined = {"control": torch.stack([state["control"] for state in states], -1)}
-    for key, (leading, _) in _coordinate_state(network.config).items():
-        joined[key] = torch.cat([load(state[key].reshape(*leading, -1), state.get(f"{key}_scale")) for state in states], -1)
+    for key, (count, _) in _coordinate_state(network.config).items():
+        joined[key] = torch.cat([load(state[key].reshape(count, -1), state.get(f"{key}_scale")) for state in states], -1)
+    momentum, second_moment = joined.pop("moments")
+    hidden, cell = joined.pop("lstm").chunk(2)
+    joined |= {"momentum": momentum, "second_moment": second_moment, "hidden": hidden, "cell": cell}
     change, new = update(network, layout, torch.cat([grad.reshape(-1).float() for grad in grads]), joined, total_steps)
 
+    new |= {"moments": torch.stack([new["momentum"], new["second_moment"]]), "lstm": torch.cat([new["hidden"], new["cell"]])}
     bits = [random_bits(size, state["control"][0]) for size, state in zip(layout.sizes, states, strict=True)]
-    for key, (leading, _) in _coordinate_state(network.config).items():
+    for key, (count, _) in _coordinate_state(network.config).items():
         for part, state, halves in zip(new[key].split(layout.sizes, -1), states, bits, strict=True):
-            half = halves[key in ("second_moment", "cell")]
-            store(part, half, state[key].view(*leading, -1), state.get(f"{key}_scale"))
+            store(part, halves.repeat_interleave(count // 2, 0), state[key].view(count, -1), state.get(f"{key}_scale"))
     for control, state in zip(new["control"].unbind(-1), states, strict=True):
         state["control"].copy_(control)
     for param, part, rate, decay in zip(params, change.split(layout.sizes), lr, weight_decay, strict=True):
@@ -284,10 +287,9 @@ def _step_function(kernel: str) -> Callable[..., None]:
     return cpu.step if kernel == "compiled" else reference_step
 
 
-def _coordinate_state(config: NetworkConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Leading dimensions and format of the state that belongs to coordinates."""
-    moments, units = ((), config.moment_format), ((config.hidden_units,), config.lstm_format)
-    return {"momentum": moments, "second_moment": moments, "hidden": units, "cell": units}
+def _coordinate_state(config: NetworkConfig) -> dict[str, tuple[int, str]]:
+    """How many numbers each coordinate has in a tensor of state, and their format."""
+    return {"moments": (2, config.moment_format), "lstm": (2 * config.hidden_units, config.lstm_format)}
 
 
 def _check_weights(state_dict: dict[str, Any], mine: str) -> None:

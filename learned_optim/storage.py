@@ -10,7 +10,7 @@ The rule reads and writes fp32. A format says what is kept of that:
 The rounding's randomness is a hash of the coordinate and the tensor's clock: the same on every device, in every kernel and after a resume,
 and no state of a generator's has to be kept.
 
-Shapes: `n` coordinates of a tensor, `B` blocks, `...` any leading dimensions (hidden units).
+Shapes: `n` coordinates of a tensor, `C` numbers for each of them, `B` blocks.
 """
 
 from __future__ import annotations
@@ -23,20 +23,18 @@ BLOCK = 256  # coordinates that share a scale
 LEVELS = 127.0
 
 
-def zeros(param: Tensor, leading: tuple[int, ...], fmt: str) -> tuple[Tensor, Tensor | None]:
-    """Zeros of a parameter's shape in a format, (*leading, *shape), and their scales, (*leading, B), where the format has some.
+def zeros(param: Tensor, count: int, fmt: str) -> tuple[Tensor, Tensor | None]:
+    """Zeros for each coordinate of a parameter in a format, (C, *shape), and their scales, (C, B), where the format has some.
 
     They are made by `zeros_like`, so that they are placed and sharded like the parameter.
     """
-    values = torch.zeros_like(param, dtype=DTYPES[fmt], memory_format=torch.contiguous_format)
-    if leading:
-        values = torch.stack([values] * leading[0])
-    scales = values.new_zeros(*leading, -(-param.numel() // BLOCK), dtype=torch.float32) if fmt == "int8" else None
+    values = torch.stack([torch.zeros_like(param, dtype=DTYPES[fmt], memory_format=torch.contiguous_format)] * count)
+    scales = values.new_zeros(count, -(-param.numel() // BLOCK), dtype=torch.float32) if fmt == "int8" else None
     return values, scales
 
 
 def load(values: Tensor, scales: Tensor | None) -> Tensor:
-    """What was stored, in fp32: (..., n)."""
+    """What was stored, in fp32: (C, n)."""
     if scales is None:
         return values.float()
     return values.float() * scales.repeat_interleave(BLOCK, -1)[..., : values.shape[-1]]
@@ -46,9 +44,9 @@ def store(new: Tensor, bits: Tensor, values: Tensor, scales: Tensor | None) -> N
     """Replaces what is stored.
 
     Args:
-        new: (..., n), fp32.
-        bits: random integers below 2^16, (n,).
-        values, scales: where it goes, (..., n) and (..., B).
+        new: (C, n), fp32.
+        bits: random integers below 2^16, (C, n).
+        values, scales: where it goes, (C, n) and (C, B).
     """
     if scales is not None:
         count = new.shape[-1]
@@ -65,10 +63,10 @@ def store(new: Tensor, bits: Tensor, values: Tensor, scales: Tensor | None) -> N
         values.copy_(new)
 
 
-def random_bits(count: int, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent random integers below 2^16 for each coordinate, (n,): a hash of it and of the tensor's clock `step`, ()."""
+def random_bits(count: int, step: Tensor) -> Tensor:
+    """Two independent random integers below 2^16 for each coordinate, (2, n): a hash of it and of the tensor's clock `step`, ()."""
     x = scatter_bits(torch.arange(count, device=step.device) * 0x9E3779B1 + step.long() * 0x85EBCA6B)
-    return x & 0xFFFF, x >> 16
+    return torch.stack([x & 0xFFFF, x >> 16])
 
 
 def scatter_bits(x: Tensor) -> Tensor:

@@ -38,12 +38,7 @@ def network() -> OptimizerNetwork:
 def assert_formats(optimizer: LearnedOptimizer) -> None:
     """The state's dtypes are those of the configuration, whatever the parameters' are."""
     config = optimizer.network.config
-    formats = {
-        "hidden": config.lstm_format,
-        "cell": config.lstm_format,
-        "momentum": config.moment_format,
-        "second_moment": config.moment_format,
-    }
+    formats = {"moments": config.moment_format, "lstm": config.lstm_format}
     for state in optimizer.state.values():
         assert {key: value.dtype for key, value in state.items()} == {key: DTYPES[formats.get(key, "float32")] for key in state}
 
@@ -72,9 +67,10 @@ def test_step_is_the_rule(network: OptimizerNetwork) -> None:
             torch.testing.assert_close(param.detach(), before[k] * (1 - share) + lr * part.view(param.shape), rtol=1e-5, atol=1e-7)
             own = optimizer.state[param]
             assert_same(own["control"], state["control"][:, k])
-            for key in ("momentum", "second_moment", "hidden", "cell"):
-                expected = state[key].split(layout.sizes, -1)[k]
-                assert_same(own[key].reshape(expected.shape), expected)
+            for kept, keys in {"moments": ("momentum", "second_moment"), "lstm": ("hidden", "cell")}.items():
+                for half, key in zip(own[kept].chunk(2), keys, strict=True):
+                    expected = state[key].split(layout.sizes, -1)[k]
+                    assert_same(half.reshape(expected.shape), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

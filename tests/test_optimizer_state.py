@@ -214,25 +214,20 @@ def test_distributed_state_dict_round_trip(network: OptimizerNetwork, dtype: tor
     assert_same(values(resumed), values(model))
 
 
-@pytest.mark.parametrize(("placement", "shifted"), [(Shard(0), Shard(1)), (Shard(1), Shard(2)), (Replicate(), Replicate())], ids=str)
+@pytest.mark.parametrize(("placement", "expected"), [(Shard(0), Shard(1)), (Shard(1), Shard(2)), (Replicate(), Replicate())], ids=str)
 @pytest.mark.usefixtures("process_group")
-def test_state_is_placed_like_the_parameter(placement: Any, shifted: Any) -> None:
-    """The LSTM's units stand in front, so a sharded dimension moves up by one."""
+def test_state_is_placed_like_the_parameter(placement: Any, expected: Any) -> None:
+    """What a coordinate has several of stands in front, so a sharded dimension moves up by one."""
     mesh = init_device_mesh("cpu", (1,))
     param = nn.Parameter(distribute_tensor(torch.ones(4, 6, dtype=torch.bfloat16), mesh, [placement]))
     state = init_state(param, NetworkConfig(hidden_units=3))
-    for key, shape, expected in [
-        ("momentum", (4, 6), placement),
-        ("second_moment", (4, 6), placement),
-        ("hidden", (3, 4, 6), shifted),
-        ("cell", (3, 4, 6), shifted),
-    ]:
+    for key, shape, dtype in (("moments", (2, 4, 6), torch.float32), ("lstm", (6, 4, 6), torch.bfloat16)):
         value = state[key]
         assert isinstance(value, DTensor), key
         assert value.device_mesh == mesh
         assert value.placements == (expected,), key
         assert value.shape == shape
-        assert value.dtype == (torch.float32 if "moment" in key else torch.bfloat16)
+        assert value.dtype == dtype
 
 
 @pytest.mark.usefixtures("process_group")

@@ -231,7 +231,7 @@ def test_bf16(tmp_path: Path, kind: str) -> None:
     model = gpt(dtype=torch.bfloat16 if kind == "parameters" else torch.float32)
     trainer = helped(arguments(tmp_path, max_steps=40, **options), model=model)
     assert trainer.train().training_loss < 1.5
-    assert {state["momentum"].dtype for state in inner(trainer).state.values()} == {torch.float32}
+    assert {state["moments"].dtype for state in inner(trainer).state.values()} == {torch.float32}
 
 
 def test_model_init_trains_each_model_anew(tmp_path: Path) -> None:

@@ -36,9 +36,9 @@ typedef struct {
     const float *grad;
     float *direction;
     float *control; /* (CONTROL,) */
-    void *momentum, *second_moment;
-    void *hidden, *cell;              /* (units, size) */
-    float *hidden_scale, *cell_scale; /* (units, chunks of size), of int8 */
+    void *moments;     /* (2, size): momentum and second moment */
+    void *lstm;        /* (2 * units, size): hidden units, then cells */
+    float *lstm_scale; /* (2 * units, chunks of size), of int8 */
 } Tensor;
 
 typedef struct {
@@ -132,7 +132,7 @@ INLINE Ratio tanh_ratio(float x) {
 }
 
 /* The number of this file's interface, for the caller to check that it was written for it. Raise it with each change of a struct. */
-int64_t interface(void) { return 5; }
+int64_t interface(void) { return 6; }
 
 /* What each of `count` tensors has once, into rows for torch to compute with, and back. */
 void gather(const Tensor *tensors, int64_t count, float *rows) {
@@ -218,8 +218,8 @@ EACH_CPU void moments(Job *job, float decay1, float decay2) {
         for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) {
             const int64_t n = block->end - begin < CHUNK ? block->end - begin : CHUNK;
             const float *restrict grad = tensor->grad + begin;
-            load(format, tensor->momentum, 0, begin, n, momentum);
-            load(format, tensor->second_moment, 0, begin, n, second_moment);
+            load(format, tensor->moments, 0, begin, n, momentum);
+            load(format, tensor->moments, 0, tensor->size + begin, n, second_moment);
             float grad_square = 0, momentum_square = 0, product = 0, second = 0;
 #pragma omp simd reduction(+ : grad_square, momentum_square, product, second)
             for (int64_t j = 0; j < n; j++) {
@@ -233,8 +233,8 @@ EACH_CPU void moments(Job *job, float decay1, float decay2) {
             }
             sums[0] += grad_square, sums[1] += momentum_square, sums[2] += product, sums[3] += second;
             if (format != FLOAT32) random_bits(bits, begin, tensor->control[STEP]);
-            store(format, tensor->momentum, 0, begin, n, momentum, bits, 0);
-            store(format, tensor->second_moment, 0, begin, n, second_moment, bits, 16);
+            store(format, tensor->moments, 0, begin, n, momentum, bits, 0);
+            store(format, tensor->moments, 0, tensor->size + begin, n, second_moment, bits, 16);
         }
     }
 }
@@ -271,8 +271,8 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
     const int64_t format = job->lstm_format, size = tensor->size, chunks = (size + CHUNK - 1) / CHUNK, chunk = begin / CHUNK;
     const float *restrict grad = tensor->grad + begin;
     float *restrict direction = tensor->direction + begin;
-    load(job->moment_format, tensor->momentum, 0, begin, n, s->momentum);
-    load(job->moment_format, tensor->second_moment, 0, begin, n, s->second_moment);
+    load(job->moment_format, tensor->moments, 0, begin, n, s->momentum);
+    load(job->moment_format, tensor->moments, 0, size + begin, n, s->second_moment);
     if (format != FLOAT32) random_bits(s->bits, begin, tensor->control[STEP]);
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) {
@@ -289,7 +289,7 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
         direction[j] = skip_slow * slow + skip_fast * fast;
     }
     for (int h = 0; h < UNITS; h++) {
-        load(format, tensor->hidden, tensor->hidden_scale + h * chunks + chunk, h * size + begin, n, s->odd[ODD + h]);
+        load(format, tensor->lstm, tensor->lstm_scale + h * chunks + chunk, h * size + begin, n, s->odd[ODD + h]);
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) s->even[EVEN + h][j] = __builtin_fabsf(s->odd[ODD + h][j]);
     }
@@ -307,7 +307,8 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
         const float *weights = network->candidate_weight + h * (ODD + UNITS), out_weight = network->out[h];
         const float *in = s->gates[h], *forget = s->gates[UNITS + h], *out = s->gates[2 * UNITS + h];
         float *restrict cell = s->cell, *restrict hidden = s->even[EVEN + h]; /* the gates have read it */
-        load(format, tensor->cell, tensor->cell_scale + h * chunks + chunk, h * size + begin, n, cell);
+        const int64_t c = UNITS + h;
+        load(format, tensor->lstm, tensor->lstm_scale + c * chunks + chunk, c * size + begin, n, cell);
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) {
             float x = 0;
@@ -324,8 +325,8 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
             hidden[j] = unit;
             direction[j] += out_weight * unit;
         }
-        store(format, tensor->cell, tensor->cell_scale + h * chunks + chunk, h * size + begin, n, cell, s->bits, 16);
-        store(format, tensor->hidden, tensor->hidden_scale + h * chunks + chunk, h * size + begin, n, hidden, s->bits, 0);
+        store(format, tensor->lstm, tensor->lstm_scale + h * chunks + chunk, h * size + begin, n, hidden, s->bits, 0);
+        store(format, tensor->lstm, tensor->lstm_scale + c * chunks + chunk, c * size + begin, n, cell, s->bits, 16);
     }
     float square = 0;
 #pragma omp simd reduction(+ : square)

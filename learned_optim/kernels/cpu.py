@@ -27,10 +27,10 @@ from ..network import OptimizerNetwork
 from ..rule import ADAMW_UPDATE_RMS, CONTROL, Clock, Control, State, follow, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
 
 BLOCK = 2**14  # coordinates that a thread takes at once
-INTERFACE, MAX_UNITS = 5, 8  # as in the C file
+INTERFACE, MAX_UNITS = 6, 8  # as in the C file
 
-# A row of the table of tensors has the size, the parameter, the gradient, the direction and these pieces of state, the last two of int8.
-KEYS = ("control", "momentum", "second_moment", "hidden", "cell", "hidden_scale", "cell_scale")
+# A row of the table of tensors has the size, the parameter, the gradient, the direction and these pieces of state, the last one of int8.
+KEYS = ("control", "moments", "lstm", "lstm_scale")
 COLUMNS = 4 + len(KEYS)
 
 
@@ -121,7 +121,7 @@ class Passes:
     ) -> None:
         self.blocks, self.sizes = blocks(layout)
         self.formats = [FORMATS.index(fmt) for fmt in formats]
-        kept = itemgetter(*(KEYS if "int8" in formats else KEYS[:-2]))
+        kept = itemgetter(*(KEYS if "int8" in formats else KEYS[:-1]))
         stored = addresses(itertools.chain.from_iterable(map(kept, states))).view(len(states), -1)
         self.table = torch.zeros(len(states), COLUMNS, dtype=torch.int64)
         self.table[:, 0] = self.sizes

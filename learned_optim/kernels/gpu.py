@@ -39,14 +39,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters and gra
 MATRIX_DTYPE = torch.bfloat16  # that matrices are orthogonalised in, as in Muon
 
 # Columns of the table of tensors. Names in capitals with an underscore are constants that kernels see.
-PLACES = ("momentum", "second_moment", "hidden", "cell", "hidden_scale", "cell_scale", "direction")
+PLACES = ("moments", "lstm", "lstm_scale", "direction")
 FIELDS = ("size", "aligned", "orthogonal", "first", "control", "param", "param_type", "grad", "grad_type", *PLACES)
 _COLUMNS = tl.constexpr(len(FIELDS))
 _CONTROLS, _BUCKETS = tl.constexpr(CONTROL), tl.constexpr(BUCKETS)
 _CONTROL, _SIZE, _ALIGNED, _FIRST, _PARAM, _PARAM_TYPE, _GRAD, _GRAD_TYPE = (
     tl.constexpr(FIELDS.index(name)) for name in ("control", "size", "aligned", "first", "param", "param_type", "grad", "grad_type")
 )
-_MOMENTUM, _SECOND_MOMENT, _HIDDEN, _CELL, _HIDDEN_SCALE, _CELL_SCALE, _DIRECTION = (tl.constexpr(FIELDS.index(name)) for name in PLACES)
+_MOMENTS, _LSTM, _LSTM_SCALE, _DIRECTION = (tl.constexpr(FIELDS.index(name)) for name in PLACES)
 
 _FLOAT32, _BFLOAT16, _INT8 = map(tl.constexpr, range(len(FORMATS)))
 _ALIGNMENT, _BLOCK, _GROUP, _ROWS = (tl.constexpr(n) for n in (ALIGNMENT, BLOCK, storage.BLOCK, BLOCK // storage.BLOCK))
@@ -186,11 +186,11 @@ def table(
     for k, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
         size = layout.sizes[k]
         pointers = [param.data_ptr() if fused[k] else 0, grad.data_ptr()]
-        stored = [state[key].data_ptr() for key in ("momentum", "second_moment", "hidden", "cell")]
+        stored = [state[key].data_ptr() for key in ("moments", "lstm")]
         aligned = not any(number % ALIGNMENT for number in (size, *pointers, *stored))
         numbers += [size, aligned, orthogonal[k], first, state["control"].data_ptr()]
         numbers += [pointers[0], DTYPES.index(param.dtype) if fused[k] else 0, pointers[1], DTYPES.index(grad.dtype)]
-        numbers += [*stored, *(state[key].data_ptr() if key in state else 0 for key in ("hidden_scale", "cell_scale")), direction]
+        numbers += [*stored, state["lstm_scale"].data_ptr() if "lstm_scale" in state else 0, direction]
         first += block_count(size)
         direction += padded[k]
     return numbers
@@ -319,13 +319,13 @@ def _moments_of(k, row, groups, offsets, clocks, sums, decay1, decay2, FORMAT: t
     size = tl.multiple_of(tl.load(row + _SIZE), ALIGN)
     mask = offsets < size
     grad = _load_gradient(row, offsets, mask, ALIGN)
-    before = _load(row, _MOMENTUM, 0, 0, size, groups, offsets, FORMAT, ALIGN)
-    second_moment = _load(row, _SECOND_MOMENT, 0, 0, size, groups, offsets, FORMAT, ALIGN)
+    before = _load(row, _MOMENTS, 0, 0, size, groups, offsets, FORMAT, ALIGN)
+    second_moment = _load(row, _MOMENTS, 0, 1, size, groups, offsets, FORMAT, ALIGN)
     momentum = before + (1.0 - decay1) * (grad - before)
     second_moment += (1.0 - decay2) * (grad * grad - second_moment)
     bits = _random_bits(offsets, tl.load(clocks + k))
-    _store(row, _MOMENTUM, 0, 0, size, groups, offsets, momentum, bits & 0xFFFF, FORMAT, ALIGN)
-    _store(row, _SECOND_MOMENT, 0, 0, size, groups, offsets, second_moment, bits >> 16, FORMAT, ALIGN)
+    _store(row, _MOMENTS, 0, 0, size, groups, offsets, momentum, bits & 0xFFFF, FORMAT, ALIGN)
+    _store(row, _MOMENTS, 0, 1, size, groups, offsets, second_moment, bits >> 16, FORMAT, ALIGN)
     sums += 4 * tl.program_id(0)  # what is masked is zero in all four
     tl.store(sums, tl.sum(grad * grad))
     tl.store(sums + 1, tl.sum(before * before))
@@ -400,8 +400,8 @@ def _directions_of(
     size = tl.multiple_of(tl.load(row + _SIZE), ALIGN)
     mask = offsets < size
     grad = _load_gradient(row, offsets, mask, ALIGN)
-    momentum = _load(row, _MOMENTUM, 0, 0, size, groups, offsets, MOMENTS, ALIGN) * tl.load(scalars)
-    second_moment = _load(row, _SECOND_MOMENT, 0, 0, size, groups, offsets, MOMENTS, ALIGN) * tl.load(scalars + 1)
+    momentum = _load(row, _MOMENTS, 0, 0, size, groups, offsets, MOMENTS, ALIGN) * tl.load(scalars)
+    second_moment = _load(row, _MOMENTS, 0, 1, size, groups, offsets, MOMENTS, ALIGN) * tl.load(scalars + 1)
     mean, steady = tl.load(scalars + 2), tl.load(scalars + 3)
 
     variance = second_moment + (_RELATIVE_FLOOR * mean + _ABSOLUTE_FLOOR)
@@ -412,7 +412,7 @@ def _directions_of(
     share = tl.log(variance / (mean + _ABSOLUTE_FLOOR)) * 0.125
     odd, even = (slow, fast), (tl.abs(slow), tl.abs(fast), share)
     for h in tl.static_range(UNITS):
-        unit = _load(row, _HIDDEN, _HIDDEN_SCALE, h, size, groups, offsets, LSTM, ALIGN)
+        unit = _load(row, _LSTM, _LSTM_SCALE, h, size, groups, offsets, LSTM, ALIGN)
         odd, even = odd + (unit,), even + (tl.abs(unit),)  # type: ignore[assignment]  # noqa: RUF005  Triton knows no unpacking
 
     bits = _random_bits(offsets, step)
@@ -422,12 +422,12 @@ def _directions_of(
         gate_forget = tl.sigmoid(tl.load(gate_bias + UNITS + h) + _dot(gate_weight + (UNITS + h) * (_EVEN + UNITS), even))
         gate_out = tl.sigmoid(tl.load(gate_bias + 2 * UNITS + h) + _dot(gate_weight + (2 * UNITS + h) * (_EVEN + UNITS), even))
         candidate = _tanh(_dot(candidate_weight + h * (_ODD + UNITS), odd))
-        cell = _load(row, _CELL, _CELL_SCALE, h, size, groups, offsets, LSTM, ALIGN)
+        cell = _load(row, _LSTM, _LSTM_SCALE, UNITS + h, size, groups, offsets, LSTM, ALIGN)
         cell = gate_forget * cell + gate_in * candidate
         hidden = gate_out * _tanh(cell)
         direction += tl.load(out + h) * hidden
-        _store(row, _CELL, _CELL_SCALE, h, size, groups, offsets, cell, bits >> 16, LSTM, ALIGN)
-        _store(row, _HIDDEN, _HIDDEN_SCALE, h, size, groups, offsets, hidden, bits & 0xFFFF, LSTM, ALIGN)
+        _store(row, _LSTM, _LSTM_SCALE, h, size, groups, offsets, hidden, bits & 0xFFFF, LSTM, ALIGN)
+        _store(row, _LSTM, _LSTM_SCALE, UNITS + h, size, groups, offsets, cell, bits >> 16, LSTM, ALIGN)
     directions += tl.multiple_of(tl.load(row + _DIRECTION), _ALIGNMENT)
     tl.store(directions + offsets, direction, mask=mask)
     tl.store(sums + tl.program_id(0), tl.sum(tl.where(mask, direction * direction, 0.0)))
