@@ -79,12 +79,12 @@ class Controller(nn.Module):
 
     It follows the hypergradient (Baydin et al. 2018, "Online learning rate adaptation with hypergradient descent"): while gradients go on
     pointing where the steps before them went, steps are too short, and once they point back, too long. With `c` half of a tensor's trend,
-    its recent mean cosine between gradient and momentum, plus half of the mean over all tensors, at the tensor's step `t`, and
-    `fading = 1 / (1 + t / patience)` and the steadiness `w`, the logarithm `k` of the correction to the prior step size becomes
+    its recent mean cosine between gradient and momentum, plus half of the mean over all tensors, `h` the same of its swing, the steadiness
+    `w`, and `fading = 1 / (1 + t / patience)` at the tensor's step `t`, the logarithm `k` of the correction to the prior step size becomes
 
-        k' = k + rate * 3 (1 - t / T) * fading * (c if c > 0 else caution * w * c)      where the horizon `T` is known, else
+        k' = k + rate * 2 (1 - t / T) * fading * (c if c > 0 else caution * w * c)      where the horizon `T` is known, else
         k' = k + rate * fading^2 * max(c, 0)
-               - shrink * (w * clamp(-c / BOUND, 0, 1) / (t + LEAD) + max(-c - LEAP, 0)),   both with |k'| <= 3.
+               - shrink * (w * clamp(-c / BOUND, 0, 1) / (t + LEAD) + max(-h - LEAP, 0)),   both with |k'| <= 3.
 
     A mean, since a single cosine scatters, and what counts for more on one side of zero than on the other would turn scatter into growth.
     Correcting fades, since once the scale is found what the cosine shows is the schedule and the noise. With a horizon the controller may
@@ -94,7 +94,8 @@ class Controller(nn.Module):
     Without a horizon nothing else anneals. There a negative trend goes on counting: where steps only bounce about in the gradients'
     noise it is negative (Pflug 1983; Chee & Toulis 2018, "Convergence diagnostics for stochastic gradient descent"), and then step sizes,
     whose prior falls with the root of `t`, fall with `t` itself, as stochastic approximation wants (Robbins & Monro 1951). And where each
-    gradient turns back nearly the whole of the last, steps leap across a valley that they would never come to rest in, and shorten at once.
+    gradient turns back nearly the whole of the last, steps leap across a valley that they would never come to rest in, and shorten at once:
+    by the swing, since where leaps begin each gradient is longer than the last, and of a plain mean of ten they would be a small part.
 
     What the hypergradient does not see is where the steps lead. Along steep directions gradients may turn back with every step while
     the others ask for longer ones, and the noise that a run ends in turns back too slowly for ten steps to show it. The straightness of
@@ -117,12 +118,21 @@ class Controller(nn.Module):
         self.bend = nn.Parameter(torch.tensor(4.0))  # of the path
 
     def forward(
-        self, trend: Tensor, steady: Tensor, straight: Tensor, age: Tensor, progress: Tensor, known: Tensor, correction: Tensor
+        self,
+        trend: Tensor,
+        swing: Tensor,
+        steady: Tensor,
+        straight: Tensor,
+        age: Tensor,
+        progress: Tensor,
+        known: Tensor,
+        correction: Tensor,
     ) -> Tensor:
         """Runs one step; all tensors are (..., K).
 
         Args:
             trend: recent mean cosine of each tensor's gradient and momentum.
+            swing: the same, where long gradients count for more.
             steady: see step 3 in `rule`.
             straight: logarithm of the straightness of each tensor's path, see step 2 in `rule`.
             age: in steps.
@@ -138,11 +148,11 @@ class Controller(nn.Module):
         turning = known * ((-trend - TURN) / (TURNED - TURN)).clamp(0, 1)
         bent, ahead = (straight - noise).clamp(max=0), (straight - noise.clamp(min=math.log(PURPOSE))).clamp(min=0)
         path = left * (self.bend * (bent + turning * ahead)).clamp(-4, 4) / (age + PATH_LEAD)
-        trend = 0.5 * (trend + trend.mean(-1, keepdim=True))
+        trend, swing = (0.5 * (one + one.mean(-1, keepdim=True)) for one in (trend, swing))
         longer, shorter = trend.clamp(min=0), steady * trend.clamp(max=0)
         fading = 1 / (1 + age / self.log_patience.exp())
-        annealed = 3 * left * fading * (longer + self.log_caution.exp() * shorter)
-        bouncing = steady * (-trend / BOUND).clamp(0, 1) / (age + LEAD) + (-trend - LEAP).clamp(min=0)
+        annealed = 2 * left * fading * (longer + self.log_caution.exp() * shorter)
+        bouncing = steady * (-trend / BOUND).clamp(0, 1) / (age + LEAD) + (-swing - LEAP).clamp(min=0)
         endless = self.log_rate.exp() * fading**2 * longer - self.shrink * bouncing
         return (correction + path + torch.where(known > 0, self.log_rate.exp() * annealed, endless)).clamp(-3, 3)
 

@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
@@ -104,7 +105,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 loss = closure()
 
         # Each parameter with its gradient and group; a dict, so that a parameter named twice moves once.
-        by_device: dict[torch.device, dict[int, tuple[Tensor, Tensor, dict[str, Any]]]] = {}
+        by_device: dict[torch.device, dict[int, tuple[Tensor, Tensor, dict[str, Any]]]] = defaultdict(dict)
         for group in self.param_groups:
             for param in group["params"]:
                 grad = param.grad
@@ -122,7 +123,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                         "LearnedOptimizer does not support sharded parameters (DTensor, FSDP2) yet, and got one of shape "
                         f"{tuple(param.shape)}. Train with DistributedDataParallel instead."
                     )
-                by_device.setdefault(param.device, {})[id(param)] = param, grad, group
+                by_device[param.device][id(param)] = param, grad, group
         if not by_device:
             warnings.warn(
                 "LearnedOptimizer.step() found no gradient on any of its parameters, so it changed nothing. Call loss.backward() first, "

@@ -11,7 +11,8 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    :math:`v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2`, used bias-corrected.
 2. **Step size.** The agreement :math:`a_t` of the tensor's recent gradients is the length of their mean, in units of what it would be by
    chance: 1 where they are noise, up to 4.4 where all are the same, and a quarter where each turns back the one before. The cosine
-   of the tensor's gradient with its momentum, the hypergradient of its step size, is averaged over some ten steps: its *trend*. The
+   of the tensor's gradient with its momentum, the hypergradient of its step size, is averaged over some ten steps: its *trend*; and once
+   more with each cosine counted by the length of its gradient: its *swing*, which shows at once what grows from step to step. The
    *straightness* of its path is the length of the mean of its updates, each counted with length 1, over about the last quarter of the run:
    1 on a straight line, and falling like :math:`1/\sqrt{t}` where updates are noise; a sketch of 16 numbers keeps that mean. The
    controller (`network.Controller`) adds up what both say to a correction :math:`e^{\kappa_t}` of the prior step size.
@@ -20,8 +21,9 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    counts for less where gradients turn back, by the steadiness :math:`w_t = \min(1, 2 a_t)^2`.
 4. **Length.** The direction loses its length, so that the LSTM cannot change the step size by accident. A matrix (fan_out x fan_in;
    convolution kernels flattened) is orthogonalised by Newton-Schulz and given a spectral norm of
-   :math:`\sqrt{\max(1, fan_{out}/fan_{in})}` (Muon, Jordan et al. 2024). Any other tensor is divided by its root mean square and scaled by
-   a learned constant.
+   :math:`\sqrt{\max(1, fan_{out}/fan_{in})}` (Muon, Jordan et al. 2024), times :math:`3/L` where a model has fewer than three matrices,
+   :math:`L`: what few layers move its outputs by, each of many has a share of (Large et al. 2024, "Scalable optimization in the modular
+   norm"). Any other tensor is divided by its root mean square and scaled by a learned constant.
 5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t} \, p_t^q \, d_t`. The pace :math:`p_t` is the agreement, or
    the length of the last gradient in units of :math:`\sqrt{v_t}`, at most 1, if that is more: long where gradients agree, short where they
    vanish; its power :math:`q`, of `Controller`, is 1 unless it is learned. Adam's steps have such a factor in each coordinate, and step 4
@@ -55,11 +57,12 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 WINDOW = 0.25  # share of the run so far over which the path is looked at
 COOLDOWN = 0.6  # share of a known horizon over which the step size falls to zero
-TREND_STEPS = 10.0  # time constant of the trend, in steps; before that it is the mean so far
+TREND_STEPS = 10.0  # time constant of the trend and the swing, in steps; before that they are means so far
 DECAY_STEPS = 100.0  # time constant of the prior step size's decay without a horizon, in steps
 EPSILON = 1e-12
 LEAST_AGREEMENT = LEAST_STRAIGHTNESS = 0.01  # floors that keep the derivatives of roots and logarithms finite
 TURNING = 0.5  # the agreement below which gradients turn back
+MANY = 3  # matrices, from which on their steps are as long as in any deeper model
 SMALL = 128  # the shorter side of matrices that are orthogonalised in the precision that they have: fewer bits would not be faster
 
 # AdamW's updates have a root mean square of 0.2 to 0.4 times its learning rate (Liu et al. 2025, "Muon is scalable for LLM training",
@@ -76,14 +79,16 @@ class Control(NamedTuple):
 
     step: Tensor  # its clock, (..., K)
     trend: Tensor  # the recent cosine of its gradient and momentum, (..., K)
+    swing: Tensor  # the same, where long gradients count for more, (..., K)
+    length: Tensor  # the recent root mean square of its gradient, (..., K)
     correction: Tensor  # the logarithm of its step size's, (..., K)
     path: Tensor  # a sketch of its mean update, (BUCKETS, ..., K)
 
     @staticmethod
     def of(rows: Tensor) -> Control:
         """From (CONTROL, ..., K)."""
-        step, trend, correction = rows[:-BUCKETS]
-        return Control(step, trend, correction, rows[-BUCKETS:])
+        step, trend, swing, length, correction = rows[:-BUCKETS]
+        return Control(step, trend, swing, length, correction, rows[-BUCKETS:])
 
     def rows(self) -> Tensor:
         """The way back."""
@@ -195,16 +200,21 @@ def step_sizes(
     age = clock.step.clamp(min=1)
     known = total_steps.isfinite().to(age.dtype)
     progress = ((age - 1) / total_steps).clamp(max=1)
-    trend = torch.lerp(control.trend, cosine(products), (1 / age).clamp(min=1 / TREND_STEPS))
+    weight = (1 / age).clamp(min=1 / TREND_STEPS)
+    turn, size = cosine(products), (products[0] + ABSOLUTE_FLOOR).sqrt()
+    trend = torch.lerp(control.trend, turn, weight)
+    length = torch.lerp(control.length, size, weight)
+    swing = torch.lerp(control.swing, turn, weight * size / length)
     straight = straightness(control.path, clock)
-    correction = network.controller(trend, steady, straight, age, progress, known, control.correction) * clock.started
+    correction = network.controller(trend, swing, steady, straight, age, progress, known, control.correction)
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
     schedule = torch.where(known > 0, annealed, decayed)
-    relative = ((products[0] + ABSOLUTE_FLOOR) / (clock.mean + ABSOLUTE_FLOOR)).sqrt().clamp(max=1)  # size of the last gradient
+    relative = (size / (clock.mean + ABSOLUTE_FLOOR).sqrt()).clamp(max=1)
     pace = torch.maximum(agreed, relative) ** network.controller.power
     step_size = (network.log_step_size + correction).exp() * pace * schedule * clock.started
-    return step_size, steady, Control(clock.step, trend * clock.started, correction, control.path)
+    trend, swing, length, correction = (part * clock.started for part in (trend, swing, length, correction))
+    return step_size, steady, Control(clock.step, trend, swing, length, correction, control.path)
 
 
 def agreement(products: Tensor, clock: Clock, config: NetworkConfig) -> Tensor:
@@ -291,19 +301,20 @@ def vector_scale(network: OptimizerNetwork, mean_square: Tensor) -> Tensor:
 def orthogonalize_all(
     directions: Sequence[Tensor], layout: Layout, config: NetworkConfig, dtype: torch.dtype | None = None
 ) -> dict[int, Tensor]:
-    """The directions (..., n) of matrices, by index, orthogonalised and with spectral norms of sqrt(max(1, fan_out / fan_in)); `dtype` as
-    in `orthogonalize`."""
+    """The directions (..., n) of matrices, by index, orthogonalised and with the spectral norms of step 4; `dtype` as in
+    `orthogonalize`."""
     found: dict[int, Tensor] = {}
     groups: dict[tuple[int, int], list[int]] = {}  # matrices of one shape are orthogonalised together
     for k, orthogonal in enumerate(is_orthogonal(layout, config)):
         if orthogonal:
             groups.setdefault(layout.fans[k], []).append(k)
+    few = max(1, MANY / max(1, sum(map(len, groups.values()))))
     for (fan_out, fan_in), members in groups.items():
         matrices = torch.stack([directions[k].unflatten(-1, (fan_out, fan_in)) for k in members])
         fast = dtype if min(fan_out, fan_in) >= SMALL else None
         matrices = orthogonalize(matrices, config.orthogonalize_steps, fast)
-        if fan_out > fan_in:
-            matrices = math.sqrt(fan_out / fan_in) * matrices
+        if (norm := few * math.sqrt(max(1, fan_out / fan_in))) > 1:
+            matrices = norm * matrices
         found |= zip(members, matrices.flatten(-2).unbind(), strict=True)
     return found
 

@@ -183,11 +183,21 @@ def test_convolution_kernel_counts_as_its_flattened_matrix(network: OptimizerNet
 @pytest.mark.parametrize("shape", MATRICES, ids=str)
 def test_spectral_norm_of_matrix_updates(untrained: OptimizerNetwork, generator: torch.Generator, shape: tuple[int, ...]) -> None:
     """sqrt(max(1, fan_out / fan_in)) times the step size, to the accuracy of the Newton-Schulz iteration."""
-    params, gradients = draw([shape], generator), [draw([shape], generator)]
+    shapes = [shape, (4, 6), (6, 4)]
+    params, gradients = draw(shapes, generator), [draw(shapes, generator)]
     change = run(untrained, params, gradients, total_steps=1000.0)[0][0][0].flatten(1)
     fan_out, fan_in = change.shape
     expected = untrained.log_step_size.exp().item() * math.sqrt(max(1.0, fan_out / fan_in))
     assert 0.6 < torch.linalg.matrix_norm(change, 2).item() / expected < 1.3
+
+
+def test_matrices_of_shallow_models_take_longer_steps(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
+    """In all the same: up to three share what one matrix would do alone. Vectors count for nothing, and get nothing."""
+    shapes = [(9, 4), (5,), (7, 7), (4, 9), (3, 8)]
+    params, gradients = draw(shapes, generator), draw(shapes, generator)
+    lengths = [list(map(rms, run(untrained, params[:count], [gradients[:count]])[0][0])) for count in (1, 3, 4, 5)]
+    assert [each[0] for each in lengths] == pytest.approx([3 * lengths[-1][0], 1.5 * lengths[-1][0], *[lengths[-1][0]] * 2])
+    assert [each[1] for each in lengths[1:]] == pytest.approx([lengths[-1][1]] * 3)
 
 
 @pytest.mark.parametrize("shape", [*VECTORS, ()], ids=str)

@@ -121,7 +121,7 @@ def test_steps_grow_while_gradients_agree_and_shrink_where_they_turn_back(untrai
         trend += (cosine - trend) / min(age, 10)
         agreed = abs(momentum) * MOST_AGREEMENT / math.sqrt(1 - MOMENTUM ** (2 * age))
         fading, steady = 1 / (1 + age / 10), min(1, 2 * agreed) ** 2
-        annealed = 3 * (1 - (age - 1) / horizon) * fading * (trend if trend > 0 else caution * steady * trend)
+        annealed = 2 * (1 - (age - 1) / horizon) * fading * (trend if trend > 0 else caution * steady * trend)
         bouncing = steady * min(max(-trend / BOUND, 0), 1) / (age + LEAD) + max(-trend - LEAP, 0)
         endless = 0.3 * fading**2 * max(trend, 0) - 0.5 * bouncing
         rises.append(0.3 * annealed if math.isfinite(horizon) else endless)
@@ -156,6 +156,19 @@ def test_without_a_horizon_steps_shrink_where_gradients_are_noise_that_turns_bac
     assert shrinkage([[(-1.0) ** t * shared + 0.3 * own] for t, own in enumerate(noise)]) < 0.7 * expected
     leaps = [[(-1.0) ** t * shared] for t in range(60)]
     assert corrections_of(run(untrained, leaps[0], leaps)[1]).item() == pytest.approx(-3)
+
+
+def test_without_a_horizon_steps_shorten_as_soon_as_they_begin_to_leap(untrained: OptimizerNetwork) -> None:
+    """After many gradients that agree, a few that turn back: where each is longer than the last, and not yet where all are alike."""
+    untrained.controller.log_rate.fill_(-math.inf)
+    untrained.controller.bend.zero_()
+    grad = torch.tensor([1.0, -2.0, 3.0])
+    alike, growing = (
+        corrections_of(run(untrained, [grad], [[grad]] * 30 + [[(-growth) ** t * grad] for t in range(1, 8)])[1]).item()
+        for growth in (1.0, 3.0)
+    )
+    assert alike == 0
+    assert growing < -0.5
 
 
 def test_sketch(generator: torch.Generator) -> None:

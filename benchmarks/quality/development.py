@@ -90,11 +90,30 @@ def separable(seed: int, build: Callable[[], nn.Module], count: int, features: i
     return supervised(seed, (inputs, scores.argmax(1)), build, size, F.cross_entropy)
 
 
+def records(seed: int, build: Callable[[], nn.Module], columns: int, factors: int, noise: float) -> Problem:
+    """Two classes in a table whose columns follow a few factors and so each other, half of them with heavy tails."""
+    hidden = normal(600, factors) * torch.linspace(1, 0.3, factors)
+    values = hidden @ normal(factors, columns, index=1) + 0.1 * normal(600, columns, index=2)
+    values[:, ::2] = (0.5 * values[:, ::2]).exp()
+    labels = (hidden @ normal(factors, 2, index=3) + noise * normal(600, 2, index=4)).argmax(1)
+    return supervised(seed, ((values - values.mean(0)) / values.std(0), labels), build, 16, F.cross_entropy)
+
+
 def measurements(seed: int, features: int, size: int, noise: float) -> Problem:
     """Least squares on a few hundred noisy measurements of correlated quantities."""
     inputs = normal(400, features) @ (normal(features, features, index=1) / math.sqrt(features) + 0.3 * torch.eye(features))
     targets = inputs @ normal(features, 1, index=2) / math.sqrt(features) + noise * normal(400, 1, index=3)
     return supervised(seed, (inputs, targets / targets.std()), lambda: nn.Linear(features, 1), size, F.mse_loss)
+
+
+def polynomials(seed: int, columns: int) -> Problem:
+    """Least squares on powers and products of correlated quantities, which have means; full batches."""
+    quantities = normal(400, columns) @ (normal(columns, columns, index=1) / math.sqrt(columns) + 0.5 * torch.eye(columns))
+    products = quantities[:, :, None] * quantities[:, None]
+    features = torch.cat([quantities, quantities**3, products.flatten(1)], 1)
+    targets = quantities @ normal(columns, 1, index=2) + 0.3 * (quantities**2) @ normal(columns, 1, index=3)
+    targets = targets / targets.std() + 0.6 * normal(400, 1, index=4)
+    return supervised(seed, (features / features.std(0), targets), lambda: nn.Linear(features.shape[1], 1), 10**6, F.mse_loss)
 
 
 def waves(seed: int) -> Problem:
@@ -163,12 +182,16 @@ TASKS: dict[str, Task] = {
     "dev separable": Task(lambda seed: separable(seed, lambda: mlp([20, 48, 48, 2], nn.ReLU), 450, 20, 16, 0.0), 250),
     "dev noisy separable": Task(lambda seed: separable(seed, lambda: mlp([12, 40, 40, 2], nn.SiLU), 300, 12, 16, 0.3), 200),
     "dev wide separable": Task(lambda seed: separable(seed, lambda: mlp([30, 64, 64, 2], nn.GELU), 800, 30, 32, 0.1), 200),
+    "dev records": Task(lambda seed: records(seed, lambda: mlp([24, 96, 48, 2], nn.GELU), 24, 6, 0.2), 200),
+    "dev few factors": Task(lambda seed: records(seed, lambda: mlp([36, 72, 72, 2], nn.ReLU), 36, 3, 0.1), 200),
     "dev convex": Task(of_family("convex", 0), 250),
     "dev convex 2": Task(of_family("convex", 1), 250),
     "dev measurements": Task(lambda seed: measurements(seed, 12, 16, 0.7), 200),
     "dev many measurements": Task(lambda seed: measurements(seed, 40, 32, 0.4), 250),
     "dev ill-conditioned": Task(of_family("ill_conditioned", 0), 300),
     "dev ill-conditioned 2": Task(of_family("ill_conditioned", 1), 300),
+    "dev polynomials": Task(lambda seed: polynomials(seed, 8), 400),
+    "dev many polynomials": Task(lambda seed: polynomials(seed, 12), 300),
     "dev waves": Task(waves, 400),
     "dev equation": Task(equation, 400, solved=1e-5),
     "dev smooth": Task(lambda seed: smooth(seed, 10**6), 500, solved=1e-5),

@@ -27,7 +27,7 @@ from ..network import OptimizerNetwork
 from ..rule import ADAMW_UPDATE_RMS, CONTROL, Clock, Control, State, follow, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
 
 BLOCK = 2**14  # coordinates that a thread takes at once
-INTERFACE, MAX_UNITS = 6, 8  # as in the C file
+INTERFACE, MAX_UNITS = 7, 8  # as in the C file
 
 # A row of the table of tensors has the size, the parameter, the gradient, the direction and these pieces of state, the last one of int8.
 KEYS = ("control", "moments", "lstm", "lstm_scale")
