@@ -19,7 +19,7 @@ from .features import Layout
 from .kernels import cpu
 from .network import OptimizerNetwork
 from .rule import ADAMW_UPDATE_RMS, CONTROL, State, update
-from .storage import load, random_bits, store, zeros
+from .storage import PAIRS, load, random_bits, store, zeros
 from .weights import fingerprint, load_network
 
 KERNELS = ("auto", "reference", "compiled", "triton")
@@ -217,7 +217,7 @@ def init_state(param: Tensor, config: NetworkConfig) -> State:
     What belongs to coordinates is made by `zeros_like`, so that it is placed and sharded like the parameter, in the formats of the
     configuration: `moments`, momentum and second moment, (2, *shape), and `lstm`, hidden units and then cells, (2 H, *shape), to which
     "int8" adds `lstm_scale`, (2 H, blocks). `control`, see `rule.Control`, is (CONTROL,) and fp32; its first number is the parameter's
-    steps. Few tensors, since a step of many small parameters is mostly a search for where they are.
+    steps.
     """
     state = {"control": torch.zeros(CONTROL, dtype=torch.float32, device=param.device)}
     for key, (count, fmt) in _coordinate_state(config).items():
@@ -248,16 +248,14 @@ def reference_step(
     """
     joined = {"control": torch.stack([state["control"] for state in states], -1)}
     for key, (count, _) in _coordinate_state(network.config).items():
-        joined[key] = torch.cat([load(state[key].reshape(count, -1), state.get(f"{key}_scale")) for state in states], -1)
-    momentum, second_moment = joined.pop("moments")
-    hidden, cell = joined.pop("lstm").chunk(2)
-    joined |= {"momentum": momentum, "second_moment": second_moment, "hidden": hidden, "cell": cell}
+        both = torch.cat([load(state[key].reshape(count, -1), state.get(f"{key}_scale")) for state in states], -1)
+        joined |= zip(PAIRS[key], both.unflatten(0, (2, -1)) if key == "lstm" else both, strict=True)
     change, new = update(network, layout, torch.cat([grad.reshape(-1).float() for grad in grads]), joined, total_steps)
 
-    new |= {"moments": torch.stack([new["momentum"], new["second_moment"]]), "lstm": torch.cat([new["hidden"], new["cell"]])}
     bits = [random_bits(size, state["control"][0]) for size, state in zip(layout.sizes, states, strict=True)]
     for key, (count, _) in _coordinate_state(network.config).items():
-        for part, state, halves in zip(new[key].split(layout.sizes, -1), states, bits, strict=True):
+        both = torch.cat([new[part].view(count // 2, -1) for part in PAIRS[key]])
+        for part, state, halves in zip(both.split(layout.sizes, -1), states, bits, strict=True):
             store(part, halves.repeat_interleave(count // 2, 0), state[key].view(count, -1), state.get(f"{key}_scale"))
     for control, state in zip(new["control"].unbind(-1), states, strict=True):
         state["control"].copy_(control)

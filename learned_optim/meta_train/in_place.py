@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..features import Layout
 from ..kernels import cpu
 from ..network import OptimizerNetwork
 from ..rule import State
+from ..storage import PAIRS
 from .unroll import Optimizees, is_large
 
 
@@ -43,20 +45,21 @@ class InPlaceRule:
         def row(key: str, r: int) -> Tensor:
             if key == "control":
                 return state[key][0, ..., r, :].movedim(-1, 0).clone(memory_format=torch.contiguous_format)
-            return torch.cat([part.reshape(-1) for part in state[key][0, ..., r, :].split(layout.sizes, -1)])
+            pairs = zip(*(state[part][0, ..., r, :].split(layout.sizes, -1) for part in PAIRS[key]), strict=True)
+            return torch.cat([part.reshape(-1) for part in itertools.chain.from_iterable(pairs)])
 
         def views(key: str, row: Tensor) -> Sequence[Tensor]:
-            return row.unbind() if key == "control" else [part.view(shape) for part, shape in self._parts(key, row)]
+            return row.unbind() if key == "control" else self._pairs(key, row)
 
         self.network, self.sizes = exact(network), layout.sizes
         self.change: Tensor | None = None  # the memory of the last one, for the next
         self.shapes = {key: value.shape for key, value in state.items()}
         # Of each key and replica: one tensor after the other.
-        replicas = state["momentum"].shape[1]
-        self.rows = {key: [row(key, r) for r in range(replicas)] for key in state}
+        keys, replicas = ("control", *PAIRS), state["momentum"].shape[1]
+        self.rows = {key: [row(key, r) for r in range(replicas)] for key in keys}
         # Of each replica and tensor: its state, as views of those.
         self.states = [
-            [dict(zip(state, each, strict=True)) for each in zip(*(views(key, self.rows[key][r]) for key in state), strict=True)]
+            [dict(zip(keys, each, strict=True)) for each in zip(*(views(key, self.rows[key][r]) for key in keys), strict=True)]
             for r in range(replicas)
         ]
 
@@ -72,17 +75,15 @@ class InPlaceRule:
         """Writes the state, (1, R, ...), of which nothing is left here: key by key, since there is no room for two."""
         self.states.clear()
         self.change = None
-        for key, whole in state.items():
+        for r, row in enumerate(self.rows.pop("control")):
+            state["control"][0, ..., r, :] = row.movedim(0, -1)
+        for key, parts in PAIRS.items():
             for r, row in enumerate(self.rows.pop(key)):
-                if key == "control":
-                    whole[0, ..., r, :] = row.movedim(0, -1)
-                else:
-                    torch.cat([part.view(shape) for part, shape in self._parts(key, row)], -1, out=whole[0, ..., r, :])
+                for part, halves in zip(parts, zip(*self._pairs(key, row), strict=True), strict=True):
+                    torch.cat(halves, -1, out=state[part][0, ..., r, :])
 
-    def _parts(self, key: str, row: Tensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-        """Each tensor's stretch of a row, and its shape."""
-        leading = self.shapes[key][1:-2]  # the hidden units, if any
-        return (
-            (part, (*leading, size))
-            for part, size in zip(row.split([leading.numel() * size for size in self.sizes]), self.sizes, strict=True)
-        )
+    def _pairs(self, key: str, row: Tensor) -> list[Tensor]:
+        """Each tensor's stretch of a row: (2, ..., size)."""
+        leading = self.shapes[PAIRS[key][0]][1:-2]  # the hidden units, if any
+        stretches = row.split([2 * leading.numel() * size for size in self.sizes])
+        return [stretch.view(2, *leading, size) for stretch, size in zip(stretches, self.sizes, strict=True)]
