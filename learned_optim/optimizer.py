@@ -220,8 +220,8 @@ def init_state(param: Tensor, config: NetworkConfig) -> State:
     steps.
     """
     state = {"control": torch.zeros(CONTROL, dtype=torch.float32, device=param.device)}
-    for key, (count, fmt) in _coordinate_state(config).items():
-        state[key], scales = zeros(param, count, fmt)
+    for key, (leading, fmt) in _coordinate_state(config).items():
+        state[key], scales = zeros(param, math.prod(leading), fmt)
         if scales is not None:
             state[f"{key}_scale"] = scales
     return state
@@ -247,15 +247,15 @@ def reference_step(
         lr, weight_decay: each parameter's.
     """
     joined = {"control": torch.stack([state["control"] for state in states], -1)}
-    for key, (count, _) in _coordinate_state(network.config).items():
-        both = torch.cat([load(state[key].reshape(count, -1), state.get(f"{key}_scale")) for state in states], -1)
-        joined |= zip(PAIRS[key], both.unflatten(0, (2, -1)) if key == "lstm" else both, strict=True)
+    for key, (leading, _) in _coordinate_state(network.config).items():
+        both = torch.cat([load(state[key].view(math.prod(leading), -1), state.get(f"{key}_scale")) for state in states], -1)
+        joined |= zip(PAIRS[key], both.view(*leading, -1), strict=True)
     change, new = update(network, layout, torch.cat([grad.reshape(-1).float() for grad in grads]), joined, total_steps)
 
     bits = [random_bits(size, state["control"][0]) for size, state in zip(layout.sizes, states, strict=True)]
-    for key, (count, _) in _coordinate_state(network.config).items():
-        both = torch.cat([new[part].view(count // 2, -1) for part in PAIRS[key]])
-        for part, state, halves in zip(both.split(layout.sizes, -1), states, bits, strict=True):
+    for key, (leading, _) in _coordinate_state(network.config).items():
+        both, count = torch.stack([new[part] for part in PAIRS[key]]), math.prod(leading)
+        for part, state, halves in zip(both.view(count, -1).split(layout.sizes, -1), states, bits, strict=True):
             store(part, halves.repeat_interleave(count // 2, 0), state[key].view(count, -1), state.get(f"{key}_scale"))
     for control, state in zip(new["control"].unbind(-1), states, strict=True):
         state["control"].copy_(control)
@@ -286,9 +286,9 @@ def _step_function(kernel: str) -> Callable[..., None]:
     return cpu.step if kernel == "compiled" else reference_step
 
 
-def _coordinate_state(config: NetworkConfig) -> dict[str, tuple[int, str]]:
-    """How many numbers each coordinate has in a tensor of state, and their format."""
-    return {"moments": (2, config.moment_format), "lstm": (2 * config.hidden_units, config.lstm_format)}
+def _coordinate_state(config: NetworkConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The numbers of each coordinate in a tensor of state, as dimensions whose first is that of `PAIRS`, and their format."""
+    return {"moments": ((2,), config.moment_format), "lstm": ((2, config.hidden_units), config.lstm_format)}
 
 
 def _check_weights(state_dict: dict[str, Any], mine: str) -> None:

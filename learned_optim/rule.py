@@ -15,7 +15,7 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    more with each cosine counted by the length of its gradient: its *swing*, which shows at once what grows from step to step. The
    *straightness* of its path is the length of the mean of its updates, each counted with length 1, over about the last quarter of the run:
    1 on a straight line, and falling like :math:`1/\sqrt{t}` where updates are noise; a sketch of 16 numbers keeps that mean. The
-   controller (`network.Controller`) adds up what all say to a correction :math:`e^{\kappa_t}` of the prior step size.
+   controller (`network.Controller`) adds up what all three say to a correction :math:`e^{\kappa_t}` of the prior step size.
 3. **Direction.** Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise
    LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`. The last gradient among them
    counts for less where gradients turn back, by the steadiness :math:`w_t = \min(1, 2 a_t)^2`.
@@ -210,7 +210,7 @@ def step_sizes(
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
     schedule = torch.where(known > 0, annealed, decayed)
-    relative = (size / (clock.mean + ABSOLUTE_FLOOR).sqrt()).clamp(max=1)
+    relative = (size / (clock.mean + ABSOLUTE_FLOOR).sqrt()).clamp(max=1)  # to what is usual
     pace = torch.maximum(agreed, relative) ** network.controller.power
     step_size = (network.log_step_size + correction).exp() * pace * schedule * clock.started
     trend, swing, length, correction = (part * clock.started for part in (trend, swing, length, correction))

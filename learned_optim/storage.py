@@ -20,11 +20,11 @@ from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 BLOCK = 256  # coordinates that share a scale
+LEVELS = 127.0
 
 # Tensors of state, and what of the rule's state each holds, one half after the other. They are few, since a step of many small parameters
 # is mostly a search for where they are.
 PAIRS = {"moments": ("momentum", "second_moment"), "lstm": ("hidden", "cell")}
-LEVELS = 127.0
 
 
 def zeros(param: Tensor, count: int, fmt: str) -> tuple[Tensor, Tensor | None]:
