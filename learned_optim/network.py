@@ -96,6 +96,8 @@ class Controller(nn.Module):
     whose prior falls with the root of `t`, fall with `t` itself, as stochastic approximation wants (Robbins & Monro 1951). And where each
     gradient turns back nearly the whole of the last, steps leap across a valley that they would never come to rest in, and shorten at once:
     by the swing, since where leaps begin each gradient is longer than the last, and of a plain mean of ten they would be a small part.
+    With a horizon a leap *brakes*: a step has `e^(brake * min(h, 0))` of its length, and the rest again as soon as gradients no longer turn
+    back. So what has built up along the steepest directions dies down, and the others, which had to wait for it, go on with long steps.
 
     What the hypergradient does not see is where the steps lead. Along steep directions gradients may turn back with every step while
     the others ask for longer ones, and the noise that a run ends in turns back too slowly for ten steps to show it. The straightness of
@@ -116,6 +118,7 @@ class Controller(nn.Module):
         self.shrink = nn.Parameter(torch.tensor(0.5))
         self.power = nn.Parameter(torch.tensor(1.0))  # of the pace, see step 5 in `rule`
         self.bend = nn.Parameter(torch.tensor(4.0))  # of the path
+        self.brake = nn.Parameter(torch.tensor(1.0))
 
     def forward(
         self,
@@ -127,7 +130,7 @@ class Controller(nn.Module):
         progress: Tensor,
         known: Tensor,
         correction: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Runs one step; all tensors are (..., K).
 
         Args:
@@ -141,7 +144,7 @@ class Controller(nn.Module):
             correction: logarithm of the step size's correction.
 
         Returns:
-            the new correction.
+            the new correction, and the logarithm of what the brake leaves of this step.
         """
         left = 1 - progress
         noise = (math.log(NOISE) - 0.5 * (age - 1).clamp(min=1).log()).clamp(max=0)
@@ -154,7 +157,8 @@ class Controller(nn.Module):
         annealed = 2 * left * fading * (longer + self.log_caution.exp() * shorter)
         bouncing = steady * (-trend / BOUND).clamp(0, 1) / (age + LEAD) + (-swing - LEAP).clamp(min=0)
         endless = self.log_rate.exp() * fading**2 * longer - self.shrink * bouncing
-        return (correction + path + torch.where(known > 0, self.log_rate.exp() * annealed, endless)).clamp(-3, 3)
+        correction = (correction + path + torch.where(known > 0, self.log_rate.exp() * annealed, endless)).clamp(-3, 3)
+        return correction, known * self.brake * swing.clamp(max=0)
 
 
 class OptimizerNetwork(nn.Module):

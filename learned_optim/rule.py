@@ -12,10 +12,11 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
 2. **Step size.** The agreement :math:`a_t` of the tensor's recent gradients is the length of their mean, in units of what it would be by
    chance: 1 where they are noise, up to 4.4 where all are the same, and a quarter where each turns back the one before. The cosine
    of the tensor's gradient with its momentum, the hypergradient of its step size, is averaged over some ten steps: its *trend*; and once
-   more with each cosine counted by the length of its gradient: its *swing*, which shows at once what grows from step to step. The
+   more, with gradients that are longer than usual counted for more: its *swing*, which shows at once what grows from step to step. The
    *straightness* of its path is the length of the mean of its updates, each counted with length 1, over about the last quarter of the run:
    1 on a straight line, and falling like :math:`1/\sqrt{t}` where updates are noise; a sketch of 16 numbers keeps that mean. The
-   controller (`network.Controller`) adds up what all three say to a correction :math:`e^{\kappa_t}` of the prior step size.
+   controller (`network.Controller`) adds up what all three say to a correction :math:`e^{\kappa_t}` of the prior step size. Where the
+   horizon `T` is known, a negative swing also brakes single steps, by :math:`e^{b_t}`.
 3. **Direction.** Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise
    LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`. The last gradient among them
    counts for less where gradients turn back, by the steadiness :math:`w_t = \min(1, 2 a_t)^2`.
@@ -24,11 +25,12 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    :math:`\sqrt{\max(1, fan_{out}/fan_{in})}` (Muon, Jordan et al. 2024), times :math:`3/L` where a model has fewer than three matrices,
    :math:`L`: what few layers move its outputs by, each of many has a share of (Large et al. 2024, "Scalable optimization in the modular
    norm"). Any other tensor is divided by its root mean square and scaled by a learned constant.
-5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t} \, p_t^q \, d_t`. The pace :math:`p_t` is the agreement, or
-   the length of the last gradient in units of :math:`\sqrt{v_t}`, at most 1, if that is more: long where gradients agree, short where they
-   vanish; its power :math:`q`, of `Controller`, is 1 unless it is learned. Adam's steps have such a factor in each coordinate, and step 4
-   would lose it. The schedule :math:`s` is constant and then falls linearly to zero over the last 60 % of the horizon `T` if that is known
-   (Haegele et al. 2024, "Scaling laws and compute-optimal training beyond fixed training durations"), else :math:`1/\sqrt{1 + t/100}`.
+5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t + b_t} \, p_t^q \, d_t`. The pace :math:`p_t` is the
+   agreement, or the length of the last gradient in units of :math:`\sqrt{v_t}`, at most 1, if that is more: long where gradients agree,
+   short where they vanish; its power :math:`q`, of `Controller`, is 1 unless it is learned. Adam's steps have such a factor in each
+   coordinate, and step 4 would lose it. The schedule :math:`s` is constant and then falls linearly to zero over the last 60 % of `T` if
+   that is known (Haegele et al. 2024, "Scaling laws and compute-optimal training beyond fixed training durations"), else
+   :math:`1/\sqrt{1 + t/100}`.
 
 A tensor's clock `t` starts with its first non-zero gradient. Until then its state stays as it was made and its update is zero.
 
@@ -204,15 +206,15 @@ def step_sizes(
     turn, size = cosine(products), (products[0] + ABSOLUTE_FLOOR).sqrt()
     trend = torch.lerp(control.trend, turn, weight)
     length = torch.lerp(control.length, size, weight)
-    swing = torch.lerp(control.swing, turn, weight * size / length)
+    swing = torch.lerp(control.swing, turn, weight * (size / length).clamp(min=1))
     straight = straightness(control.path, clock)
-    correction = network.controller(trend, swing, steady, straight, age, progress, known, control.correction)
+    correction, braked = network.controller(trend, swing, steady, straight, age, progress, known, control.correction)
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
     schedule = torch.where(known > 0, annealed, decayed)
     relative = (size / (clock.mean + ABSOLUTE_FLOOR).sqrt()).clamp(max=1)  # to what is usual
     pace = torch.maximum(agreed, relative) ** network.controller.power
-    step_size = (network.log_step_size + correction).exp() * pace * schedule * clock.started
+    step_size = (network.log_step_size + correction + braked).exp() * pace * schedule * clock.started
     trend, swing, length, correction = (part * clock.started for part in (trend, swing, length, correction))
     return step_size, steady, Control(clock.step, trend, swing, length, correction, control.path)
 

@@ -24,6 +24,7 @@ def schedule_alone(network: OptimizerNetwork) -> None:
     network.controller.log_rate.fill_(-math.inf)
     network.controller.shrink.zero_()
     network.controller.bend.zero_()
+    network.controller.brake.zero_()
     network.controller.power.zero_()
 
 
@@ -169,6 +170,22 @@ def test_without_a_horizon_steps_shorten_as_soon_as_they_begin_to_leap(untrained
     )
     assert alike == 0
     assert growing < -0.5
+
+
+def test_with_a_horizon_a_step_is_braked_while_gradients_leap_and_no_longer(untrained: OptimizerNetwork) -> None:
+    """What was long in a leap counts for no more than ten steps after it, though all that follows is a thousandth as long."""
+    grad = torch.tensor([1.0, -2.0, 3.0])
+    gradients = [[grad]] * 30 + [[(-3.0) ** t * grad] for t in range(1, 7)] + [[grad]] * 20
+    lengths = []
+    for brake in (1.0, 0.0):
+        schedule_alone(untrained)
+        untrained.controller.brake.fill_(brake)
+        lengths.append([rms(updates[0]) for updates in run(untrained, [grad], gradients, total_steps=1e6)[0]])
+    left = [braked / free for braked, free in zip(*lengths, strict=True)]
+    assert left[:30] == pytest.approx([1] * 30)
+    assert left[33:36] == pytest.approx(sorted(left[33:36], reverse=True))
+    assert math.exp(-1) <= left[35] < 0.6
+    assert left[-10:] == pytest.approx([1] * 10)
 
 
 def test_sketch(generator: torch.Generator) -> None:

@@ -122,6 +122,7 @@ def without_controller(network: OptimizerNetwork) -> None:
     network.controller.log_rate.data.fill_(-math.inf)
     network.controller.shrink.data.zero_()
     network.controller.bend.data.zero_()
+    network.controller.brake.data.zero_()
 
 
 def without_pace(network: OptimizerNetwork) -> None:

@@ -125,7 +125,7 @@ class Passes:
         stored = addresses(itertools.chain.from_iterable(map(kept, states))).view(len(states), -1)
         self.table = torch.zeros(len(states), COLUMNS, dtype=torch.int64)
         self.table[:, 0] = self.sizes
-        self.table[:, 1] = torch.where(torch.tensor(fused), addresses(params), 0)
+        self.table[:, 1] = addresses(params) * torch.frombuffer(bytearray(fused), dtype=torch.uint8)
         self.table[:, 2] = addresses(grads)
         self.table[:, 3] = directions.data_ptr() + 4 * (self.sizes.cumsum(0) - self.sizes)
         self.table[:, 4 : 4 + stored.shape[1]] = stored
