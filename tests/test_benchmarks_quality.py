@@ -164,7 +164,7 @@ def test_an_unknown_loss_is_never_reached(quality: Any) -> None:
 
 @pytest.mark.parametrize("total_steps", [None, 200])
 def test_without_the_controller_nothing_corrects_the_step_size(quality: Any, total_steps: int | None) -> None:
-    """Neither where gradients agree and then turn back, nor by where the steps lead."""
+    """Neither where gradients agree and then turn back, nor by where the steps lead; and nothing brakes a leap."""
     param = torch.nn.Parameter(torch.zeros(40, 30))
     for ablate, moves in ((lambda network: None, True), (quality.optimizers.without_controller, False)):
         network = load_network("default")
@@ -174,3 +174,6 @@ def test_without_the_controller_nothing_corrects_the_step_size(quality: Any, tot
             param.grad = torch.ones(40, 30) if step < 10 else torch.randn(40, 30, generator=Generator().manual_seed(step))
             optimizer.step()
         assert bool(Control.of(optimizer.state[param]["control"]).correction != 0) is moves
+        one, known = torch.ones(1), torch.full((1,), float(total_steps is not None))
+        _, braked = network.controller(-one, -one, one, 0 * one, 50 * one, 0.2 * known, known, 0 * one)
+        assert bool(braked < 0) is (moves and total_steps is not None)
