@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from .config import NetworkConfig
 from .features import EVEN, ODD, CoordinateFeatures
 
-# Without a horizon: the trend that says for certain that steps only bounce about in noise, the steps before it counts in full, and the
-# trend from which on they leap from one side of a valley to the other.
-BOUND, LEAD, LEAP = 0.1, 30.0, 0.6
+# Without a horizon: the trend that says for certain that steps only bounce about in noise, and the steps before it counts in full.
+BOUND, LEAD = 0.1, 30.0
+
+# Of the swing: from where on, below zero, steps brake, and from where on they leap from one side of a valley to the other.
+BRAKE, LEAP = 0.2, 0.5
 
 # Of the path: the straightness after one step of a path that is hardly longer than noise, which falls with the root of the steps; the least
 # that may call for longer steps; the steps before it counts in full; and the trends between which longer steps are let through.
@@ -96,8 +98,9 @@ class Controller(nn.Module):
     whose prior falls with the root of `t`, fall with `t` itself, as stochastic approximation wants (Robbins & Monro 1951). And where each
     gradient turns back nearly the whole of the last, steps leap across a valley that they would never come to rest in, and shorten at once:
     by the swing, since where leaps begin each gradient is longer than the last, and of a plain mean of ten they would be a small part.
-    With a horizon a leap *brakes*: a step has `e^(brake * min(h, 0))` of its length, and the rest again as soon as gradients no longer turn
-    back. So what has built up along the steepest directions dies down, and the others, which had to wait for it, go on with long steps.
+    Before that, and with a horizon in place of it, a leap *brakes*: a step has `e^(brake * min(h + BRAKE, 0))` of its length, and the rest
+    again as soon as gradients no longer turn back. So what has built up along the steepest directions dies down, and the others, which
+    had to wait for it, go on with long steps.
 
     What the hypergradient does not see is where the steps lead. Along steep directions gradients may turn back with every step while
     the others ask for longer ones, and the noise that a run ends in turns back too slowly for ten steps to show it. The straightness of
@@ -118,7 +121,7 @@ class Controller(nn.Module):
         self.shrink = nn.Parameter(torch.tensor(0.5))
         self.power = nn.Parameter(torch.tensor(1.0))  # of the pace, see step 5 in `rule`
         self.bend = nn.Parameter(torch.tensor(4.0))  # of the path
-        self.brake = nn.Parameter(torch.tensor(1.0))
+        self.brake = nn.Parameter(torch.tensor(1.5))
 
     def forward(
         self,
@@ -158,7 +161,7 @@ class Controller(nn.Module):
         bouncing = steady * (-trend / BOUND).clamp(0, 1) / (age + LEAD) + (-swing - LEAP).clamp(min=0)
         endless = self.log_rate.exp() * fading**2 * longer - self.shrink * bouncing
         correction = (correction + path + torch.where(known > 0, self.log_rate.exp() * annealed, endless)).clamp(-3, 3)
-        return correction, known * self.brake * swing.clamp(max=0)
+        return correction, self.brake * (swing + BRAKE).clamp(max=0)
 
 
 class OptimizerNetwork(nn.Module):

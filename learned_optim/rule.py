@@ -15,8 +15,8 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    more, with gradients that are longer than usual counted for more: its *swing*, which shows at once what grows from step to step. The
    *straightness* of its path is the length of the mean of its updates, each counted with length 1, over about the last quarter of the run:
    1 on a straight line, and falling like :math:`1/\sqrt{t}` where updates are noise; a sketch of 16 numbers keeps that mean. The
-   controller (`network.Controller`) adds up what all three say to a correction :math:`e^{\kappa_t}` of the prior step size. Where the
-   horizon `T` is known, a negative swing also brakes single steps, by :math:`e^{b_t}`.
+   controller (`network.Controller`) adds up what all three say to a correction :math:`e^{\kappa_t}` of the prior step size. A negative
+   swing also brakes single steps, by :math:`e^{b_t}`.
 3. **Direction.** Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise
    LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`. The last gradient among them
    counts for less where gradients turn back, by the steadiness :math:`w_t = \min(1, 2 a_t)^2`.

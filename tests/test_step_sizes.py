@@ -12,7 +12,7 @@ from torch import Tensor
 
 from learned_optim.config import NetworkConfig
 from learned_optim.features import BUCKETS, GRADIENT_BOUND, Layout
-from learned_optim.network import BOUND, LEAD, LEAP, PATH_LEAD, OptimizerNetwork
+from learned_optim.network import BOUND, BRAKE, LEAD, LEAP, PATH_LEAD, OptimizerNetwork
 from learned_optim.rule import CONTROL, Clock, Control, follow, straightness
 
 MOMENTUM = NetworkConfig().momentum
@@ -172,20 +172,32 @@ def test_without_a_horizon_steps_shorten_as_soon_as_they_begin_to_leap(untrained
     assert growing < -0.5
 
 
-def test_with_a_horizon_a_step_is_braked_while_gradients_leap_and_no_longer(untrained: OptimizerNetwork) -> None:
-    """What was long in a leap counts for no more than ten steps after it, though all that follows is a thousandth as long."""
-    grad = torch.tensor([1.0, -2.0, 3.0])
-    gradients = [[grad]] * 30 + [[(-3.0) ** t * grad] for t in range(1, 7)] + [[grad]] * 20
+def braking(network: OptimizerNetwork, gradients: list[list[Tensor]], horizon: float) -> list[float]:
+    """What a brake of 1 leaves of each step of the first tensor."""
     lengths = []
     for brake in (1.0, 0.0):
-        schedule_alone(untrained)
-        untrained.controller.brake.fill_(brake)
-        lengths.append([rms(updates[0]) for updates in run(untrained, [grad], gradients, total_steps=1e6)[0]])
-    left = [braked / free for braked, free in zip(*lengths, strict=True)]
+        schedule_alone(network)
+        network.controller.brake.fill_(brake)
+        lengths.append([rms(updates[0]) for updates in run(network, gradients[0], gradients, total_steps=horizon)[0]])
+    return [braked / free for braked, free in zip(*lengths, strict=True)]
+
+
+@pytest.mark.parametrize("horizon", [1e6, math.inf])
+def test_a_step_is_braked_while_gradients_leap_and_no_longer(untrained: OptimizerNetwork, horizon: float) -> None:
+    """What was long in a leap counts for no more than ten steps after it, though all that follows is a thousandth as long."""
+    grad = torch.tensor([1.0, -2.0, 3.0])
+    left = braking(untrained, [[grad]] * 30 + [[(-3.0) ** t * grad] for t in range(1, 7)] + [[grad]] * 20, horizon)
     assert left[:30] == pytest.approx([1] * 30)
     assert left[33:36] == pytest.approx(sorted(left[33:36], reverse=True))
-    assert math.exp(-1) <= left[35] < 0.6
+    assert math.exp(BRAKE - 1) <= left[35] < 0.7
     assert left[-10:] == pytest.approx([1] * 10)
+
+
+@pytest.mark.parametrize("horizon", [1e6, math.inf])
+def test_scatter_brakes_no_step(untrained: OptimizerNetwork, generator: torch.Generator, horizon: float) -> None:
+    """Where gradients are noise the swing goes up and down about zero, and braking would only make steps shorter."""
+    left = braking(untrained, [draw([(30,), (30,)], generator) for _ in range(60)], horizon)
+    assert left[10:] == pytest.approx([1] * 50)
 
 
 def test_sketch(generator: torch.Generator) -> None:
