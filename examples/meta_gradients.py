@@ -76,6 +76,7 @@ def beginner():
     network.controller.log_rate.data.fill_(-30.0)
     network.controller.bend.data.zero_()
     network.controller.brake.data.zero_()
+    network.controller.inertia.data.zero_()
     network.log_step_size.data.fill_(math.log(0.1))
     return network
 

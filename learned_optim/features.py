@@ -131,10 +131,11 @@ class Block(NamedTuple):
 
 
 class CoordinateFeatures(NamedTuple):
-    """Inputs of the coordinate-wise LSTM, split by what a flip of the gradient's sign does to them."""
+    """Inputs of the coordinate-wise LSTM, split by what a flip of the gradient's sign does to them, and of the drift."""
 
     odd: Tensor  # (2, ..., N): normalised momentum, normalised gradient; they change sign
     even: Tensor  # (3, ..., N): their sizes, and the coordinate's share of its tensor's second moment; they do not
+    gradient: Tensor  # (..., N): the normalised gradient with its full weight; no input of the LSTM
 
 
 def coordinate_features(grad: Tensor, momentum: Tensor, second_moment: Tensor, mean: Tensor, steady: Tensor) -> CoordinateFeatures:
@@ -149,9 +150,10 @@ def coordinate_features(grad: Tensor, momentum: Tensor, second_moment: Tensor, m
     scale = variance.rsqrt()
     slow = momentum * scale
     fast = grad * scale
-    fast = steady * fast * (1 + (fast / GRADIENT_BOUND).square()).rsqrt()
+    gradient = fast * (1 + (fast / GRADIENT_BOUND).square()).rsqrt()
+    fast = steady * gradient
     share = (variance / (mean + ABSOLUTE_FLOOR)).log() / 8
-    return CoordinateFeatures(torch.stack([slow, fast]), torch.stack([slow.abs(), fast.abs(), share]))
+    return CoordinateFeatures(torch.stack([slow, fast]), torch.stack([slow.abs(), fast.abs(), share]), gradient)
 
 
 def cosine(products: Tensor) -> Tensor:

@@ -100,7 +100,10 @@ class Controller(nn.Module):
     by the swing, since where leaps begin each gradient is longer than the last, and of a plain mean of ten they would be a small part.
     Before that, and with a horizon in place of it, a leap *brakes*: a step has `e^(brake * min(h + BRAKE, 0))` of its length, and the rest
     again as soon as gradients no longer turn back. So what has built up along the steepest directions dies down, and the others, which
-    had to wait for it, go on with long steps.
+    had to wait for it, go on with long steps. What a step may go along is the *drift*, the mean of some fifty normalised gradients, to
+    which steep directions, whose gradients change their signs, add little: it counts `inertia * max(c, 0)` times beside the LSTM's
+    direction (AdEMAMix, Pagliardini et al. 2024, has such a slow momentum, with a constant factor), hence where gradients agree; where they
+    are noise, it would be in the way.
 
     What the hypergradient does not see is where the steps lead. Along steep directions gradients may turn back with every step while
     the others ask for longer ones, and the noise that a run ends in turns back too slowly for ten steps to show it. The straightness of
@@ -122,6 +125,7 @@ class Controller(nn.Module):
         self.power = nn.Parameter(torch.tensor(1.0))  # of the pace, see step 5 in `rule`
         self.bend = nn.Parameter(torch.tensor(4.0))  # of the path
         self.brake = nn.Parameter(torch.tensor(1.5))
+        self.inertia = nn.Parameter(torch.tensor(3.0))
 
     def forward(
         self,
@@ -133,7 +137,7 @@ class Controller(nn.Module):
         progress: Tensor,
         known: Tensor,
         correction: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Runs one step; all tensors are (..., K).
 
         Args:
@@ -147,7 +151,7 @@ class Controller(nn.Module):
             correction: logarithm of the step size's correction.
 
         Returns:
-            the new correction, and the logarithm of what the brake leaves of this step.
+            the new correction, the logarithm of what the brake leaves of this step, and the drift's factor.
         """
         left = 1 - progress
         noise = (math.log(NOISE) - 0.5 * (age - 1).clamp(min=1).log()).clamp(max=0)
@@ -161,7 +165,7 @@ class Controller(nn.Module):
         bouncing = steady * (-trend / BOUND).clamp(0, 1) / (age + LEAD) + (-swing - LEAP).clamp(min=0)
         endless = self.log_rate.exp() * fading**2 * longer - self.shrink * bouncing
         correction = (correction + path + torch.where(known > 0, self.log_rate.exp() * annealed, endless)).clamp(-3, 3)
-        return correction, self.brake * (swing + BRAKE).clamp(max=0)
+        return correction, self.brake * (swing + BRAKE).clamp(max=0), self.inertia * longer
 
 
 class OptimizerNetwork(nn.Module):

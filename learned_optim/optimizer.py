@@ -19,7 +19,7 @@ from .features import Layout
 from .kernels import cpu
 from .network import OptimizerNetwork
 from .rule import ADAMW_UPDATE_RMS, CONTROL, State, update
-from .storage import PAIRS, load, random_bits, store, zeros
+from .storage import load, random_bits, store, stored, zeros
 from .weights import fingerprint, load_network
 
 KERNELS = ("auto", "reference", "compiled", "triton")
@@ -31,7 +31,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         optimizer = LearnedOptimizer(model.parameters())
 
     The rule is described in `learned_optim.rule`. The state of a parameter is made at its first gradient: for each of its coordinates two
-    moments, and the hidden units and cells of the LSTM, in the formats of the weights' configuration, whatever the parameter's dtype.
+    moments, the hidden units and cells of the LSTM, and the drift, in the formats of the weights' configuration, whatever the parameter's
+    dtype.
 
     Args:
         params: parameters, named parameters or groups of them, as for every torch optimizer.
@@ -215,13 +216,13 @@ def init_state(param: Tensor, config: NetworkConfig) -> State:
     """The state of a parameter that has seen no gradient.
 
     What belongs to coordinates is made by `zeros_like`, so that it is placed and sharded like the parameter, in the formats of the
-    configuration: `moments`, momentum and second moment, (2, *shape), and `lstm`, hidden units and then cells, (2 H, *shape), to which
-    "int8" adds `lstm_scale`, (2 H, blocks). `control`, see `rule.Control`, is (CONTROL,) and fp32; its first number is the parameter's
-    steps.
+    configuration: `moments`, momentum and second moment, (2, *shape), and `lstm`, hidden units, then cells and the drift,
+    (2 H + 1, *shape), to which "int8" adds `lstm_scale`, (2 H + 1, blocks). `control`, see `rule.Control`, is (CONTROL,) and fp32; its
+    first number is the parameter's steps.
     """
     state = {"control": torch.zeros(CONTROL, dtype=torch.float32, device=param.device)}
-    for key, (leading, fmt) in _coordinate_state(config).items():
-        state[key], scales = zeros(param, math.prod(leading), fmt)
+    for key, tensor in stored(config).items():
+        state[key], scales = zeros(param, sum(tensor.counts), tensor.fmt)
         if scales is not None:
             state[f"{key}_scale"] = scales
     return state
@@ -246,17 +247,18 @@ def reference_step(
         total_steps: (K,).
         lr, weight_decay: each parameter's.
     """
+    tensors = stored(network.config)
     joined = {"control": torch.stack([state["control"] for state in states], -1)}
-    for key, (leading, _) in _coordinate_state(network.config).items():
-        both = torch.cat([load(state[key].view(math.prod(leading), -1), state.get(f"{key}_scale")) for state in states], -1)
-        joined |= zip(PAIRS[key], both.view(*leading, -1), strict=True)
+    for key, tensor in tensors.items():
+        rows = [load(state[key].view(sum(tensor.counts), -1), state.get(f"{key}_scale")) for state in states]
+        joined |= tensor.split(torch.cat(rows, -1))
     change, new = update(network, layout, torch.cat([grad.reshape(-1).float() for grad in grads]), joined, total_steps)
 
     bits = [random_bits(size, state["control"][0]) for size, state in zip(layout.sizes, states, strict=True)]
-    for key, (leading, _) in _coordinate_state(network.config).items():
-        both, count = torch.stack([new[part] for part in PAIRS[key]]), math.prod(leading)
-        for part, state, halves in zip(both.view(count, -1).split(layout.sizes, -1), states, bits, strict=True):
-            store(part, halves.repeat_interleave(count // 2, 0), state[key].view(count, -1), state.get(f"{key}_scale"))
+    for key, tensor in tensors.items():
+        half = [place % 2 for place, count in enumerate(tensor.counts) for _ in range(count)]  # of the bits that round each number
+        for rows, state, halves in zip(tensor.join(new).split(layout.sizes, -1), states, bits, strict=True):
+            store(rows, halves[half], state[key].view(len(half), -1), state.get(f"{key}_scale"))
     for control, state in zip(new["control"].unbind(-1), states, strict=True):
         state["control"].copy_(control)
     for param, part, rate, decay in zip(params, change.split(layout.sizes), lr, weight_decay, strict=True):
@@ -284,11 +286,6 @@ def _step_function(kernel: str) -> Callable[..., None]:
 
         return gpu.step
     return cpu.step if kernel == "compiled" else reference_step
-
-
-def _coordinate_state(config: NetworkConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The numbers of each coordinate in a tensor of state, as dimensions whose first is that of `PAIRS`, and their format."""
-    return {"moments": ((2,), config.moment_format), "lstm": ((2, config.hidden_units), config.lstm_format)}
 
 
 def _check_weights(state_dict: dict[str, Any], mine: str) -> None:

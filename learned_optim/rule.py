@@ -19,7 +19,9 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    swing also brakes single steps, by :math:`e^{b_t}`.
 3. **Direction.** Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise
    LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`. The last gradient among them
-   counts for less where gradients turn back, by the steadiness :math:`w_t = \min(1, 2 a_t)^2`.
+   counts for less where gradients turn back, by the steadiness :math:`w_t = \min(1, 2 a_t)^2`. Where gradients agree, the *drift* is added,
+   the mean of some fifty normalised gradients, times the inertia, a multiple of the trend where that is positive: a slow momentum
+   (AdEMAMix, Pagliardini et al. 2024), which goes on along directions that steep ones keep waiting.
 4. **Length.** The direction loses its length, so that the LSTM cannot change the step size by accident. A matrix (fan_out x fan_in;
    convolution kernels flattened) is orthogonalised by Newton-Schulz and given a spectral norm of
    :math:`\sqrt{\max(1, fan_{out}/fan_{in})}` (Muon, Jordan et al. 2024), times :math:`3/L` where a model has fewer than three matrices,
@@ -60,6 +62,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 WINDOW = 0.25  # share of the run so far over which the path is looked at
 COOLDOWN = 0.6  # share of a known horizon over which the step size falls to zero
 TREND_STEPS = 10.0  # time constant of the trend and the swing, in steps; before that they are means so far
+DRIFT_STEPS = 50.0  # the same of the drift
 DECAY_STEPS = 100.0  # time constant of the prior step size's decay without a horizon, in steps
 EPSILON = 1e-12
 LEAST_AGREEMENT = LEAST_STRAIGHTNESS = 0.01  # floors that keep the derivatives of roots and logarithms finite
@@ -103,8 +106,8 @@ CONTROL = len(Control._fields) - 1 + BUCKETS
 def init_state(layout: Layout, config: NetworkConfig, leading: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> State:
     """The state of tensors that have seen no gradient: zeros, which take no memory.
 
-    `control`, what a tensor has once, is (CONTROL, ..., K), see `Control`; `momentum` and `second_moment` are (..., N), `hidden` and `cell`
-    (H, ..., N).
+    `control`, what a tensor has once, is (CONTROL, ..., K), see `Control`; `momentum`, `second_moment` and `drift` are (..., N), `hidden`
+    and `cell` (H, ..., N).
     """
     count, size = len(layout.sizes), sum(layout.sizes)
     shapes = {
@@ -113,6 +116,7 @@ def init_state(layout: Layout, config: NetworkConfig, leading: tuple[int, ...] =
         "second_moment": (*leading, size),
         "hidden": (config.hidden_units, *leading, size),
         "cell": (config.hidden_units, *leading, size),
+        "drift": (*leading, size),
     }
     return {key: torch.zeros((), dtype=dtype, device=layout.device).expand(shape) for key, shape in shapes.items()}
 
@@ -146,23 +150,28 @@ def update(
     # 2. Step size
     control = Control.of(state["control"])
     clock = Clock.after(control.step, layout.mean(second_moment), config)
-    step_size, steady, control = step_sizes(network, clock, products, control, total_steps)
+    step_size, steady, inertia, control = step_sizes(network, clock, products, control, total_steps)
 
     # 3. Direction
-    def direct(block: Block, grad: Tensor, momentum: Tensor, second_moment: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
+    def direct(
+        block: Block, grad: Tensor, momentum: Tensor, second_moment: Tensor, hidden: Tensor, cell: Tensor, drift: Tensor
+    ) -> tuple[Tensor, ...]:
         moments = momentum / block.spread(clock.correction1), second_moment / block.spread(clock.correction2)
         features = coordinate_features(grad, *moments, block.spread(clock.mean), block.spread(steady))
-        return network.coordinate(features, hidden, cell)  # type: ignore[no-any-return]
+        direction, hidden, cell = network.coordinate(features, hidden, cell)
+        drift = torch.lerp(drift, features.gradient, block.spread(clock.portion))
+        return direction + block.spread(inertia) * drift, hidden, cell, drift
 
-    direction, hidden, cell = blockwise(direct, layout, [grad, momentum, second_moment, state["hidden"], state["cell"]])
+    before = [state[key] for key in ("hidden", "cell", "drift")]
+    direction, hidden, cell, drift = blockwise(direct, layout, [grad, momentum, second_moment, *before])
 
     # 4. Length, 5. Update
     directions = normalize(direction.split(layout.sizes, -1), layout, network, matrix_dtype)
     change = [-size * direction for size, direction in zip(step_size.split(1, -1), directions, strict=True)]
     moved = torch.cat(directions, -1)
     control = follow(control, clock, layout.sketch(moved), layout.mean(moved.square()))
-    state = {"control": control.rows(), "momentum": momentum, "second_moment": second_moment, "hidden": hidden, "cell": cell}
-    return torch.cat(change, -1), state
+    state = {"control": control.rows(), "momentum": momentum, "second_moment": second_moment}
+    return torch.cat(change, -1), state | {"hidden": hidden, "cell": cell, "drift": drift}
 
 
 class Clock(NamedTuple):
@@ -173,6 +182,7 @@ class Clock(NamedTuple):
     correction1: Tensor  # of the momentum's bias
     correction2: Tensor  # of the second moment's
     mean: Tensor  # of the tensor's second moments, corrected
+    portion: Tensor  # of this step's gradient in the drift
 
     @staticmethod
     def after(step: Tensor, mean: Tensor, config: NetworkConfig) -> Clock:
@@ -181,20 +191,20 @@ class Clock(NamedTuple):
         step = step + started
         age = step.clamp(min=1)
         correction1, correction2 = 1 - config.momentum**age, 1 - config.second_moment**age
-        return Clock(started, step, correction1, correction2, mean / correction2)
+        return Clock(started, step, correction1, correction2, mean / correction2, (1 / age).clamp(min=1 / DRIFT_STEPS))
 
 
 def step_sizes(
     network: OptimizerNetwork, clock: Clock, products: Tensor, control: Control, total_steps: Tensor
-) -> tuple[Tensor, Tensor, Control]:
-    """Step 2 of the method, the steadiness of step 3 and the factors of step 5.
+) -> tuple[Tensor, Tensor, Tensor, Control]:
+    """Step 2 of the method, the steadiness and the inertia of step 3 and the factors of step 5.
 
     Args:
         products: means of the squared gradient, of the squared momentum before it and of their product, (3, ..., K).
         total_steps: (..., K).
 
     Returns:
-        step sizes and steadiness, (..., K), and the new control but for the path.
+        step sizes, steadiness and inertia, (..., K), and the new control but for the path.
     """
     agreed = agreement(products, clock, network.config)
     # 1 where gradients agree or are noise, less where they turn back, because of steep directions that the others have to wait for.
@@ -208,7 +218,7 @@ def step_sizes(
     length = torch.lerp(control.length, size, weight)
     swing = torch.lerp(control.swing, turn, weight * (size / length).clamp(min=1))
     straight = straightness(control.path, clock)
-    correction, braked = network.controller(trend, swing, steady, straight, age, progress, known, control.correction)
+    correction, braked, inertia = network.controller(trend, swing, steady, straight, age, progress, known, control.correction)
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
     schedule = torch.where(known > 0, annealed, decayed)
@@ -216,7 +226,7 @@ def step_sizes(
     pace = torch.maximum(agreed, relative) ** network.controller.power
     step_size = (network.log_step_size + correction + braked).exp() * pace * schedule * clock.started
     trend, swing, length, correction = (part * clock.started for part in (trend, swing, length, correction))
-    return step_size, steady, Control(clock.step, trend, swing, length, correction, control.path)
+    return step_size, steady, inertia, Control(clock.step, trend, swing, length, correction, control.path)
 
 
 def agreement(products: Tensor, clock: Clock, config: NetworkConfig) -> Tensor:

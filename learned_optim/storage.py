@@ -15,16 +15,48 @@ Shapes: `n` coordinates of a tensor, `C` numbers for each of them, `B` blocks.
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from .config import NetworkConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 BLOCK = 256  # coordinates that share a scale
 LEVELS = 127.0
 
-# Tensors of state, and what of the rule's state each holds, one half after the other. They are few, since a step of many small parameters
-# is mostly a search for where they are.
-PAIRS = {"moments": ("momentum", "second_moment"), "lstm": ("hidden", "cell")}
+
+class Stored(NamedTuple):
+    """A tensor of the optimizer's state."""
+
+    parts: dict[str, tuple[int, ...]]  # what it holds of the rule's state, one after the other, and their leading dimensions
+    fmt: str
+
+    @property
+    def counts(self) -> list[int]:
+        """How many numbers of each part a coordinate has."""
+        return [math.prod(leading) for leading in self.parts.values()]
+
+    def split(self, rows: Tensor) -> dict[str, Tensor]:
+        """Each part in its shape, (..., n), of (C, n)."""
+        parts = rows.split(self.counts)
+        return {name: part.view(*leading, -1) for (name, leading), part in zip(self.parts.items(), parts, strict=True)}
+
+    def join(self, state: dict[str, Tensor]) -> Tensor:
+        """The way back."""
+        return torch.cat([state[name].reshape(count, -1) for name, count in zip(self.parts, self.counts, strict=True)])
+
+
+def stored(config: NetworkConfig) -> dict[str, Stored]:
+    """The tensors that hold the state of coordinates. They are few, since a step of many small parameters is mostly a search for where
+    they are."""
+    units = (config.hidden_units,)
+    return {
+        "moments": Stored({"momentum": (), "second_moment": ()}, config.moment_format),
+        "lstm": Stored({"hidden": units, "cell": units, "drift": ()}, config.lstm_format),
+    }
 
 
 def zeros(param: Tensor, count: int, fmt: str) -> tuple[Tensor, Tensor | None]:

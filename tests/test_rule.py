@@ -59,6 +59,7 @@ def test_init_state() -> None:
         "second_moment": (6, 12),
         "hidden": (3, 6, 12),
         "cell": (3, 6, 12),
+        "drift": (6, 12),
     }
     assert all(value.dtype == torch.float64 and not value.any() for value in state.values())
 
@@ -211,11 +212,12 @@ def test_size_of_vector_updates(untrained: OptimizerNetwork, generator: torch.Ge
 
 @pytest.mark.parametrize("shape", [*VECTORS, *MATRICES], ids=str)
 def test_length_of_the_direction_does_not_matter(network: OptimizerNetwork, generator: torch.Generator, shape: tuple[int, ...]) -> None:
-    """The LSTM chooses where to go, never how far."""
+    """The LSTM and the drift choose where to go, never how far."""
     params, gradients = draw([shape], generator), [draw([shape], generator) for _ in range(4)]
     louder = copy.deepcopy(network)
     louder.coordinate.out.mul_(8)
     louder.coordinate.skip.mul_(8)
+    louder.controller.inertia.mul_(8)
     assert_updates_close(run(louder, params, gradients)[0], run(network, params, gradients)[0], rtol=1e-4)
 
 
@@ -272,7 +274,7 @@ def test_coordinates_without_gradient_never_move(network: OptimizerNetwork, gene
     for updates in history:
         for change, mask in zip(updates, masks, strict=True):
             assert torch.equal(change != 0, mask != 0)
-    for key in ("momentum", "second_moment", "hidden", "cell"):
+    for key in ("momentum", "second_moment", "hidden", "cell", "drift"):
         assert not (state[key] * (1 - flat(masks))).any()
 
 

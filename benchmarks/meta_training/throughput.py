@@ -163,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     nn.init.constant_(network.controller.log_rate, -math.inf)
     nn.init.zeros_(network.controller.bend)
     nn.init.zeros_(network.controller.brake)
+    nn.init.zeros_(network.controller.inertia)
     nn.init.zeros_(network.controller.power)
     weights: Gradient = {name: weight for name, weight in network.named_parameters() if not name.startswith("controller")}
 

@@ -123,6 +123,11 @@ def without_controller(network: OptimizerNetwork) -> None:
     network.controller.shrink.data.zero_()
     network.controller.bend.data.zero_()
     network.controller.brake.data.zero_()
+    without_drift(network)
+
+
+def without_drift(network: OptimizerNetwork) -> None:
+    network.controller.inertia.data.zero_()
 
 
 def without_pace(network: OptimizerNetwork) -> None:
@@ -138,6 +143,7 @@ def skeleton(network: OptimizerNetwork) -> None:
 ABLATIONS: dict[str, Callable[[OptimizerNetwork], None]] = {
     "-lstm": without_lstm,
     "-controller": without_controller,
+    "-drift": without_drift,
     "-pace": without_pace,
     "skeleton": skeleton,
 }

@@ -20,6 +20,9 @@
 /* CHUNK: coordinates whose intermediate results fit into the L1 cache, and that share a scale in int8. */
 enum { CHUNK = 256, MAX_UNITS = 8, ODD = 2, EVEN = 3, BUCKETS = 16, ROWS = CHUNK / BUCKETS };
 
+/* What the second pass needs to know of each tensor. */
+enum { SCALARS = 6 };
+
 /* What a tensor has once, as in `Control` of `learned_optim/rule.py`. */
 enum { STEP, CONTROL = 5 + BUCKETS };
 
@@ -37,8 +40,8 @@ typedef struct {
     float *direction;
     float *control; /* (CONTROL,) */
     void *moments;     /* (2, size): momentum and second moment */
-    void *lstm;        /* (2 * units, size): hidden units, then cells */
-    float *lstm_scale; /* (2 * units, chunks of size), of int8 */
+    void *lstm;        /* (2 * units + 1, size): hidden units, then cells, then the drift */
+    float *lstm_scale; /* (2 * units + 1, chunks of size), of int8 */
 } Tensor;
 
 typedef struct {
@@ -132,7 +135,7 @@ INLINE Ratio tanh_ratio(float x) {
 }
 
 /* The number of this file's interface, for the caller to check that it was written for it. Raise it with each change of a struct. */
-int64_t interface(void) { return 7; }
+int64_t interface(void) { return 8; }
 
 /* What each of `count` tensors has once, into rows for torch to compute with, and back. */
 void gather(const Tensor *tensors, int64_t count, float *rows) {
@@ -254,7 +257,7 @@ static void scale_gates(GateWeights weights, const Network *network) {
 typedef struct {
     float odd[ODD + MAX_UNITS][CHUNK], even[EVEN + MAX_UNITS][CHUNK]; /* features, then hidden units and their sizes */
     float gates[3 * MAX_UNITS][CHUNK];                                /* 1 / sigmoid */
-    float momentum[CHUNK], second_moment[CHUNK], cell[CHUNK];
+    float momentum[CHUNK], second_moment[CHUNK], cell[CHUNK], drift[CHUNK];
     uint32_t bits[CHUNK];
 } Scratch;
 
@@ -262,10 +265,11 @@ typedef struct {
  * this is inlined, so that sums over units are unrolled. Short loops one after the other let a processor work on several of their iterations
  * at once; in a long one each waits for its own results.
  *
- * constants: 1 / correction1, 1 / correction2, mean of the second moment, steadiness. */
+ * constants: 1 / correction1, 1 / correction2, mean of the second moment, steadiness, inertia, the gradient's portion of the drift. */
 INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t begin, int64_t n, const Network *network,
                   const GateWeights gate_weights, const float *constants, Scratch *restrict s) {
     const float inverse1 = constants[0], inverse2 = constants[1], mean = constants[2], steady = constants[3];
+    const float inertia = constants[4], portion = constants[5];
     const float floor = RELATIVE_FLOOR * mean + ABSOLUTE_FLOOR, inverse_mean = 1.0f / (mean + ABSOLUTE_FLOOR);
     const float skip_slow = network->skip[0], skip_fast = network->skip[1];
     const int64_t format = job->lstm_format, size = tensor->size, chunks = (size + CHUNK - 1) / CHUNK, chunk = begin / CHUNK;
@@ -273,6 +277,7 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
     float *restrict direction = tensor->direction + begin;
     load(job->moment_format, tensor->moments, 0, begin, n, s->momentum);
     load(job->moment_format, tensor->moments, 0, size + begin, n, s->second_moment);
+    load(format, tensor->lstm, tensor->lstm_scale + 2 * UNITS * chunks + chunk, 2 * UNITS * size + begin, n, s->drift);
     if (format != FLOAT32) random_bits(s->bits, begin, tensor->control[STEP]);
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) {
@@ -280,14 +285,17 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
         float scale = 1.0f / __builtin_sqrtf(variance);
         float slow = s->momentum[j] * inverse1 * scale;
         float fast = grad[j] * scale;
-        fast = steady * fast / __builtin_sqrtf(1.0f + fast * fast * (1.0f / (GRADIENT_BOUND * GRADIENT_BOUND)));
+        fast = fast / __builtin_sqrtf(1.0f + fast * fast * (1.0f / (GRADIENT_BOUND * GRADIENT_BOUND)));
+        s->drift[j] += portion * (fast - s->drift[j]);
+        fast *= steady;
         s->odd[0][j] = slow;
         s->odd[1][j] = fast;
         s->even[0][j] = __builtin_fabsf(slow);
         s->even[1][j] = __builtin_fabsf(fast);
         s->even[2][j] = log_normal(variance * inverse_mean) * 0.125f;
-        direction[j] = skip_slow * slow + skip_fast * fast;
+        direction[j] = skip_slow * slow + skip_fast * fast + inertia * s->drift[j];
     }
+    store(format, tensor->lstm, tensor->lstm_scale + 2 * UNITS * chunks + chunk, 2 * UNITS * size + begin, n, s->drift, s->bits, 0);
     for (int h = 0; h < UNITS; h++) {
         load(format, tensor->lstm, tensor->lstm_scale + h * chunks + chunk, h * size + begin, n, s->odd[ODD + h]);
 #pragma omp simd
@@ -336,7 +344,7 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
 
 /* Step 3 of the rule, and the sum of squared directions.
  *
- * scalars: of each tensor 1 / correction1, 1 / correction2, the mean of its second moment and its steadiness. */
+ * scalars: of each tensor the constants of `lstm`. */
 EACH_CPU void directions(Job *job, const Network *network, const float *scalars) {
     GateWeights weights;
     Scratch scratch;
@@ -344,7 +352,7 @@ EACH_CPU void directions(Job *job, const Network *network, const float *scalars)
     for (int64_t b; (b = take(job)) < job->count;) {
         const Block *block = &job->blocks[b];
         const Tensor *tensor = &job->tensors[block->tensor];
-        const float *own = scalars + 4 * block->tensor;
+        const float *own = scalars + SCALARS * block->tensor;
         double sum = 0;
         for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) {
             const int64_t n = block->end - begin < CHUNK ? block->end - begin : CHUNK;

@@ -27,7 +27,7 @@ from ..network import OptimizerNetwork
 from ..rule import ADAMW_UPDATE_RMS, CONTROL, Clock, Control, State, follow, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
 
 BLOCK = 2**14  # coordinates that a thread takes at once
-INTERFACE, MAX_UNITS = 7, 8  # as in the C file
+INTERFACE, MAX_UNITS = 8, 8  # as in the C file
 
 # A row of the table of tensors has the size, the parameter, the gradient, the direction and these pieces of state, the last one of int8.
 KEYS = ("control", "moments", "lstm", "lstm_scale")
@@ -171,8 +171,8 @@ def step(
     control = Control.of(rows)
     *products, second_moment = passes.run("moments", 4, config.momentum, config.second_moment)
     clock = Clock.after(control.step, second_moment, config)
-    step_size, steady, control = step_sizes(network, clock, torch.stack(products), control, total_steps)
-    scalars = torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean, steady], -1)
+    step_size, steady, inertia, control = step_sizes(network, clock, torch.stack(products), control, total_steps)
+    scalars = torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean, steady, inertia, clock.portion], -1)
     weights = [weight.data_ptr() for weight in (lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out)]
     (mean_square,) = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), scalars.data_ptr())
 

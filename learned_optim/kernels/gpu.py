@@ -145,8 +145,8 @@ def step(
         _means[every](tables.tensors, sums, means, count, 4)
 
         clock = Clock.after(clocks, means[3], config)
-        step_size, steady, control = step_sizes(network, clock, means[:3], control, total_steps)
-        scalars = torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean, steady], -1)
+        step_size, steady, inertia, control = step_sizes(network, clock, means[:3], control, total_steps)
+        scalars = torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean, steady, inertia, clock.portion], -1)
         weights = lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out
         of_network = *weights, config.hidden_units, moment_format, lstm_format
         _directions[blocks](tables.tensors, tables.blocks, clocks, scalars, directions, sums, *of_network)
@@ -370,11 +370,12 @@ def _directions(
 ):
     """Step 3 of the rule, and the sum of squared directions.
 
-    scalars: of each tensor 1 / correction1, 1 / correction2, the mean of its second moment and its steadiness.
+    scalars: of each tensor 1 / correction1, 1 / correction2, the mean of its second moment, its steadiness, its inertia, and the
+    gradient's portion of the drift.
     """
     k, row, groups, offsets = _block(tensors, blocks)
     weights = gate_weight, gate_bias, candidate_weight, skip, out
-    step, scalars = tl.load(clocks + k), scalars + 4 * k
+    step, scalars = tl.load(clocks + k), scalars + 6 * k
     if tl.load(row + _ALIGNED) != 0:
         _directions_of(row, groups, offsets, step, scalars, directions, sums, weights, UNITS, MOMENTS, LSTM, _ALIGNMENT)
     else:
@@ -403,12 +404,14 @@ def _directions_of(
     momentum = _load(row, _MOMENTS, 0, 0, size, groups, offsets, MOMENTS, ALIGN) * tl.load(scalars)
     second_moment = _load(row, _MOMENTS, 0, 1, size, groups, offsets, MOMENTS, ALIGN) * tl.load(scalars + 1)
     mean, steady = tl.load(scalars + 2), tl.load(scalars + 3)
+    inertia, portion = tl.load(scalars + 4), tl.load(scalars + 5)
 
     variance = second_moment + (_RELATIVE_FLOOR * mean + _ABSOLUTE_FLOOR)
     scale = tl.rsqrt(variance)
     slow, fast = momentum * scale, grad * scale
     bounded = fast / _GRADIENT_BOUND
-    fast = steady * fast * tl.rsqrt(1.0 + bounded * bounded)
+    gradient = fast * tl.rsqrt(1.0 + bounded * bounded)
+    fast = steady * gradient
     share = tl.log(variance / (mean + _ABSOLUTE_FLOOR)) * 0.125
     odd, even = (slow, fast), (tl.abs(slow), tl.abs(fast), share)
     for h in tl.static_range(UNITS):
@@ -428,6 +431,10 @@ def _directions_of(
         direction += tl.load(out + h) * hidden
         _store(row, _LSTM, _LSTM_SCALE, h, size, groups, offsets, hidden, bits & 0xFFFF, LSTM, ALIGN)
         _store(row, _LSTM, _LSTM_SCALE, UNITS + h, size, groups, offsets, cell, bits >> 16, LSTM, ALIGN)
+    drift = _load(row, _LSTM, _LSTM_SCALE, 2 * UNITS, size, groups, offsets, LSTM, ALIGN)
+    drift += portion * (gradient - drift)
+    direction += inertia * drift
+    _store(row, _LSTM, _LSTM_SCALE, 2 * UNITS, size, groups, offsets, drift, bits & 0xFFFF, LSTM, ALIGN)
     directions += tl.multiple_of(tl.load(row + _DIRECTION), _ALIGNMENT)
     tl.store(directions + offsets, direction, mask=mask)
     tl.store(sums + tl.program_id(0), tl.sum(tl.where(mask, direction * direction, 0.0)))

@@ -17,7 +17,7 @@ from ..features import Layout
 from ..kernels import cpu
 from ..network import OptimizerNetwork
 from ..rule import State
-from ..storage import PAIRS
+from ..storage import stored
 from .unroll import Optimizees, is_large
 
 
@@ -45,17 +45,16 @@ class InPlaceRule:
         def row(key: str, r: int) -> Tensor:
             if key == "control":
                 return state[key][0, ..., r, :].movedim(-1, 0).clone(memory_format=torch.contiguous_format)
-            pairs = zip(*(state[part][0, ..., r, :].split(layout.sizes, -1) for part in PAIRS[key]), strict=True)
-            return torch.cat([part.reshape(-1) for part in itertools.chain.from_iterable(pairs)])
+            parts = zip(*(state[part][0, ..., r, :].split(layout.sizes, -1) for part in self.stored[key].parts), strict=True)
+            return torch.cat([part.reshape(-1) for part in itertools.chain.from_iterable(parts)])
 
         def views(key: str, row: Tensor) -> Sequence[Tensor]:
-            return row.unbind() if key == "control" else self._pairs(key, row)
+            return row.unbind() if key == "control" else self._stretches(key, row)
 
-        self.network, self.sizes = exact(network), layout.sizes
+        self.network, self.sizes, self.stored = exact(network), layout.sizes, stored(network.config)
         self.change: Tensor | None = None  # the memory of the last one, for the next
-        self.shapes = {key: value.shape for key, value in state.items()}
         # Of each key and replica: one tensor after the other.
-        keys, replicas = ("control", *PAIRS), state["momentum"].shape[1]
+        keys, replicas = ("control", *self.stored), state["momentum"].shape[1]
         self.rows = {key: [row(key, r) for r in range(replicas)] for key in keys}
         # Of each replica and tensor: its state, as views of those.
         self.states = [
@@ -77,13 +76,14 @@ class InPlaceRule:
         self.change = None
         for r, row in enumerate(self.rows.pop("control")):
             state["control"][0, ..., r, :] = row.movedim(0, -1)
-        for key, parts in PAIRS.items():
+        for key, tensor in self.stored.items():
             for r, row in enumerate(self.rows.pop(key)):
-                for part, halves in zip(parts, zip(*self._pairs(key, row), strict=True), strict=True):
-                    torch.cat(halves, -1, out=state[part][0, ..., r, :])
+                pieces = list(map(tensor.split, self._stretches(key, row)))
+                for part in tensor.parts:
+                    torch.cat([piece[part] for piece in pieces], -1, out=state[part][0, ..., r, :])
 
-    def _pairs(self, key: str, row: Tensor) -> list[Tensor]:
-        """Each tensor's stretch of a row: (2, ..., size)."""
-        leading = self.shapes[PAIRS[key][0]][1:-2]  # the hidden units, if any
-        stretches = row.split([2 * leading.numel() * size for size in self.sizes])
-        return [stretch.view(2, *leading, size) for stretch, size in zip(stretches, self.sizes, strict=True)]
+    def _stretches(self, key: str, row: Tensor) -> list[Tensor]:
+        """Each tensor's stretch of a row: (C, size)."""
+        count = sum(self.stored[key].counts)
+        stretches = row.split([count * size for size in self.sizes])
+        return [stretch.view(count, size) for stretch, size in zip(stretches, self.sizes, strict=True)]
