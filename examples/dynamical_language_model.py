@@ -31,14 +31,13 @@ CONFIG, AGE = NetworkConfig(hidden_units=4, momentum=0.0, second_moment=0.999, o
 
 class FastWeights(nn.Module):
     """The learned rule, which starts as `rms`: the optimizer network gives each tensor's direction, and how surprising the segment is its
-    length. Each tensor's gain, decay and epsilon are learned with the network."""
+    length, not how far gradients agree, since one alone always does. Each tensor's gain, decay and epsilon are learned with the network."""
 
     def __init__(self, rate, scale, usual, tensors):
         super().__init__()
         self.network, self.usual = OptimizerNetwork(CONFIG), usual
         self.network.log_step_size.data.fill_(math.log(rate * math.sqrt(AGE / 100)))  # undoes the rule's decay at that age
-        self.network.log_vector_gain.data, self.network.controller.power.data = torch.zeros(2)  # one gradient alone always agrees
-        self.network.controller.inertia.data.zero_()
+        self.network.log_vector_gain.data, self.network.controller.power.data, self.network.controller.inertia.data = torch.zeros(3)
         self.gain, self.decay = nn.Parameter(torch.zeros(tensors)), nn.Parameter(torch.full((tensors,), -5.0))
         self.epsilon = nn.Parameter((scale - usual).mean().log().repeat(tensors))
 

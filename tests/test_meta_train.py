@@ -29,7 +29,7 @@ from learned_optim.rule import update
 
 
 def test_an_unroll_is_what_the_optimizer_does() -> None:
-    network, task = acting_network(), tiny_task(Generator().manual_seed(1))
+    network, task = acting_network(dataclasses.replace(SMALL, lstm_format="float32")), tiny_task(Generator().manual_seed(1))
     unroll = tiny_unroll(network, task, horizon=8)
     now = unroll.optimizees
     with torch.no_grad():
@@ -39,7 +39,7 @@ def test_an_unroll_is_what_the_optimizer_does() -> None:
 
     for replica in range(2):
         params = {name: nn.Parameter(part.clone()) for name, part in named(task, unroll.optimizees.params[replica]).items()}
-        optimizer = LearnedOptimizer(params.values(), acting_network(), total_steps=8)
+        optimizer = LearnedOptimizer(params.values(), network, total_steps=8)
         for t in range(8):
             optimizer.zero_grad()
             task.loss(params, {}, tuple(part[replica] for part in unroll.batch(t)))[0].backward()
