@@ -13,7 +13,7 @@ from torch import Tensor
 from learned_optim.config import NetworkConfig
 from learned_optim.features import BUCKETS, GRADIENT_BOUND, Layout
 from learned_optim.network import BOUND, BRAKE, LEAD, LEAP, PATH_LEAD, OptimizerNetwork
-from learned_optim.rule import CONTROL, DRIFT_STEPS, TREND_STEPS, Clock, Control, follow, straightness
+from learned_optim.rule import CONTROL, Clock, Control, follow, straightness
 
 MOMENTUM = NetworkConfig().momentum
 MOST_AGREEMENT = math.sqrt((1 + MOMENTUM) / (1 - MOMENTUM))  # of gradients that are all the same
@@ -236,33 +236,6 @@ def test_straightness(generator: torch.Generator, momentum: float) -> None:
     alike = (1 + momentum) / (1 - momentum)
     for count in (200, 800):
         assert path(torch.stack(noise[:count])) == pytest.approx(math.sqrt(16 / 7 * alike / count), rel=0.35)
-
-
-@pytest.mark.parametrize("sign", [1, -1], ids=["agreeing", "turning"])
-def test_drift_counts_where_gradients_agree(untrained: OptimizerNetwork, generator: torch.Generator, sign: int) -> None:
-    """The mean of all gradients so far and then of some fifty, each normalised and bounded, times the trend where that is positive."""
-    untrained.controller.bend.zero_()  # paths differ
-    inertia, grad = untrained.controller.inertia.item(), torch.randn(30, generator=generator)
-    gradients = [[sign**t * (2 if t == 60 else 1) * (grad + 0.3 * torch.randn(30, generator=generator))] for t in range(80)]
-    moved, state = run(untrained, gradients[0], gradients)
-    untrained.controller.inertia.zero_()
-    plain, _ = run(untrained, gradients[0], gradients)
-    # By hand, in float64; without the drift the untrained direction is the normalised momentum.
-    momentum, second, drift, trend = (torch.zeros(30, dtype=torch.float64) for _ in range(4))
-    for age, ((one,), (change,), (without,)) in enumerate(zip(gradients, moved, plain, strict=True), 1):
-        new = one.double()
-        cosine = torch.nn.functional.cosine_similarity(new, momentum, 0) if age > 1 else 0
-        trend = trend + (cosine - trend) / min(age, TREND_STEPS)
-        momentum, second = MOMENTUM * momentum + (1 - MOMENTUM) * new, 0.99 * second + 0.01 * new**2
-        root = (second / (1 - 0.99**age)).sqrt()
-        fast = new / root
-        drift = drift + (fast / (1 + (fast / GRADIENT_BOUND) ** 2).sqrt() - drift) / min(age, DRIFT_STEPS)
-        direction = momentum / (1 - MOMENTUM**age) / root
-        for update, along in ((without, direction), (change, direction + inertia * trend.clamp(min=0) * drift)):
-            assert torch.nn.functional.cosine_similarity(-update.double(), along, 0) == pytest.approx(1, abs=1e-6)
-        assert rms(change) == pytest.approx(rms(without), rel=1e-4)  # where to go, not how far
-    torch.testing.assert_close(state["drift"].double(), drift, rtol=1e-4, atol=1e-5)
-    assert (trend.mean() > 0.5) == (sign > 0)
 
 
 @pytest.mark.parametrize("horizon", [400.0, math.inf])
