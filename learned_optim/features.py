@@ -135,7 +135,7 @@ class CoordinateFeatures(NamedTuple):
 
     odd: Tensor  # (2, ..., N): normalised momentum, normalised gradient; they change sign
     even: Tensor  # (3, ..., N): their sizes, and the coordinate's share of its tensor's second moment; they do not
-    gradient: Tensor  # (..., N): the normalised gradient with its full weight; no input of the LSTM
+    gradient: Tensor  # (..., N): the normalised gradient, neither bounded nor weighted; no input of the LSTM
 
 
 def coordinate_features(grad: Tensor, momentum: Tensor, second_moment: Tensor, mean: Tensor, steady: Tensor) -> CoordinateFeatures:
@@ -149,9 +149,8 @@ def coordinate_features(grad: Tensor, momentum: Tensor, second_moment: Tensor, m
     variance = second_moment + RELATIVE_FLOOR * mean + ABSOLUTE_FLOOR
     scale = variance.rsqrt()
     slow = momentum * scale
-    fast = grad * scale
-    gradient = fast * (1 + (fast / GRADIENT_BOUND).square()).rsqrt()
-    fast = steady * gradient
+    gradient = grad * scale
+    fast = steady * gradient * (1 + (gradient / GRADIENT_BOUND).square()).rsqrt()
     share = (variance / (mean + ABSOLUTE_FLOOR)).log() / 8
     return CoordinateFeatures(torch.stack([slow, fast]), torch.stack([slow.abs(), fast.abs(), share]), gradient)
 

@@ -20,8 +20,8 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
 3. **Direction.** Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise
    LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`. The last gradient among them
    counts for less where gradients turn back, by the steadiness :math:`w_t = \min(1, 2 a_t)^2`. Where gradients agree, the *drift* is added,
-   the mean of some fifty normalised gradients, times the inertia, a multiple of the trend where that is positive: a slow momentum
-   (AdEMAMix, Pagliardini et al. 2024), which goes on along directions that steep ones keep waiting.
+   the mean of some fifty gradients, normalised in the same way, times the inertia, a multiple of the trend where that is positive: a slow
+   momentum (AdEMAMix, Pagliardini et al. 2024), which goes on along directions that steep ones keep waiting.
 4. **Length.** The direction loses its length, so that the LSTM cannot change the step size by accident. A matrix (fan_out x fan_in;
    convolution kernels flattened) is orthogonalised by Newton-Schulz and given a spectral norm of
    :math:`\sqrt{\max(1, fan_{out}/fan_{in})}` (Muon, Jordan et al. 2024), times :math:`3/L` where a model has fewer than three matrices,
@@ -65,7 +65,9 @@ TREND_STEPS = 10.0  # time constant of the trend and the swing, in steps; before
 DRIFT_STEPS = 50.0  # the same of the drift
 DECAY_STEPS = 100.0  # time constant of the prior step size's decay without a horizon, in steps
 EPSILON = 1e-12
-LEAST_AGREEMENT = LEAST_STRAIGHTNESS = 0.01  # floors that keep the derivatives of roots and logarithms finite
+# Floors that keep the derivatives of roots and logarithms finite, and the last one also what is computed of small differences accurate.
+LEAST_AGREEMENT = LEAST_STRAIGHTNESS = 0.01
+LEAST_SHRINKAGE = 0.03
 TURNING = 0.5  # the agreement below which gradients turn back
 MANY = 3  # matrices, from which on their steps are as long as in any deeper model
 SMALL = 128  # the shorter side of matrices that are orthogonalised in the precision that they have: fewer bits would not be faster
@@ -159,7 +161,7 @@ def update(
         moments = momentum / block.spread(clock.correction1), second_moment / block.spread(clock.correction2)
         features = coordinate_features(grad, *moments, block.spread(clock.mean), block.spread(steady))
         direction, hidden, cell = network.coordinate(features, hidden, cell)
-        drift = torch.lerp(drift, features.gradient, block.spread(clock.portion))
+        drift = drifted(drift, features.gradient, *(block.spread(part) for part in (clock.portion, clock.share, clock.kept)))
         return direction + block.spread(inertia) * drift, hidden, cell, drift
 
     before = [state[key] for key in ("hidden", "cell", "drift")]
@@ -182,7 +184,9 @@ class Clock(NamedTuple):
     correction1: Tensor  # of the momentum's bias
     correction2: Tensor  # of the second moment's
     mean: Tensor  # of the tensor's second moments, corrected
+    share: Tensor  # of this step's squared gradient in the corrected second moment
     portion: Tensor  # of this step's gradient in the drift
+    kept: Tensor  # the rest, where the second moment falls as if this step's gradient were zero
 
     @staticmethod
     def after(step: Tensor, mean: Tensor, config: NetworkConfig) -> Clock:
@@ -191,7 +195,9 @@ class Clock(NamedTuple):
         step = step + started
         age = step.clamp(min=1)
         correction1, correction2 = 1 - config.momentum**age, 1 - config.second_moment**age
-        return Clock(started, step, correction1, correction2, mean / correction2, (1 / age).clamp(min=1 / DRIFT_STEPS))
+        share, portion = (1 - config.second_moment) / correction2, (1 / age).clamp(min=1 / DRIFT_STEPS)
+        kept = (1 - portion) * (1 - share).clamp(min=EPSILON).rsqrt()
+        return Clock(started, step, correction1, correction2, mean / correction2, share, portion, kept)
 
 
 def step_sizes(
@@ -253,6 +259,21 @@ def straightness(path: Tensor, clock: Clock) -> Tensor:
     own = torch.where(moved, (path.square().sum(0) + LEAST_STRAIGHTNESS**2).log() / 2, 0)
     everyone = own.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True).clamp(min=1)
     return torch.where(moved, (own + everyone) / 2, 0)
+
+
+def drifted(drift: Tensor, gradient: Tensor, portion: Tensor, share: Tensor, kept: Tensor) -> Tensor:
+    """The mean of gradients, in units of the root of the second moment as it is now; all (..., n).
+
+    The second moment is a mean as well, so what it was before, in units of what it is now, follows from this gradient's share of it. Old
+    gradients therefore need not be kept in units of their own. Means of numbers that were normalised one by one would count a single large
+    gradient for less than what is left of the small ones before it.
+
+    Args:
+        drift: in units of the root of the second moment before.
+        gradient: in units of the root of the second moment now.
+        portion, share, kept: see `Clock`.
+    """
+    return kept * (1 - share * gradient.square()).clamp(min=LEAST_SHRINKAGE**2).sqrt() * drift + portion * gradient
 
 
 def follow(control: Control, clock: Clock, sketch: Tensor, mean_square: Tensor) -> Control:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learned_optim.config import NetworkConfig
-from learned_optim.features import GRADIENT_BOUND
 from learned_optim.network import OptimizerNetwork
 from learned_optim.rule import CONTROL, DRIFT_STEPS, SMALL, TREND_STEPS, init_state, newton_schulz, orthogonalize, update
 
@@ -224,29 +223,28 @@ def test_length_of_the_direction_does_not_matter(network: OptimizerNetwork, gene
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["agreeing", "turning"])
 def test_drift_counts_where_gradients_agree(untrained: OptimizerNetwork, generator: torch.Generator, sign: int) -> None:
-    """The mean of all gradients so far and then of some fifty, each normalised and bounded, times the trend where that is positive."""
+    """The mean of all gradients so far and then of some fifty, over the root of the second moment, times the positive part of the trend."""
     untrained.controller.bend.zero_()  # paths differ
     inertia, grad = untrained.controller.inertia.item(), torch.randn(30, generator=generator)
     decay1, decay2 = untrained.config.momentum, untrained.config.second_moment
-    gradients = [[sign**t * (2 if t == 60 else 1) * (grad + 0.3 * torch.randn(30, generator=generator))] for t in range(80)]
+    gradients = [[sign**t * (5 if t == 60 else 1) * (grad + 0.3 * torch.randn(30, generator=generator))] for t in range(80)]
     moved, state = run(untrained, gradients[0], gradients)
     untrained.controller.inertia.zero_()
     plain, _ = run(untrained, gradients[0], gradients)
     # By hand, in float64; without the drift the untrained direction is the normalised momentum.
-    momentum, second, drift, trend = (torch.zeros(30, dtype=torch.float64) for _ in range(4))
+    momentum, second, mean, trend = (torch.zeros(30, dtype=torch.float64) for _ in range(4))
     for age, ((one,), (change,), (without,)) in enumerate(zip(gradients, moved, plain, strict=True), 1):
         new = one.double()
         cosine = torch.nn.functional.cosine_similarity(new, momentum, 0) if age > 1 else 0
         trend = trend + (cosine - trend) / min(age, TREND_STEPS)
         momentum, second = decay1 * momentum + (1 - decay1) * new, decay2 * second + (1 - decay2) * new**2
         root = (second / (1 - decay2**age)).sqrt()
-        fast = new / root
-        drift = drift + (fast / (1 + (fast / GRADIENT_BOUND) ** 2).sqrt() - drift) / min(age, DRIFT_STEPS)
-        direction = momentum / (1 - decay1**age) / root
+        mean = mean + (new - mean) / min(age, DRIFT_STEPS)
+        direction, drift = momentum / (1 - decay1**age) / root, mean / root
         for moved_by, along in ((without, direction), (change, direction + inertia * trend.clamp(min=0) * drift)):
-            assert torch.nn.functional.cosine_similarity(-moved_by.double(), along, 0) == pytest.approx(1, abs=1e-6)
+            assert torch.nn.functional.cosine_similarity(-moved_by.double(), along, 0) == pytest.approx(1, abs=1e-5)
         assert rms(change) == pytest.approx(rms(without), rel=1e-4)  # where to go, not how far
-    torch.testing.assert_close(state["drift"].double(), drift, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state["drift"].double(), drift, rtol=1e-4, atol=1e-3)  # but for the floor of its shrinkage
     assert (trend.mean() > 0.5) == (sign > 0)
 
 

@@ -20,8 +20,8 @@
 /* CHUNK: coordinates whose intermediate results fit into the L1 cache, and that share a scale in int8. */
 enum { CHUNK = 256, MAX_UNITS = 8, ODD = 2, EVEN = 3, BUCKETS = 16, ROWS = CHUNK / BUCKETS };
 
-/* What the second pass needs to know of each tensor. */
-enum { SCALARS = 6 };
+/* What the second pass needs to know of each tensor: see `scalars` in `learned_optim/kernels/__init__.py`. */
+enum { INVERSE1, INVERSE2, MEAN, SHARE, PORTION, KEPT, STEADY, INERTIA, SCALARS };
 
 /* What a tensor has once, as in `Control` of `learned_optim/rule.py`. */
 enum { STEP, CONTROL = 5 + BUCKETS };
@@ -29,8 +29,8 @@ enum { STEP, CONTROL = 5 + BUCKETS };
 /* Formats of stored state, as in `learned_optim/storage.py`. */
 enum { FLOAT32, BFLOAT16, INT8 };
 
-/* Constants of `learned_optim/features.py`. */
-static const float RELATIVE_FLOOR = 1e-8f, ABSOLUTE_FLOOR = 1e-20f, GRADIENT_BOUND = 3.0f;
+/* Constants of `learned_optim/features.py` and `learned_optim/rule.py`. */
+static const float RELATIVE_FLOOR = 1e-8f, ABSOLUTE_FLOOR = 1e-20f, GRADIENT_BOUND = 3.0f, LEAST_SHRINKAGE = 0.03f;
 
 /* Every field has 8 bytes, so that the caller may fill the table with integers. */
 typedef struct {
@@ -65,6 +65,25 @@ typedef struct {
 
 /* The index of a block that is now the caller's. */
 static int64_t take(Job *job) { return __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED); }
+
+/* What the caller will probably need after the chunk at `begin`: the block's next one, or the first of the block that it will take; nothing
+ * at the end. Each pass has it fetched early, since a processor cannot guess where the next small tensor lies, and even in a large one it
+ * loses track of the dozen places where something is kept of each coordinate. */
+typedef struct {
+    const Tensor *tensor;
+    int64_t begin, n;
+} Next;
+
+INLINE Next after(const Job *job, const Block *block, int64_t begin) {
+    int64_t end = block->end;
+    begin += CHUNK;
+    if (begin >= end) {
+        const int64_t next = __atomic_load_n(&job->next, __ATOMIC_RELAXED);
+        if (next < job->count) block = &job->blocks[next], begin = block->begin, end = block->end;
+        else begin = end;
+    }
+    return (Next){&job->tensors[block->tensor], begin, end - begin < CHUNK ? end - begin : CHUNK};
+}
 
 /* Compiled to an instruction each. NaN may get lost here; it stays in the moments and in the direction. */
 INLINE float at_most(float x, float bound) { return x > bound ? bound : x; }
@@ -135,7 +154,7 @@ INLINE Ratio tanh_ratio(float x) {
 }
 
 /* The number of this file's interface, for the caller to check that it was written for it. Raise it with each change of a struct. */
-int64_t interface(void) { return 8; }
+int64_t interface(void) { return 9; }
 
 /* What each of `count` tensors has once, into rows for torch to compute with, and back. */
 void gather(const Tensor *tensors, int64_t count, float *rows) {
@@ -180,6 +199,13 @@ INLINE void load(int64_t format, const void *stored, const float *scale, int64_t
     }
 }
 
+/* Has the caches fetch the next chunk of what is stored in a row of a tensor. */
+INLINE void prefetch(int64_t format, const void *stored, int64_t row, Next next) {
+    const int64_t width = format == FLOAT32 ? 4 : format == BFLOAT16 ? 2 : 1;
+    const char *first = (const char *)stored + width * (row * next.tensor->size + next.begin);
+    for (int64_t byte = 0; byte < width * next.n; byte += 64) __builtin_prefetch(first + byte);
+}
+
 /* Stores values, rounded stochastically by the 16 bits of `bits` above `shift`. */
 INLINE void store(int64_t format, void *stored, float *scale, int64_t begin, int64_t n, const float *restrict values,
                   const uint32_t *restrict bits, const int shift) {
@@ -221,6 +247,10 @@ EACH_CPU void moments(Job *job, float decay1, float decay2) {
         for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) {
             const int64_t n = block->end - begin < CHUNK ? block->end - begin : CHUNK;
             const float *restrict grad = tensor->grad + begin;
+            const Next next = after(job, block, begin);
+            prefetch(FLOAT32, next.tensor->grad, 0, next);
+            prefetch(format, next.tensor->moments, 0, next);
+            prefetch(format, next.tensor->moments, 1, next);
             load(format, tensor->moments, 0, begin, n, momentum);
             load(format, tensor->moments, 0, tensor->size + begin, n, second_moment);
             float grad_square = 0, momentum_square = 0, product = 0, second = 0;
@@ -265,11 +295,11 @@ typedef struct {
  * this is inlined, so that sums over units are unrolled. Short loops one after the other let a processor work on several of their iterations
  * at once; in a long one each waits for its own results.
  *
- * constants: 1 / correction1, 1 / correction2, mean of the second moment, steadiness, inertia, the gradient's portion of the drift. */
+ * scalars: the tensor's. */
 INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t begin, int64_t n, const Network *network,
-                  const GateWeights gate_weights, const float *constants, Scratch *restrict s) {
-    const float inverse1 = constants[0], inverse2 = constants[1], mean = constants[2], steady = constants[3];
-    const float inertia = constants[4], portion = constants[5];
+                  const GateWeights gate_weights, const float *scalars, Next next, Scratch *restrict s) {
+    const float inverse1 = scalars[INVERSE1], inverse2 = scalars[INVERSE2], mean = scalars[MEAN], share = scalars[SHARE];
+    const float portion = scalars[PORTION], kept = scalars[KEPT], steady = scalars[STEADY], inertia = scalars[INERTIA];
     const float floor = RELATIVE_FLOOR * mean + ABSOLUTE_FLOOR, inverse_mean = 1.0f / (mean + ABSOLUTE_FLOOR);
     const float skip_slow = network->skip[0], skip_fast = network->skip[1];
     const int64_t format = job->lstm_format, size = tensor->size, chunks = (size + CHUNK - 1) / CHUNK, chunk = begin / CHUNK;
@@ -285,9 +315,10 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
         float scale = 1.0f / __builtin_sqrtf(variance);
         float slow = s->momentum[j] * inverse1 * scale;
         float fast = grad[j] * scale;
-        fast = fast / __builtin_sqrtf(1.0f + fast * fast * (1.0f / (GRADIENT_BOUND * GRADIENT_BOUND)));
-        s->drift[j] += portion * (fast - s->drift[j]);
-        fast *= steady;
+        float square = fast * fast;
+        float shrinkage = __builtin_sqrtf(at_least(1.0f - share * square, LEAST_SHRINKAGE * LEAST_SHRINKAGE));
+        s->drift[j] = kept * shrinkage * s->drift[j] + portion * fast;
+        fast = steady * fast / __builtin_sqrtf(1.0f + square * (1.0f / (GRADIENT_BOUND * GRADIENT_BOUND)));
         s->odd[0][j] = slow;
         s->odd[1][j] = fast;
         s->even[0][j] = __builtin_fabsf(slow);
@@ -303,6 +334,7 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
     }
     for (int row = 0; row < 3 * UNITS; row++) {
         const float *weights = gate_weights[row];
+        if (row <= 2 * UNITS) prefetch(format, next.tensor->lstm, row, next); /* little by little, since few requests can wait at once */
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) {
             float x = weights[0];
@@ -317,6 +349,9 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
         float *restrict cell = s->cell, *restrict hidden = s->even[EVEN + h]; /* the gates have read it */
         const int64_t c = UNITS + h;
         load(format, tensor->lstm, tensor->lstm_scale + c * chunks + chunk, c * size + begin, n, cell);
+        if (h == 0) prefetch(FLOAT32, next.tensor->grad, 0, next);
+        if (h == UNITS / 2) prefetch(job->moment_format, next.tensor->moments, 0, next);
+        if (h == UNITS - 1) prefetch(job->moment_format, next.tensor->moments, 1, next);
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) {
             float x = 0;
@@ -344,7 +379,7 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
 
 /* Step 3 of the rule, and the sum of squared directions.
  *
- * scalars: of each tensor the constants of `lstm`. */
+ * scalars: (tensors, SCALARS). */
 EACH_CPU void directions(Job *job, const Network *network, const float *scalars) {
     GateWeights weights;
     Scratch scratch;
@@ -356,9 +391,10 @@ EACH_CPU void directions(Job *job, const Network *network, const float *scalars)
         double sum = 0;
         for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) {
             const int64_t n = block->end - begin < CHUNK ? block->end - begin : CHUNK;
+            const Next next = after(job, block, begin);
 #define LSTM(UNITS)                                                                             \
     case UNITS:                                                                                 \
-        sum += lstm(UNITS, job, tensor, begin, n, network, weights, own, &scratch);             \
+        sum += lstm(UNITS, job, tensor, begin, n, network, weights, own, next, &scratch);       \
         break;
             switch (network->units) { LSTM(1) LSTM(2) LSTM(3) LSTM(4) LSTM(5) LSTM(6) LSTM(7) LSTM(8) }
         }
@@ -381,6 +417,9 @@ EACH_CPU void apply(Job *job, const float *factors) {
         float buckets[BUCKETS] = {0}, squares[BUCKETS] = {0}, signs[ROWS];
         for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) { /* multiples of BUCKETS */
             const int64_t end = begin + CHUNK < block->end ? begin + CHUNK : block->end;
+            const Next next = after(job, block, begin);
+            prefetch(FLOAT32, next.tensor->direction, 0, next);
+            if (next.tensor->param) prefetch(FLOAT32, next.tensor->param, 0, next);
 #pragma omp simd
             for (uint32_t row = 0; row < ROWS; row++)
                 signs[row] = scatter_bits((uint32_t)(begin / BUCKETS + row) * 0x9e3779b1u) & 1 ? 1.0f : -1.0f;

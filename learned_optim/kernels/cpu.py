@@ -25,9 +25,10 @@ from ..config import FORMATS
 from ..features import BUCKETS, Layout
 from ..network import OptimizerNetwork
 from ..rule import ADAMW_UPDATE_RMS, CONTROL, Clock, Control, State, follow, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
+from . import scalars
 
 BLOCK = 2**14  # coordinates that a thread takes at once
-INTERFACE, MAX_UNITS = 8, 8  # as in the C file
+INTERFACE, MAX_UNITS = 9, 8  # as in the C file
 
 # A row of the table of tensors has the size, the parameter, the gradient, the direction and these pieces of state, the last one of int8.
 KEYS = ("control", "moments", "lstm", "lstm_scale")
@@ -172,9 +173,9 @@ def step(
     *products, second_moment = passes.run("moments", 4, config.momentum, config.second_moment)
     clock = Clock.after(control.step, second_moment, config)
     step_size, steady, inertia, control = step_sizes(network, clock, torch.stack(products), control, total_steps)
-    scalars = torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean, steady, inertia, clock.portion], -1)
+    constants = scalars(clock, steady, inertia)
     weights = [weight.data_ptr() for weight in (lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out)]
-    (mean_square,) = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), scalars.data_ptr())
+    (mean_square,) = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), constants.data_ptr())
 
     orthogonal, gain = is_orthogonal(layout, config), vector_scale(network, mean_square)
     if any(orthogonal):

@@ -28,7 +28,20 @@ from .. import features, storage
 from ..config import FORMATS
 from ..features import BUCKETS, EVEN, ODD, Layout
 from ..network import OptimizerNetwork
-from ..rule import ADAMW_UPDATE_RMS, CONTROL, Clock, Control, State, follow, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
+from ..rule import (
+    ADAMW_UPDATE_RMS,
+    CONTROL,
+    LEAST_SHRINKAGE,
+    Clock,
+    Control,
+    State,
+    follow,
+    is_orthogonal,
+    orthogonalize_all,
+    step_sizes,
+    vector_scale,
+)
+from . import SCALARS, scalars
 
 BLOCK = 1024  # coordinates of a program
 MAX_UNITS = 8  # as on a CPU; more would not fit into registers
@@ -52,7 +65,7 @@ _FLOAT32, _BFLOAT16, _INT8 = map(tl.constexpr, range(len(FORMATS)))
 _ALIGNMENT, _BLOCK, _GROUP, _ROWS = (tl.constexpr(n) for n in (ALIGNMENT, BLOCK, storage.BLOCK, BLOCK // storage.BLOCK))
 _LEVELS, _ODD, _EVEN = tl.constexpr(storage.LEVELS), tl.constexpr(ODD), tl.constexpr(EVEN)
 _RELATIVE_FLOOR, _ABSOLUTE_FLOOR = tl.constexpr(features.RELATIVE_FLOOR), tl.constexpr(features.ABSOLUTE_FLOOR)
-_GRADIENT_BOUND = tl.constexpr(features.GRADIENT_BOUND)
+_GRADIENT_BOUND, _LEAST_SHRINKAGE, _SCALARS = tl.constexpr(features.GRADIENT_BOUND), tl.constexpr(LEAST_SHRINKAGE), tl.constexpr(SCALARS)
 
 
 def trouble(network: OptimizerNetwork, device: torch.device) -> str | None:
@@ -146,10 +159,9 @@ def step(
 
         clock = Clock.after(clocks, means[3], config)
         step_size, steady, inertia, control = step_sizes(network, clock, means[:3], control, total_steps)
-        scalars = torch.stack([1 / clock.correction1, 1 / clock.correction2, clock.mean, steady, inertia, clock.portion], -1)
         weights = lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out
         of_network = *weights, config.hidden_units, moment_format, lstm_format
-        _directions[blocks](tables.tensors, tables.blocks, clocks, scalars, directions, sums, *of_network)
+        _directions[blocks](tables.tensors, tables.blocks, clocks, scalars(clock, steady, inertia), directions, sums, *of_network)
         _means[every](tables.tensors, sums, means, count, 1)
 
         mean_square = means[0]
@@ -370,12 +382,11 @@ def _directions(
 ):
     """Step 3 of the rule, and the sum of squared directions.
 
-    scalars: of each tensor 1 / correction1, 1 / correction2, the mean of its second moment, its steadiness, its inertia, and the
-    gradient's portion of the drift.
+    scalars: see `learned_optim.kernels.scalars`.
     """
     k, row, groups, offsets = _block(tensors, blocks)
     weights = gate_weight, gate_bias, candidate_weight, skip, out
-    step, scalars = tl.load(clocks + k), scalars + 6 * k
+    step, scalars = tl.load(clocks + k), scalars + _SCALARS * k
     if tl.load(row + _ALIGNED) != 0:
         _directions_of(row, groups, offsets, step, scalars, directions, sums, weights, UNITS, MOMENTS, LSTM, _ALIGNMENT)
     else:
@@ -403,17 +414,16 @@ def _directions_of(
     grad = _load_gradient(row, offsets, mask, ALIGN)
     momentum = _load(row, _MOMENTS, 0, 0, size, groups, offsets, MOMENTS, ALIGN) * tl.load(scalars)
     second_moment = _load(row, _MOMENTS, 0, 1, size, groups, offsets, MOMENTS, ALIGN) * tl.load(scalars + 1)
-    mean, steady = tl.load(scalars + 2), tl.load(scalars + 3)
-    inertia, portion = tl.load(scalars + 4), tl.load(scalars + 5)
+    mean, share, portion, kept = tl.load(scalars + 2), tl.load(scalars + 3), tl.load(scalars + 4), tl.load(scalars + 5)
+    steady, inertia = tl.load(scalars + 6), tl.load(scalars + 7)
 
     variance = second_moment + (_RELATIVE_FLOOR * mean + _ABSOLUTE_FLOOR)
     scale = tl.rsqrt(variance)
-    slow, fast = momentum * scale, grad * scale
-    bounded = fast / _GRADIENT_BOUND
-    gradient = fast * tl.rsqrt(1.0 + bounded * bounded)
-    fast = steady * gradient
-    share = tl.log(variance / (mean + _ABSOLUTE_FLOOR)) * 0.125
-    odd, even = (slow, fast), (tl.abs(slow), tl.abs(fast), share)
+    slow, gradient = momentum * scale, grad * scale
+    bounded = gradient / _GRADIENT_BOUND
+    fast = steady * gradient * tl.rsqrt(1.0 + bounded * bounded)
+    of_tensor = tl.log(variance / (mean + _ABSOLUTE_FLOOR)) * 0.125
+    odd, even = (slow, fast), (tl.abs(slow), tl.abs(fast), of_tensor)
     for h in tl.static_range(UNITS):
         unit = _load(row, _LSTM, _LSTM_SCALE, h, size, groups, offsets, LSTM, ALIGN)
         odd, even = odd + (unit,), even + (tl.abs(unit),)  # type: ignore[assignment]  # noqa: RUF005  Triton knows no unpacking
@@ -432,7 +442,8 @@ def _directions_of(
         _store(row, _LSTM, _LSTM_SCALE, h, size, groups, offsets, hidden, bits & 0xFFFF, LSTM, ALIGN)
         _store(row, _LSTM, _LSTM_SCALE, UNITS + h, size, groups, offsets, cell, bits >> 16, LSTM, ALIGN)
     drift = _load(row, _LSTM, _LSTM_SCALE, 2 * UNITS, size, groups, offsets, LSTM, ALIGN)
-    drift += portion * (gradient - drift)
+    shrinkage = tl.sqrt(tl.maximum(1.0 - share * gradient * gradient, _LEAST_SHRINKAGE * _LEAST_SHRINKAGE))
+    drift = kept * shrinkage * drift + portion * gradient
     direction += inertia * drift
     _store(row, _LSTM, _LSTM_SCALE, 2 * UNITS, size, groups, offsets, drift, bits & 0xFFFF, LSTM, ALIGN)
     directions += tl.multiple_of(tl.load(row + _DIRECTION), _ALIGNMENT)
