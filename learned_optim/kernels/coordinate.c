@@ -183,10 +183,16 @@ INLINE void random_bits(uint32_t *restrict bits, int64_t begin, float step) {
     for (uint32_t j = 0; j < CHUNK; j++) bits[j] = scatter_bits(first + j * 0x9e3779b1u);
 }
 
+/* Where to compute with what is stored from `begin` on: right there if it is fp32, else in `scratch`. */
+INLINE float *place(int64_t format, void *stored, int64_t begin, float *scratch) {
+    return format == FLOAT32 ? (float *)stored + begin : scratch;
+}
+
 /* The `n` values that are stored from `begin` on, at the start of a chunk. */
-INLINE void load(int64_t format, const void *stored, const float *scale, int64_t begin, int64_t n, float *restrict values) {
+INLINE void load(int64_t format, const void *stored, const float *scale, int64_t begin, int64_t n, float *values) {
     if (format == FLOAT32) {
-        memcpy(values, (const float *)stored + begin, n * sizeof *values);
+        const float *exact = (const float *)stored + begin;
+        if (values != exact) memcpy(values, exact, n * sizeof *values);
     } else if (format == BFLOAT16) {
         const uint16_t *restrict halves = (const uint16_t *)stored + begin;
 #pragma omp simd
@@ -207,10 +213,11 @@ INLINE void prefetch(int64_t format, const void *stored, int64_t row, Next next)
 }
 
 /* Stores values, rounded stochastically by the 16 bits of `bits` above `shift`. */
-INLINE void store(int64_t format, void *stored, float *scale, int64_t begin, int64_t n, const float *restrict values,
+INLINE void store(int64_t format, void *stored, float *scale, int64_t begin, int64_t n, const float *values,
                   const uint32_t *restrict bits, const int shift) {
     if (format == FLOAT32) {
-        memcpy((float *)stored + begin, values, n * sizeof *values);
+        float *exact = (float *)stored + begin;
+        if (values != exact) memcpy(exact, values, n * sizeof *values);
     } else if (format == BFLOAT16) {
         uint16_t *restrict halves = (uint16_t *)stored + begin;
 #pragma omp simd
@@ -237,7 +244,7 @@ INLINE void store(int64_t format, void *stored, float *scale, int64_t begin, int
 /* Step 1 of the rule, and its sums: of squared gradients, of squared momenta before, of their products, and of second moments. */
 EACH_CPU void moments(Job *job, float decay1, float decay2) {
     const int64_t format = job->moment_format;
-    float momentum[CHUNK], second_moment[CHUNK];
+    float scratch[2][CHUNK];
     uint32_t bits[CHUNK];
     for (int64_t b; (b = take(job)) < job->count;) {
         const Block *block = &job->blocks[b];
@@ -251,6 +258,8 @@ EACH_CPU void moments(Job *job, float decay1, float decay2) {
             prefetch(FLOAT32, next.tensor->grad, 0, next);
             prefetch(format, next.tensor->moments, 0, next);
             prefetch(format, next.tensor->moments, 1, next);
+            float *momentum = place(format, tensor->moments, begin, scratch[0]);
+            float *second_moment = place(format, tensor->moments, tensor->size + begin, scratch[1]);
             load(format, tensor->moments, 0, begin, n, momentum);
             load(format, tensor->moments, 0, tensor->size + begin, n, second_moment);
             float grad_square = 0, momentum_square = 0, product = 0, second = 0;
@@ -287,7 +296,7 @@ static void scale_gates(GateWeights weights, const Network *network) {
 typedef struct {
     float odd[ODD + MAX_UNITS][CHUNK], even[EVEN + MAX_UNITS][CHUNK]; /* features, then hidden units and their sizes */
     float gates[3 * MAX_UNITS][CHUNK];                                /* 1 / sigmoid */
-    float momentum[CHUNK], second_moment[CHUNK], cell[CHUNK], drift[CHUNK];
+    float moments[2][CHUNK], cell[CHUNK], drift[CHUNK];
     uint32_t bits[CHUNK];
 } Scratch;
 
@@ -305,15 +314,18 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
     const int64_t format = job->lstm_format, size = tensor->size, chunks = (size + CHUNK - 1) / CHUNK, chunk = begin / CHUNK;
     const float *restrict grad = tensor->grad + begin;
     float *restrict direction = tensor->direction + begin;
-    load(job->moment_format, tensor->moments, 0, begin, n, s->momentum);
-    load(job->moment_format, tensor->moments, 0, size + begin, n, s->second_moment);
+    float *momentum = place(job->moment_format, tensor->moments, begin, s->moments[0]);
+    float *second_moment = place(job->moment_format, tensor->moments, size + begin, s->moments[1]);
+    load(job->moment_format, tensor->moments, 0, begin, n, momentum);
+    load(job->moment_format, tensor->moments, 0, size + begin, n, second_moment);
     load(format, tensor->lstm, tensor->lstm_scale + 2 * UNITS * chunks + chunk, 2 * UNITS * size + begin, n, s->drift);
+    __builtin_prefetch(next.tensor->control + STEP);
     if (format != FLOAT32) random_bits(s->bits, begin, tensor->control[STEP]);
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) {
-        float variance = s->second_moment[j] * inverse2 + floor;
+        float variance = second_moment[j] * inverse2 + floor;
         float scale = 1.0f / __builtin_sqrtf(variance);
-        float slow = s->momentum[j] * inverse1 * scale;
+        float slow = momentum[j] * inverse1 * scale;
         float fast = grad[j] * scale;
         float square = fast * fast;
         float shrinkage = __builtin_sqrtf(at_least(1.0f - share * square, LEAST_SHRINKAGE * LEAST_SHRINKAGE));
