@@ -100,7 +100,7 @@ class Controller(nn.Module):
     by the swing, since where leaps begin each gradient is longer than the last, and of a plain mean of ten they would be a small part.
     Before that, and with a horizon in place of it, a leap *brakes*: a step has `e^(brake * min(h + BRAKE, 0))` of its length, and the rest
     again as soon as gradients no longer turn back. So what has built up along the steepest directions dies down, and the others, which
-    had to wait for it, go on with long steps. What a step may go along is the *drift*, the mean of some fifty normalised gradients, to
+    had to wait for it, go on with long steps. What a step may go along is the *drift*, the mean of some fifty gradients, to
     which steep directions, whose gradients change their signs, add little: it counts `inertia * max(c, 0)` times beside the LSTM's
     direction (AdEMAMix, Pagliardini et al. 2024, has such a slow momentum, with a constant factor), hence where gradients agree; where they
     are noise, it would be in the way.
