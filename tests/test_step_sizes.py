@@ -223,7 +223,7 @@ def test_straightness(generator: torch.Generator, momentum: float) -> None:
     def path(updates: Tensor) -> float:
         layout, control = Layout.of((updates[0].shape,), torch.device("cpu")), Control.of(torch.zeros(CONTROL, 1))
         for age, change in enumerate(updates, 1):
-            clock = Clock(*(torch.full((1,), float(value)) for value in (1, age, 1, 1, 1, 1)))
+            clock = Clock.after(torch.full((1,), age - 1.0), torch.ones(1), NetworkConfig())
             control = follow(control, clock, layout.sketch(change), layout.mean(change.square()))
         return straightness(control.path, clock).exp().item()
 
