@@ -153,7 +153,8 @@ INLINE Ratio tanh_ratio(float x) {
     return (Ratio){x * p, q};
 }
 
-/* The number of this file's interface, for the caller to check that it was written for it. Raise it with each change of a struct. */
+/* The number of this file's interface, for the caller to check that it was written for it. Raise it with each change of a struct,
+ * or of what a pass is given. */
 int64_t interface(void) { return 9; }
 
 /* What each of `count` tensors has once, into rows for torch to compute with, and back. */
