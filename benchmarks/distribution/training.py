@@ -1,0 +1,172 @@
+"""Training runs on problems of the distribution: AdamW's whole grid at once, and the learned optimizer as a user would run it.
+
+Shapes: `R` settings of AdamW that are trained side by side on the same batches, `N` coordinates of a model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.func import vmap
+
+from learned_optim import LearnedOptimizer, OptimizerNetwork
+from learned_optim.meta_train.families.drawn import Drawn, drawn
+from learned_optim.meta_train.unroll import derive_seed, named
+
+HELD_OUT = 1_000_000  # seeds from here on are looked at to publish only
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+SCHEDULES = ("constant", "cosine")
+LENGTHS = (0.25, 0.5, 2.0)  # of runs with AdamW's best setting, beside 1
+BOUNDS = 0.125, 4.0  # of a speed
+WARM_UP = 0.05  # of AdamW's steps
+EVALUATIONS = 40
+EXAMPLES = 256  # that a loss is measured on, at least
+SOLVED = 1e-3  # of the loss at the start; below it, no optimizer is the better one
+DEFAULT = "0.001 constant"
+
+Curve = list[tuple[int, float]]
+
+
+class Trial:
+    """A problem with its initial parameters and its measure."""
+
+    def __init__(self, seed: int, folder: Path | None = None) -> None:
+        self.seed = seed
+        self.drawn: Drawn = drawn(Generator().manual_seed(seed), folder=folder)
+        self.task = self.drawn.task
+        generator = Generator().manual_seed(derive_seed(seed, "sample"))
+        drawn_batches = [self.task.batch(generator) for _ in range(max(1, math.ceil(EXAMPLES / self.drawn.batch)))]
+        self.sample = tuple(torch.cat(parts) for parts in zip(*drawn_batches, strict=True))
+
+    def init(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.task.init(Generator().manual_seed(derive_seed(self.seed, "init")))
+
+    def batch(self, t: int) -> tuple[Tensor, ...]:
+        return self.task.batch(Generator().manual_seed(derive_seed(self.seed, "batch", t)))
+
+
+def moments(steps: int) -> set[int]:
+    """The steps after which a run is measured."""
+    return {math.ceil(steps * k / EVALUATIONS) for k in range(1, EVALUATIONS + 1)}
+
+
+def adamw(trial: Trial, settings: Sequence[tuple[float, str, int]]) -> list[Curve]:
+    """Runs of AdamW, each (learning rate, schedule, steps), side by side."""
+    params, buffers = trial.init()
+    start = torch.cat([param.flatten() for param in params.values()])
+    rows = [nn.Parameter(start.clone()) for _ in settings]
+    optimizer = torch.optim.AdamW([{"params": [row], "lr": lr} for row, (lr, _, _) in zip(rows, settings, strict=True)], fused=True)
+
+    def loss(row: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+        return trial.task.loss(named(trial.task, row), buffers, batch)[0]
+
+    every = vmap(loss, in_dims=(0, None), randomness="same")
+    curves: list[Curve] = [[] for _ in settings]
+    wanted = [moments(steps) for _, _, steps in settings]
+    active = list(range(len(settings)))
+
+    def measure(t: int) -> None:
+        due = [place for place, k in enumerate(active) if t == 0 or t in wanted[k]]
+        if due:
+            with torch.no_grad():
+                values = every(torch.stack([rows[active[place]] for place in due]), trial.sample).tolist()
+            for place, value in zip(due, values, strict=True):
+                curves[active[place]].append((t, float(f"{value:.5g}")))
+
+    measure(0)
+    for t in range(max(steps for _, _, steps in settings)):
+        active = [k for k in active if t < settings[k][2]]
+        for k in active:
+            lr, schedule, steps = settings[k]
+            warm = min(1.0, (t + 1) / max(1, round(WARM_UP * steps)))
+            optimizer.param_groups[k]["lr"] = lr * warm * (0.5 + 0.5 * math.cos(math.pi * t / steps) if schedule == "cosine" else 1.0)
+        every(torch.stack([rows[k] for k in active]), trial.batch(t)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        measure(t + 1)
+    return curves
+
+
+def final(curve: Curve) -> float:
+    """The mean of the last three measurements; infinite where training diverged."""
+    tail = [loss for _, loss in curve[-3:]]
+    return statistics.fmean(tail) if all(map(math.isfinite, tail)) else math.inf
+
+
+def baseline(trial: Trial) -> dict[str, Any]:
+    """Tunes AdamW: its grid's final losses, and curves of the best setting for each length of training."""
+    steps = trial.drawn.steps
+    grid = list(itertools.product(LEARNING_RATES, SCHEDULES))
+    curves = adamw(trial, [(lr, schedule, steps) for lr, schedule in grid])
+    finals = [final(curve) for curve in curves]
+    best = min(range(len(grid)), key=finals.__getitem__)
+    lr, schedule = grid[best]
+    others = adamw(trial, [(lr, schedule, max(1, round(steps * length))) for length in LENGTHS])
+    return {
+        "seed": trial.seed,
+        "kind": trial.drawn.kind,
+        "start": trial.drawn.start,
+        "steps": steps,
+        "batch": trial.drawn.batch,
+        "weights": sum(shape.numel() for shape in trial.task.shapes.values()),
+        "first": curves[0][0][1],
+        "best": f"{lr:g} {schedule}",
+        "grid": {f"{lr:g} {schedule}": loss for (lr, schedule), loss in zip(grid, finals, strict=True)},
+        "curves": {"1": curves[best], **{f"{length:g}": curve for length, curve in zip(LENGTHS, others, strict=True)}},
+    }
+
+
+def learned(trial: Trial, network: OptimizerNetwork, horizon: bool, lr: float = 1.0, kernel: str = "auto") -> Curve:
+    """A run of the learned optimizer."""
+    steps = trial.drawn.steps
+    params, buffers = trial.init()
+    leaves = {name: nn.Parameter(param.clone()) for name, param in params.items()}
+    optimizer = LearnedOptimizer(leaves.values(), network, lr=lr, total_steps=steps if horizon else None, kernel=kernel)
+    wanted, curve = moments(steps), []
+
+    def measure(t: int) -> None:
+        with torch.no_grad():
+            curve.append((t, float(f"{float(trial.task.loss(leaves, buffers, trial.sample)[0]):.5g}")))  # type: ignore[arg-type]
+
+    measure(0)
+    for t in range(steps):
+        optimizer.zero_grad()
+        trial.task.loss(leaves, buffers, trial.batch(t))[0].backward()  # type: ignore[arg-type]
+        optimizer.step()
+        if t + 1 in wanted:
+            measure(t + 1)
+    return curve
+
+
+def speed(base: dict[str, Any], curve: Curve) -> float:
+    """Steps that tuned AdamW needs for the loss where a run ends, over the steps that this one took (VeLOdrome's measure)."""
+    end, mine, solved = final(curve), float(base["steps"]), SOLVED * base["first"]
+    if not math.isfinite(end):
+        return BOUNDS[0]
+    if end <= solved:
+        end, mine = solved, float(next((t for t, loss in curve if loss <= solved and t), base["steps"]))
+    points = [
+        (t, statistics.fmean(loss for _, loss in one[max(1, i - 2) : i + 1]))
+        for one in base["curves"].values()
+        for i, (t, _) in enumerate(one)
+        if i > 0
+    ]
+    envelope, lowest = [], math.inf
+    for t, loss in sorted(points):
+        if loss < lowest:
+            lowest = loss
+            envelope.append((t, loss))
+    for (a, high), (b, low) in itertools.pairwise(envelope):
+        if high <= end:
+            return min(max(a / mine, BOUNDS[0]), BOUNDS[1])
+        if low <= end:
+            share = math.log(high / end) / math.log(high / low) if low > 0 < end else 1.0
+            return min(max(a * (b / a) ** share / mine, BOUNDS[0]), BOUNDS[1])
+    return BOUNDS[1]
