@@ -204,13 +204,14 @@ def quality_tail(files: Files) -> str:
 
 def quality_seeds(files: Files) -> str:
     found, formats = files(QUALITY), files(QUALITY)["formats"]
-    worst = [min((speed, task) for task, speed in formats[name]["tasks"].items()) for name in (PLAIN, HORIZON)]
+    lowest = [min((speed, task) for task, speed in formats[name]["tasks"].items()) for name in (PLAIN, HORIZON)]
+    worst = [f"{task} at {speed:.2f} ({formats[PLAIN]['counts'][task]} seeds)" for speed, task in lowest]
     (plain, horizon), counts = both(formats), formats[PLAIN]
     text = f"""
         {word(found["seeds"]).capitalize()} seeds are few: with the {counts["seeds"]} to {counts["most"]} seeds a task that were run to
         compare formats of the state the means are **{plain}** without settings and **{horizon}** with `total_steps`, and the worst tasks
-        {worst[0][1]} at {worst[0][0]:.2f} and {worst[1][1]} at {worst[1][0]:.2f} (the baselines have {word(found["seeds"])} seeds;
-        [last table](benchmarks/quality/results/tables.md)).
+        {worst[0]} and {worst[1]}; the baselines have {word(found["seeds"])} seeds
+        ([last table](benchmarks/quality/results/tables.md)).
     """
     return f"{prose(text)}\n\n{quality_tail(files)}"
 
@@ -231,6 +232,14 @@ def quality_ablations(files: Files) -> str:
         ["nothing, `lr=3`", *both(found, " x3")],
     ]
     return table(rows)
+
+
+def quality_long_steps(files: Files) -> str:
+    (plain, horizon), (plain_long, horizon_long) = (both(files(QUALITY)["optimizers"], suffix) for suffix in ("", " x3"))
+    return prose(f"""
+        With steps three times as long, `lr=3`, the means are {plain_long} in place of {plain} without settings, and {horizon_long} in
+        place of {horizon} with `total_steps`.
+    """)
 
 
 def quality_drift(files: Files) -> str:
@@ -599,6 +608,7 @@ BLOCKS: dict[str, Callable[[Files], str]] = {
     "quality.seeds": quality_seeds,
     "quality.tail": quality_tail,
     "quality.ablations": quality_ablations,
+    "quality.long_steps": quality_long_steps,
     "quality.drift": quality_drift,
     "quality.mnist": quality_mnist,
     "quality.small": quality_small,
