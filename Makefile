@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TIMM := .venv-timm
 
-.PHONY: help demo test test-integrations lint
+.PHONY: help demo test test-integrations lint measure
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -23,6 +23,9 @@ lint: $(VENV)/test.stamp ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+measure: $(VENV)/test.stamp ## measure again what depends on the weights, and fill in the tables (hours; resumes)
+	$(BIN)/python benchmarks/measure.py $(MEASURE)
 
 # constraints.txt pins torch too: left to itself, pip would take the newest one. The kernel is compiled when the package is installed.
 $(VENV)/%.stamp: pyproject.toml constraints.txt learned_optim/kernels/coordinate.c | $(BIN)/python

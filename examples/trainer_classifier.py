@@ -1,16 +1,19 @@
 """Fine-tunes a text classifier with Hugging Face's Trainer: LearnedOptimizer, without any setting, beside Trainer's default AdamW.
 
 A small GPT is pretrained on Python's manual, then learns to tell which module of the standard library a passage of code comes from. Nothing
-is downloaded. Optional argument: steps of fine-tuning. Five minutes on one core.
+is downloaded. Optional argument: steps of fine-tuning. Five minutes on one core. What is printed is written to
+runs/trainer_classifier/results.json too.
 """
 
 import argparse
 import functools
 import inspect
+import json
 import sys
 import tarfile
 import turtle
 import typing
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
@@ -67,6 +70,9 @@ if __name__ == "__main__":
     test = data[::4]
     train = [one for i, one in enumerate(data) if i % 4]
     print(f"fine-tuning on {len(train)} passages for {STEPS} steps; evaluation on {len(test)}: mean, and each of {SEEDS} seeds")
+    figures = {}
     for name, make_trainer in OPTIMIZERS.items():
         loss, share = torch.stack([results(make_trainer, seed, train, test) for seed in range(SEEDS)], 1)
         print(f"{name:30} loss {loss.mean():.3f} ({' '.join(f'{one:.3f}' for one in loss)})   accuracy {share.mean():.1%}")
+        figures[name] = {"mean": loss.mean().item(), "seeds": loss.tolist(), "accuracy": share.mean().item()}
+    Path(FOLDER, "results.json").write_text(json.dumps({"steps": STEPS, "evaluation loss": figures}, indent=1) + "\n")

@@ -65,7 +65,7 @@ def _positive(text: str) -> int:
 
 
 def _demo_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of demo.png and demo.json (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of figures and plot (%(default)s)")
     parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs of every optimizer on every task (%(default)s)")
     parser.add_argument("--workers", type=_positive, default=2, metavar="N", help="processes of one thread each (%(default)s)")
     parser.add_argument(

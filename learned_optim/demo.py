@@ -189,7 +189,7 @@ def evaluate(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[float, 
 
 
 def run(network: OptimizerNetwork, out: Path, *, seeds: int = 3, workers: int = 2, steps_scale: float = 1.0) -> str:
-    """Trains every task with every optimizer and seed, and writes `demo.json` and `demo.png` into `out`.
+    """Trains every task with every optimizer and seed, and writes `demo.json`, `summary.json` and `demo.png` into `out`.
 
     Args:
         network: what `LearnedOptimizer` runs.
@@ -214,13 +214,15 @@ def run(network: OptimizerNetwork, out: Path, *, seeds: int = 3, workers: int = 
     seconds = round(time.perf_counter() - start)
     settings = {"weights": fingerprint(network), "steps": steps, "seeds": seeds, "workers": workers, "threads_per_worker": 1}
     machine = {"torch": torch.__version__, "python": platform.python_version(), "seconds": seconds}
-    figures = [{key: _json_value(value) for key, value in asdict(run).items()} for run in runs]
-    (out / "demo.json").write_text(json.dumps({"settings": settings | machine, "runs": figures}, allow_nan=False) + "\n")
+    settings |= machine
+    for name, figures in (("demo", {"runs": [asdict(run) for run in runs]}), ("summary", {"tasks": summary(runs)})):
+        indent = None if name == "demo" else 1  # what is short is for readers too
+        (out / f"{name}.json").write_text(json.dumps({"settings": settings} | _json_value(figures), allow_nan=False, indent=indent) + "\n")
     plot(runs, out / "demo.png")
     return (
-        f"{report(runs)}\n\nweights {settings['weights']}, torch {torch.__version__}, Python {machine['python']}; "
+        f"{report(runs)}\n\nweights {settings['weights']}, torch {torch.__version__}, Python {settings['python']}; "
         f"{workers} processes of 1 thread; {seconds} s in all\n"
-        f"plot: {out / 'demo.png'}\nfigures: {out / 'demo.json'}"
+        f"plot: {out / 'demo.png'}\nfigures: {out / 'demo.json'}, {out / 'summary.json'}"
     )
 
 
@@ -228,6 +230,8 @@ def _json_value(value: Any) -> Any:
     """Floats with 6 digits; None where a run diverged, since JSON knows neither NaN nor infinity."""
     if isinstance(value, list):
         return [_json_value(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _json_value(item) for key, item in value.items()}
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
@@ -247,29 +251,50 @@ def best_adamw(runs: Sequence[Run], task: str) -> str:
     return min(ADAMW_GRID, key=loss)
 
 
+def summary(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Of each task the best AdamW's name, and the figures of the optimizers that are compared: losses as mean and deviation over the seeds
+    (None of a single one), and the training loss over that of the best AdamW (None where that is zero)."""
+    found = {}
+    for task in TASKS:
+        best = best_adamw(runs, task)
+        reference = statistics.fmean(run.train_loss for run in select(runs, task, best))
+        optimizers = {}
+        for name in dict.fromkeys((LEARNED, LEARNED_HORIZON, ADAMW_DEFAULT, best)):
+            mine = select(runs, task, name)
+            train_losses = [run.train_loss for run in mine]
+            optimizers[name] = {
+                "train": _spread(train_losses),
+                "validation": _spread([run.validation_loss for run in mine]),
+                "accuracy": statistics.fmean(run.validation_accuracy for run in mine),
+                "ms_per_step": statistics.median(run.ms_per_step for run in mine),
+                "over_best": statistics.fmean(train_losses) / reference if reference > 0 else None,
+            }
+        found[task] = {"best": best, "optimizers": optimizers}
+    return found
+
+
 def report(runs: Sequence[Run]) -> str:
     """A table with a row per task and optimizer, how to read it, and a line per task with its outcome."""
     rows = [("task", "optimizer", "training loss", "validation loss", "accuracy", "ms/step", "loss / best AdamW")]
     outcomes = []
-    for task in TASKS:
-        best = best_adamw(runs, task)
-        loss = {name: statistics.fmean(run.train_loss for run in select(runs, task, name)) for name in OPTIMIZERS}
-        for name in dict.fromkeys((LEARNED, LEARNED_HORIZON, ADAMW_DEFAULT, best)):
-            mine = select(runs, task, name)
+    for task, found in summary(runs).items():
+        best, optimizers = found["best"], found["optimizers"]
+        loss = {name: figures["train"]["mean"] for name, figures in optimizers.items()}
+        for name, figures in optimizers.items():
             rows.append(
                 (
                     task,
                     name + (f" (best of {len(ADAMW_GRID)})" if name == best else " (default)" if name == ADAMW_DEFAULT else ""),
-                    _spread([run.train_loss for run in mine]),
-                    _spread([run.validation_loss for run in mine]),
-                    f"{statistics.fmean(run.validation_accuracy for run in mine):.1%}",
-                    f"{statistics.median(run.ms_per_step for run in mine):.1f}",
-                    _ratio(loss[name], loss[best]),
+                    _plus_minus(figures["train"]),
+                    _plus_minus(figures["validation"]),
+                    f"{figures['accuracy']:.1%}",
+                    f"{figures['ms_per_step']:.1f}",
+                    _times(figures["over_best"]),
                 )
             )
         outcomes.append(
             f"{task}: {LEARNED} {loss[LEARNED]:#.3g} vs AdamW(1e-3) {loss[ADAMW_DEFAULT]:#.3g}, "
-            f"best AdamW of {len(ADAMW_GRID)} {loss[best]:#.3g} ({_ratio(loss[LEARNED], loss[best])})"
+            f"best AdamW of {len(ADAMW_GRID)} {loss[best]:#.3g} ({_times(optimizers[LEARNED]['over_best'])})"
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows]
@@ -283,12 +308,16 @@ def report(runs: Sequence[Run]) -> str:
     return "\n".join([*lines, "", legend, "", *outcomes])
 
 
-def _ratio(loss: float, best: float) -> str:
-    return f"{loss / best:.2f}x" if best > 0 else "-"
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):#.3g}" + (f" ± {statistics.stdev(values):#.2g}" if len(values) > 1 else "")
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def _plus_minus(spread: dict[str, float | None]) -> str:
+    return f"{spread['mean']:#.3g}" + ("" if spread["deviation"] is None else f" ± {spread['deviation']:#.2g}")
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:

@@ -116,6 +116,7 @@ def test_the_program_runs_and_resumes(quality: Any, tmp_path: Path, monkeypatch:
     assert all(0.9 < one["ratio"] < 1.1 for one in results["formats"].values())
     assert all(one["tasks"] == pytest.approx({"linear": one["speed"]}) for one in results["formats"].values())
     assert all(one["above"] == {"linear": 0} for one in results["formats"].values())
+    assert all(one["counts"] == {"linear": one["most"]} for one in results["formats"].values())
     again = quality.report.Results(tmp_path / "runs.jsonl", results["weights"])
     assert quality.report.formats(["linear"], again, 1, {"linear": 0.0})["learned"]["above"] == {"linear": 2}
     assert (tmp_path / "speed.png").stat().st_size > 0

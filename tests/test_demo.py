@@ -64,6 +64,12 @@ def test_figures_are_complete_and_finite(quick):
 
 
 @pytest.mark.slow
+def test_summary_is_that_of_the_runs(quick):
+    figures, found = (json.loads((quick[0] / f"{name}.json").read_text()) for name in ("demo", "summary"))
+    assert found == demo._json_value({"settings": figures["settings"], "tasks": demo.summary([demo.Run(**run) for run in figures["runs"]])})
+
+
+@pytest.mark.slow
 def test_every_optimizer_starts_from_the_same_model_and_batch(quick):
     runs = json.loads((quick[0] / "demo.json").read_text())["runs"]
     for task in demo.TASKS:
@@ -171,6 +177,14 @@ def test_report_says_by_how_much_it_lost():
 @pytest.mark.parametrize(("losses", "line"), [({demo.LEARNED: math.nan}, "LearnedOptimizer nan vs"), ({"AdamW lr=0.03": 0.0}, "0.00 (-)")])
 def test_report_survives_losses_that_have_no_ratio(losses, line):
     assert line in demo.report(make_runs(**losses))
+
+
+def test_summary_compares_with_the_best_of_the_grid():
+    found = demo.summary(make_runs(**{demo.LEARNED: 0.75, "AdamW lr=0.01": 0.5}))[demo.DIGITS]
+    assert found["best"] == "AdamW lr=0.01"
+    assert list(found["optimizers"]) == [demo.LEARNED, demo.LEARNED_HORIZON, demo.ADAMW_DEFAULT, "AdamW lr=0.01"]
+    assert found["optimizers"][demo.LEARNED]["train"] == {"mean": 0.75, "deviation": None}
+    assert found["optimizers"][demo.LEARNED]["over_best"] == 1.5
 
 
 def test_table_is_aligned_and_shows_the_spread_over_seeds():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -29,8 +30,10 @@ def test_example(name: str, modules: list[str], steps: int, pattern: str, tmp_pa
     assert len((EXAMPLES / name).read_text().splitlines()) < 80
     found = re.findall(pattern, run(name, str(steps), folder=tmp_path), re.MULTILINE)
     if name.startswith("trainer_"):
+        written = json.loads((tmp_path / "runs" / Path(name).stem / "results.json").read_text())["evaluation loss"]
         losses = [float(loss) for _, loss in found]
         assert len(losses) == 3
+        assert losses == [round(one["mean"], 3) for one in written.values()]
         if name == "trainer_gpt.py":
             assert max(losses[1:]) < losses[0], "even ten steps are enough to lead AdamW's default"
     else:

@@ -69,7 +69,7 @@ def formats(tasks: list[str], results: Results, seeds: int, untuned: dict[str, f
     """The speed with each format of the state over that with fp32: `ratio`, a geometric mean over tasks of that over seeds, and `error`,
     the standard error of its logarithm. Both formats have the same seeds, on each task as many as were run: `seeds` (fewest) to `most`.
     And the speed itself with so many seeds of ours, which scatters less than with those of the other tables, each task's, and of each
-    task how many runs end above a loss, `untuned`."""
+    task how many seeds there are and how many of their runs end above a loss, `untuned`."""
     found: dict[str, dict[str, Any]] = {}
     for name in (*LEARNED_NAMES, *STORED):
         exact = f"{name.split()[0]} {EXACT}"
@@ -88,6 +88,7 @@ def formats(tasks: list[str], results: Results, seeds: int, untuned: dict[str, f
         error = math.sqrt(sum(variances)) / len(tasks)
         found[name] = {"ratio": math.exp(statistics.fmean(means)), "error": error, "seeds": min(counts), "most": max(counts)}
         found[name] |= {"speed": geometric_mean(speeds), "tasks": dict(zip(tasks, speeds, strict=True)), "above": above}
+        found[name]["counts"] = dict(zip(tasks, counts, strict=True))
     return found
 
 
