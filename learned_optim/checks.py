@@ -9,7 +9,7 @@ import itertools
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -56,7 +56,7 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"lr must be a number or a tensor with one element, got {lr!r}")
     if not 0 <= lr < math.inf:
         raise ValueError(f"lr multiplies the learned update and must not be negative, got {lr}, and must be finite; 1.0 is the default")
-    if not isinstance(weight_decay, numbers.Real) or not 0 <= weight_decay < math.inf:
+    if not isinstance(weight_decay, numbers.Real) or not 0 <= float(weight_decay) < math.inf:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}, and must be finite")
     group["weight_decay"] = float(weight_decay)
     for key, what in (("total_steps", "optimizer steps"), ("matrices", "matrices in the whole model")):
@@ -86,8 +86,8 @@ def check_parameter(param: Tensor, name: str) -> None:
     """
     if param.dtype not in PARAMETER_DTYPES:
         raise ValueError(
-            f"LearnedOptimizer trains real floating-point parameters, got one of dtype {param.dtype} and shape {tuple(param.shape)}, {name}. "
-            "It takes float32, float64, bfloat16 and float16."
+            f"LearnedOptimizer trains real floating-point parameters, got one of dtype {param.dtype} and shape {tuple(param.shape)}, "
+            f"{name}. It takes float32, float64, bfloat16 and float16."
         )
     if param.layout is not torch.strided:
         raise ValueError(f"LearnedOptimizer trains dense parameters, and {name} has the layout {param.layout}")
@@ -105,8 +105,8 @@ def check_place(param: Tensor, name: str) -> None:
     """
     if hasattr(param, "device_mesh"):  # a DTensor; importing its class would cost more than the whole package
         raise RuntimeError(
-            f"LearnedOptimizer does not support sharded parameters (DTensor, FSDP2) yet, and got one of shape {tuple(param.shape)}, {name}. "
-            "Train with DistributedDataParallel instead."
+            f"LearnedOptimizer does not support sharded parameters (DTensor, FSDP2) yet, and got one of shape {tuple(param.shape)}, {name}."
+            " Train with DistributedDataParallel instead."
         )
     if not is_plain(param):
         raise RuntimeError(
@@ -214,9 +214,9 @@ class Ledger:
     is kept, and looked at again only where a tensor, its address or the parameter's shape is another one.
     """
 
-    def __init__(self, device: torch.device, config: NetworkConfig, controls: int) -> None:
+    def __init__(self, device: torch.device, config: NetworkConfig, controls: int, name: Callable[[Tensor], str]) -> None:
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.config, self.controls, self.device = config, controls, device
+        self.config, self.controls, self.name = config, controls, name
         self.keys = tuple(expected(torch.empty(0), config, controls))
         self.kept = itemgetter(*self.keys)
         self._layout: Layout | None = None
@@ -230,7 +230,7 @@ class Ledger:
             layout: of the parameters' shapes.
 
         Raises:
-            RuntimeError: with the number of the parameter among `params`, and what does not fit.
+            RuntimeError: with the parameter's name and what does not fit.
         """
         try:
             tensors = [*params, *itertools.chain.from_iterable(map(self.kept, states))]
@@ -243,14 +243,14 @@ class Ledger:
             self._layout, self._tensors = layout, tensors
 
     def check_places(self, places: list[int], params: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
-        """The same, for a kernel that has found these addresses; of the same tensors they change only where somebody swapped their memory."""
+        """The same, for a kernel that has found these addresses: of the same tensors they change where somebody swapped their memory."""
         if places != self._places:
             self._look(params, states)
             self._places = places
 
     def _look(self, params: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
-        for k, (param, state) in enumerate(zip(params, states, strict=True)):
-            name = f"parameter {k} of those with a gradient"
+        for param, state in zip(params, states, strict=True):
+            name = self.name(param)
             check_place(param, name)
             for key, (shape, dtype) in expected(param, self.config, self.controls).items():
                 if key not in state:

@@ -92,6 +92,8 @@ class Layout:
     def per_tensor(self, numbers: Sequence[float | Tensor]) -> Tensor:
         """Numbers that tensors have once, (K,), in fp32. They go to the device as arguments of its kernels, one for a run of equal ones: a
         copy would make the host wait for a GPU, and a CUDA graph could not hold it."""
+        if not isinstance(numbers[0], Tensor) and len(set(map(id, numbers))) == 1:  # one group, as nearly always, and worth being quick
+            return torch.full((len(numbers),), float(numbers[0]), dtype=torch.float32, device=self.device)
         same = [list(run) for _, run in itertools.groupby(numbers, id)]  # a group's are one object, which is quick to see
         parts = []
         for _, equal in itertools.groupby(same, lambda run: id(run[0]) if isinstance(run[0], Tensor) else run[0]):

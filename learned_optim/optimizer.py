@@ -193,9 +193,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             ledger = arguments[-1]
             if not self._warned and device.type == "cpu" and ledger.skipped.item():
                 self._warned = True
-                found = [self._name(param) for param, grad, _ in by_device[device].values() if not checks.is_finite(grad)]
+                found = [self._name(param) for param, grad, _ in by_device[device].values() if not checks.is_finite(grad)][:5]
                 warnings.warn(
-                    f"the gradient of {', '.join(found[:5]) or 'a parameter'}{' and others' if len(found) > 5 else ''} is not finite, or "
+                    f"the gradient of {', '.join(found) or 'a parameter'} is not finite, or "
                     "its square is not. Such parameters and their state stay as they are in that step, and the others move on; the optimizer's "
                     "attribute `skipped` counts them, and this is said once. With error_if_nonfinite=True the step raises instead.",
                     stacklevel=4,
@@ -237,7 +237,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             of_groups = tuple(tuple(group[key] for group in groups) for key in ("stacked", "matrices"))
         layout = Layout.of(shapes, device, *of_groups)
         if device not in self._ledgers:
-            self._ledgers[device] = Ledger(device, network.config, CONTROL)
+            self._ledgers[device] = Ledger(device, network.config, CONTROL, self._name)
         ledger = self._ledgers[device]
         ledger.check(layout, params, states)
         horizons = layout.per_tensor([group["total_steps"] or math.inf for group in groups])
@@ -401,7 +401,8 @@ def reference_step(
             undo += [(fine, value, value.clone()) for value in (param, *(state[key] for key in ledger.keys))]
     elif not finite.all():
         if chosen := finite.nonzero().flatten().tolist():
-            params, grads, states, lr, weight_decay = ([each[k] for k in chosen] for each in (params, grads, states, lr, weight_decay))
+            some: Any = ([each[k] for k in chosen] for each in (params, grads, states, lr, weight_decay))
+            params, grads, states, lr, weight_decay = some
             reference_step(network, layout.of_some(chosen), params, grads, states, total_steps[chosen], lr, weight_decay, ledger)
         return
     change, new = update(network, layout, grad, joined, total_steps)

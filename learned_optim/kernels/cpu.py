@@ -20,6 +20,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -191,7 +192,8 @@ def step(
             if ledger is not None:
                 ledger.skipped += len(params) - len(chosen)
             if chosen:
-                params, flat, states, lr, weight_decay = ([each[k] for k in chosen] for each in (params, flat, states, lr, weight_decay))
+                some: Any = ([each[k] for k in chosen] for each in (params, flat, states, lr, weight_decay))
+                params, flat, states, lr, weight_decay = some
                 step(network, layout.of_some(chosen), params, flat, states, total_steps[chosen], lr, weight_decay, ledger)
             return
     *products, second_moment = means
