@@ -134,7 +134,8 @@ def usable_gradient(grad: Tensor, name: str) -> Tensor:
         check_place(grad, name)
     if not is_plain(grad):
         raise RuntimeError(f"LearnedOptimizer reads plain gradients, {check} of class {type(grad).__name__}")
-    return grad.as_subclass(Tensor).resolve_neg()
+    grad = grad.detach().as_subclass(Tensor).resolve_neg()
+    return grad.clone() if grad._is_zerotensor() else grad  # which has no memory
 
 
 def is_finite(grad: Tensor) -> bool:

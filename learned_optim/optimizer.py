@@ -175,7 +175,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 grad = param.grad
                 if grad is None:
                     continue
-                if type(grad) is not Tensor or grad.layout is not torch.strided or grad.is_neg():
+                if type(grad) is not Tensor or grad.layout is not torch.strided or grad.is_neg() or grad._is_zerotensor():
                     grad = checks.usable_gradient(grad, self._name(param))
                 by_device[param.device][id(param)] = param, -grad if maximize else grad, group
         if not by_device:
@@ -195,9 +195,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 self._warned = True
                 found = [self._name(param) for param, grad, _ in by_device[device].values() if not checks.is_finite(grad)][:5]
                 warnings.warn(
-                    f"the gradient of {', '.join(found) or 'a parameter'} is not finite, or "
-                    "its square is not. Such parameters and their state stay as they are in that step, and the others move on; the optimizer's "
-                    "attribute `skipped` counts them, and this is said once. With error_if_nonfinite=True the step raises instead.",
+                    f"the gradient of {', '.join(found) or 'a parameter'} is not finite, or its square is not. Such parameters and their "
+                    "state stay as they are in that step, and the others move on; the optimizer's attribute"
+                    " `skipped` counts them, and this is said once. With error_if_nonfinite=True the step raises instead.",
                     stacklevel=4,
                 )
         return loss

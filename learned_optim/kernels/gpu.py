@@ -241,9 +241,9 @@ def _gather(tensors, rows, count):
 def _scatter(tensors, finite, rows, count):
     """The way back, of tensors that are not left out."""
     k, i = tl.program_id(0), tl.arange(0, 2 * _BUCKETS)
-    mask = (i < _CONTROLS) & (tl.load(finite + k) != 0)
     control = _at(tl.load(tensors + k * _COLUMNS + _CONTROL), tl.float32, 4)
-    tl.store(control + i, tl.load(rows + i * count + k, mask=mask), mask=mask)
+    if tl.load(finite + k) != 0:
+        tl.store(control + i, tl.load(rows + i * count + k, mask=i < _CONTROLS), mask=i < _CONTROLS)
 
 
 @triton.jit
