@@ -126,11 +126,12 @@ def test_state_that_a_file_holds_in_another_precision_is_cast_back(pretrained: s
 
 
 def test_refusals_name_the_parameter_and_both_sizes() -> None:
-    _, optimizer = make()
-    saved = optimizer.state_dict()
-    wider = nn.ParameterDict({name: nn.Parameter(torch.ones(*param.shape[:-1], 9)) for name, param in make_model().named_parameters()})
-    with pytest.raises(ValueError, match=r"'moments' of parameter 'empty' has the shape .*, and the parameter as it is now needs"):
-        LearnedOptimizer(sorted(wider.named_parameters()), "small").load_state_dict(saved)
+    narrow, wide = (nn.Linear(3, size) for size in (4, 5))
+    optimizer = LearnedOptimizer(narrow.named_parameters())
+    narrow(torch.ones(3)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"'moments' of parameter 'weight' has the shape \(2, 4, 3\), and the .* needs \(2, 5, 3\)"):
+        LearnedOptimizer(wide.named_parameters()).load_state_dict(optimizer.state_dict())
 
 
 EDITS: dict[str, Callable[[Tensor], Any]] = {
@@ -246,7 +247,7 @@ def test_kinds_of_gradients(kind: str, shape: tuple[int, ...]) -> None:
             optimizer.step()
         results.append(param.detach())
     assert_near(results[:1], results[1:], 1e-3)
-    assert kind == "zeros that have no memory" or not results[0].equal(torch.ones(shape))
+    assert kind in ("zeros that have no memory", "denormal") or not results[0].equal(torch.ones(shape))
 
 
 @pytest.mark.parametrize(
@@ -265,8 +266,9 @@ def test_parameters_that_cannot_be_trained_are_refused_before_others_move(param:
     other, late = nn.Parameter(torch.ones(3)), nn.Parameter(param, requires_grad=False)
     optimizer = LearnedOptimizer([other, late])
     late.requires_grad_()
-    other.grad, late.grad = torch.ones(3), torch.ones(late.shape).to(late.dtype)
+    other.grad = torch.ones(3)
     if late.layout is torch.strided:
+        late.grad = torch.ones(late.shape).to(late.dtype)
         with pytest.raises(RuntimeError, match=message):
             optimizer.step()
         assert other.equal(torch.ones(3))
