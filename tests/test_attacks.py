@@ -146,7 +146,7 @@ EDITS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kernel", ["compiled", "reference", "triton"])
+@pytest.mark.parametrize("kernel", ["compiled", "reference", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("key", ["control", "moments", "lstm"])
 def test_state_that_was_edited_reaches_no_pointer(kernel: str, edit: str, key: str) -> None:
