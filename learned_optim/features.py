@@ -36,21 +36,42 @@ class Layout:
     """Where each tensor lies among the coordinates, and what its shape says about it.
 
     Torch keeps a layer's outputs in the first dimension: a weight of shape (fan_out, ...) is a matrix fan_out x fan_in, convolution kernels
-    flattened. A vector has a fan-in of 1. A *matrix* is what has both fans above 1.
+    flattened. A vector has a fan-in of 1. A *matrix* is what has both fans above 1. Where a tensor is *stacked*, such as the weights of
+    experts (..., fan_out, fan_in), each of its last two dimensions' matrices is one of its own.
+
+    Args:
+        stacked: which tensors are; none where it is empty.
+        matrices: how many matrices the model of each tensor has, which may be more than are here; None for as many as are here, and for all
+            tensors where it is empty.
     """
 
-    def __init__(self, shapes: tuple[torch.Size, ...], device: torch.device) -> None:
-        self.shapes = shapes
+    def __init__(
+        self, shapes: tuple[torch.Size, ...], device: torch.device, stacked: tuple[bool, ...] = (), matrices: tuple[int | None, ...] = ()
+    ) -> None:
+        self.shapes, self.device = shapes, device
+        self.stacked, self.matrices = stacked or (False,) * len(shapes), matrices or (None,) * len(shapes)
         self.sizes = [shape.numel() for shape in shapes]
         self.fans = [(shape[0], math.prod(shape[1:])) if len(shape) > 1 else (shape.numel(), 1) for shape in shapes]
+        # How many matrices a tensor is a stack of; none where it is not stacked.
+        self.stacks: list[tuple[int, ...]] = [()] * len(shapes)
+        for k, shape in enumerate(shapes):
+            if self.stacked[k] and len(shape) > 2:
+                self.fans[k], self.stacks[k] = (shape[-2], shape[-1]), (math.prod(shape[:-2]),)
         self.is_matrix = [min(fans) > 1 for fans in self.fans]
-        self.device = device
 
     @staticmethod
     @functools.lru_cache(maxsize=4)
-    def of(shapes: tuple[torch.Size, ...], device: torch.device) -> Layout:
-        """The layout of tensors of these shapes; the same object each time."""
-        return Layout(shapes, device)
+    def of(
+        shapes: tuple[torch.Size, ...], device: torch.device, stacked: tuple[bool, ...] = (), matrices: tuple[int | None, ...] = ()
+    ) -> Layout:
+        """The layout of these tensors; the same object each time."""
+        return Layout(shapes, device, stacked, matrices)
+
+    def of_some(self, members: Sequence[int]) -> Layout:
+        """The layout of some of the tensors, which goes on counting the matrices of all."""
+        total = sum(math.prod(stack) for stack, matrix in zip(self.stacks, self.is_matrix, strict=True) if matrix)
+        shapes, stacked = (tuple(each[k] for k in members) for each in (self.shapes, self.stacked))
+        return Layout.of(shapes, self.device, stacked, tuple(self.matrices[k] or max(1, total) for k in members))
 
     def blocks(self, size: int) -> list[Block]:
         """The coordinates in blocks of about `size`. A large tensor has blocks of its own, so that within them what belongs to a tensor is
@@ -71,6 +92,8 @@ class Layout:
     def per_tensor(self, numbers: Sequence[float | Tensor]) -> Tensor:
         """Numbers that tensors have once, (K,), in fp32. They go to the device as arguments of its kernels, one for a run of equal ones: a
         copy would make the host wait for a GPU, and a CUDA graph could not hold it."""
+        if not isinstance(numbers[0], Tensor) and len(set(map(id, numbers))) == 1:  # one group, as nearly always, and worth being quick
+            return torch.full((len(numbers),), float(numbers[0]), dtype=torch.float32, device=self.device)
         same = [list(run) for _, run in itertools.groupby(numbers, id)]  # a group's are one object, which is quick to see
         parts = []
         for _, equal in itertools.groupby(same, lambda run: id(run[0]) if isinstance(run[0], Tensor) else run[0]):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import numbers
 import os
 import warnings
 from collections import defaultdict
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from . import checks
+from .checks import Ledger
 from .config import NetworkConfig
 from .features import Layout
 from .kernels import cpu
@@ -44,13 +48,28 @@ class LearnedOptimizer(torch.optim.Optimizer):
         total_steps: the number of optimizer steps that the parameters will be trained for, where it is known: the rule then anneals its
             step size towards the end. None, the default, works without that knowledge. A group that is added later counts from its own
             first step.
+        matrices: how many matrices the whole model has, convolutions included, where this optimizer is given a part of it only, as with one
+            optimizer for each parameter: those of models with one or two take longer steps. None, the default, counts those that it has.
+        error_if_nonfinite: what a gradient that is not finite, or whose square is not in fp32, does to a step. False, the default, leaves
+            its tensor out of it: parameter and state stay as they are, the others move on, `skipped` counts it, and the first time there is
+            a warning (not on a GPU, which would have to be waited for). True raises before anything moves, as in
+            `torch.nn.utils.clip_grad_norm_`; it waits for GPUs.
         revision: branch, tag or commit of a Hub repository.
         kernel: what runs the rule: "reference", PyTorch operations on any device; "compiled", the C code that comes with the package, on a
             CPU, and PyTorch operations elsewhere; "triton", Triton kernels on CUDA devices, which orthogonalise matrices in bfloat16; or
             "auto", the fastest that can run: C code on a CPU, Triton on CUDA devices.
 
+    A group may have its own `lr`, `weight_decay`, `total_steps` and `matrices`, and these besides:
+
+    - `maximize`: True goes uphill.
+    - `stacked`: True where parameters of three and more dimensions are stacks of matrices (..., fan_out, fan_in), such as the weights of
+      experts. False, the default, takes them for convolutions, (fan_out, fan_in, ...).
+
+    Any other key that is no scheduler's is refused.
+
     Raises:
         ValueError: a hyperparameter is out of range, or the weights cannot be used as asked; the message names the file and the reason.
+        TypeError: a learning rate was given in place of the weights.
         RuntimeError: a kernel was asked for by name and cannot run.
     """
 
@@ -62,27 +81,69 @@ class LearnedOptimizer(torch.optim.Optimizer):
         lr: float | Tensor = 1.0,
         weight_decay: float = 0.0,
         total_steps: int | None = None,
+        matrices: int | None = None,
+        error_if_nonfinite: bool = False,
         revision: str | None = None,
         kernel: str = "auto",
     ) -> None:
+        if isinstance(pretrained, numbers.Number | Tensor):
+            raise TypeError(
+                f"the second argument of LearnedOptimizer says which weights to use, got {pretrained!r}. If that is a learning rate, leave "
+                "it out: none is needed here, and lr= is a multiplier of the learned update, whose default is 1.0."
+            )
         if kernel not in KERNELS:
             raise ValueError(f"kernel must be one of {list(KERNELS)}, got {kernel!r}")
         self.kernel = kernel
         network = copy.deepcopy(pretrained) if isinstance(pretrained, OptimizerNetwork) else load_network(pretrained, revision=revision)
         self.network = network.float().requires_grad_(False)
         self.kernels: dict[str, str] = {}  # what runs on each type of device
+        self.error_if_nonfinite = error_if_nonfinite
+        self._skipped, self._warned = 0, False  # tensors before this object was a copy; whether the user knows of them
+        self._ledgers: dict[torch.device, Ledger] = {}
         defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "weights": fingerprint(self.network)}
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | {"maximize": False, "matrices": matrices, "stacked": False})
+        # OneCycleLR and CyclicLR want to cycle some momentum, unless told otherwise, of an optimizer that has one. The rule's is not theirs
+        # to change; what they write into groups has no effect.
+        self.defaults["momentum"] = self.network.config.momentum
+        small = {lr for group in self.param_groups if not isinstance(lr := group["lr"], Tensor) and 0 < lr <= checks.SMALL_LR}
+        if small:
+            warnings.warn(
+                f"lr={max(small):g} multiplies the learned update, so training will be about {1 / max(small):.0f} times as slow as it was "
+                "meta-trained to be. It is no learning rate: 1.0 is the default, and what to use unless you mean this.",
+                stacklevel=2,
+            )
         for device in {param.device: None for group in self.param_groups for param in group["params"]}:
             self._choose_kernel(device, stacklevel=3)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):
+            checks.check_keys(param_group)
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.pop("momentum", None)
         try:
-            _check_group(self.param_groups[-1])
+            checks.check_group(group)
+            for param in group["params"]:
+                # What is frozen may be of any kind, as the integers of a quantised model, unless it gets a gradient one day.
+                if param.requires_grad:
+                    checks.check_parameter(param, self._name(param))
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
+
+    @property
+    def skipped(self) -> int:
+        """How many times a tensor was left out of a step because its gradient was not finite. To ask waits for a GPU."""
+        return self._skipped + sum(int(ledger.skipped) for ledger in self._ledgers.values())
+
+    def _name(self, param: Tensor) -> str:
+        """How messages call a parameter."""
+        for i, group in enumerate(self.param_groups):
+            for k, member in enumerate(group["params"]):
+                if member is param:
+                    names = group.get("param_names")
+                    return f"parameter {names[k]!r}" if names else f"parameter {k} of group {i}"
+        return "a parameter"
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -98,7 +159,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss; optional, and called once.
 
         Raises:
-            RuntimeError: a gradient is sparse or sharded.
+            RuntimeError: a parameter, its gradient or its state is none that can be trained with: sparse, sharded, of another shape; or,
+                with `error_if_nonfinite`, a gradient is not finite. Nothing has moved then.
         """
         loss = None
         if closure is not None:
@@ -108,56 +170,87 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # Each parameter with its gradient and group; a dict, so that a parameter named twice moves once.
         by_device: dict[torch.device, dict[int, tuple[Tensor, Tensor, dict[str, Any]]]] = defaultdict(dict)
         for group in self.param_groups:
+            maximize = group["maximize"]
             for param in group["params"]:
                 grad = param.grad
                 if grad is None:
                     continue
-                if grad.is_sparse:
-                    raise RuntimeError(
-                        f"LearnedOptimizer does not support sparse gradients, and a parameter of shape {tuple(param.shape)} has one. "
-                        "Build its embedding with sparse=False, or give it to torch.optim.SparseAdam."
-                    )
-                if type(grad) is not Tensor and hasattr(
-                    grad, "device_mesh"
-                ):  # a DTensor; importing its class would cost more than the whole package
-                    raise RuntimeError(
-                        "LearnedOptimizer does not support sharded parameters (DTensor, FSDP2) yet, and got one of shape "
-                        f"{tuple(param.shape)}. Train with DistributedDataParallel instead."
-                    )
-                by_device[param.device][id(param)] = param, grad, group
+                if type(grad) is not Tensor or grad.layout is not torch.strided or grad.is_neg() or grad._is_zerotensor():
+                    grad = checks.usable_gradient(grad, self._name(param))
+                by_device[param.device][id(param)] = param, -grad if maximize else grad, group
         if not by_device:
             warnings.warn(
                 "LearnedOptimizer.step() found no gradient on any of its parameters, so it changed nothing. Call loss.backward() first, "
                 "and check that the optimizer was built from the parameters of the model that is being trained.",
                 stacklevel=4,  # the caller of `step`, behind two wrappers of torch
             )
-        for device, members in by_device.items():
-            self._step_device(device, members.values())
+        work = [self._prepare(device, members.values()) for device, members in by_device.items()]
+        if self.error_if_nonfinite:
+            self._check_finite(itertools.chain.from_iterable(members.values() for members in by_device.values()))
+        for device, step, arguments in filter(None, work):
+            with torch.autocast(device.type, enabled=False):
+                step(self.network, *arguments)
+            ledger = arguments[-1]
+            if not self._warned and device.type == "cpu" and ledger.skipped.item():
+                self._warned = True
+                found = [self._name(param) for param, grad, _ in by_device[device].values() if not checks.is_finite(grad)][:5]
+                warnings.warn(
+                    f"the gradient of {', '.join(found) or 'a parameter'} is not finite, or its square is not. Such parameters and their "
+                    "state stay as they are in that step, and the others move on; the optimizer's attribute"
+                    " `skipped` counts them, and this is said once. With error_if_nonfinite=True the step raises instead.",
+                    stacklevel=4,
+                )
         return loss
 
-    def _step_device(self, device: torch.device, members: Iterable[tuple[Tensor, Tensor, dict[str, Any]]]) -> None:
-        """Runs the rule for all parameters of a device at once and writes the results back in place."""
+    def _prepare(
+        self, device: torch.device, members: Iterable[tuple[Tensor, Tensor, dict[str, Any]]]
+    ) -> tuple[torch.device, Callable[..., None], tuple[Any, ...]] | None:
+        """What runs the rule for all parameters of a device at once, and on what; None where there is nothing to change. All that might be
+        refused is looked at here, before any device has begun."""
         network = self.network
         if network.log_step_size.device != device:  # `to` walks through all of it, which is a sixth of a small model's step
             network.to(device)
-        params, grads, states, groups = [], [], [], []
+        params, grads, states, groups, fresh = [], [], [], [], []
         for param, grad, group in members:
             state = self.state[param]  # looking a tensor up is slow enough to be done once
-            if not state:
-                state = self.state[param] = init_state(param, network.config)
+            if "control" not in state:
+                fresh.append((param, state))
             if param.numel():
                 params.append(param)
                 grads.append(grad)
                 states.append(state)
                 groups.append(group)
+        for param, _ in fresh:
+            checks.check_place(param, self._name(param))
+        for param, state in fresh:
+            state.update(init_state(param, network.config))
         if not params:
-            return
-        layout = Layout.of(tuple(param.shape for param in params), device)
+            return None
+        shapes = tuple([param.shape for param in params])
+        if tuple([grad.shape for grad in grads]) != shapes:
+            raise RuntimeError(
+                f"a parameter was given other memory after its gradient was made: shapes {list(map(tuple, shapes))}, gradients "
+                f"{[tuple(grad.shape) for grad in grads]}. Call zero_grad() after changing a model."
+            )
+        of_groups: tuple[tuple[Any, ...], ...] = ()
+        if any(group["stacked"] or group["matrices"] is not None for group in self.param_groups):
+            of_groups = tuple(tuple(group[key] for group in groups) for key in ("stacked", "matrices"))
+        layout = Layout.of(shapes, device, *of_groups)
+        if device not in self._ledgers:
+            self._ledgers[device] = Ledger(device, network.config, CONTROL, self._name)
+        ledger = self._ledgers[device]
+        ledger.check(layout, params, states)
         horizons = layout.per_tensor([group["total_steps"] or math.inf for group in groups])
         rates, decays = ([group[key] for group in groups] for key in ("lr", "weight_decay"))
         step = _step_function(self._choose_kernel(device, stacklevel=6))
-        with torch.autocast(device.type, enabled=False):
-            step(network, layout, params, grads, states, horizons, rates, decays)
+        return device, step, (layout, params, grads, states, horizons, rates, decays, ledger)
+
+    def _check_finite(self, members: Iterable[tuple[Tensor, Tensor, dict[str, Any]]]) -> None:
+        if found := [self._name(param) for param, grad, _ in members if not checks.is_finite(grad)]:
+            raise RuntimeError(
+                f"the gradient of {', '.join(found)} is not finite, or its square is not. Nothing was changed. With "
+                "error_if_nonfinite=False, the default, the step leaves such parameters out."
+            )
 
     def _choose_kernel(self, device: torch.device, stacklevel: int) -> str:
         """What runs the rule on a device; where that is not what one would expect, the first call for its type warns or raises."""
@@ -178,30 +271,40 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Where a copy wakes up, other kernels may run.
-        return {**super().__getstate__(), "network": self.network, "kernel": self.kernel, "kernels": {}}
+        own = {"network": self.network, "kernel": self.kernel, "kernels": {}, "error_if_nonfinite": self.error_if_nonfinite}
+        return {**super().__getstate__(), **own, "_skipped": self.skipped, "_ledgers": {}, "_warned": self._warned}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned; the optimizer must run the same weights.
 
         Torch casts floating-point state to the parameter's dtype here, which would round the LSTM's state of a bf16 parameter. This
-        restores each tensor as it was saved.
+        restores each tensor as it was saved; where the file holds it in another precision, in the one that it needs.
 
         Raises:
-            ValueError: the groups do not match, or the state belongs to other weights.
+            ValueError: the groups do not match, the state belongs to other weights or does not fit its parameter, or a number is out of
+                range; the optimizer is as before.
         """
-        saved: dict[str, Any] = {}
+        fitted: dict[Tensor, dict[str, Tensor]] = {}
 
-        def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-            _check_weights(state_dict, fingerprint(self.network))
-            saved.update(state_dict)
+        def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            fitted.clear()
+            members = self._match(state_dict)
+            state = dict(state_dict["state"])
+            for index, param in members.items():
+                # An optimizer that has not begun may carry entries of the user's already.
+                if state.get(index) and any(key in state[index] for key in self._keys()):
+                    name = self._name(param)
+                    fitted[param] = checks.fitted(param, name, state[index], self.network.config, CONTROL)
+                    state[index] = {key: value for key, value in state[index].items() if key not in fitted[param]}
+            options = {key: self.defaults[key] for key in checks.LATER}
+            return {**state_dict, "state": state, "param_groups": [options | group for group in state_dict["param_groups"]]}
 
         def restore(_: torch.optim.Optimizer) -> None:
-            params = [param for group in self.param_groups for param in group["params"]]
-            indices = [index for group in saved["param_groups"] for index in group["params"]]
-            for param, index in zip(params, indices, strict=True):
-                for key, value in saved["state"].get(index, {}).items():
-                    self.state[param][key] = value.to(param.device, copy=True, memory_format=torch.contiguous_format)
+            for group in self.param_groups:
+                checks.check_group(group)
+            for param, state in fitted.items():
+                self.state[param] = {**state, **self.state[param]}
 
         # Between the user's hooks: one of theirs may replace the dict before, and those after find the state as it was saved.
         hooks = [self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(restore, prepend=True)]
@@ -210,6 +313,35 @@ class LearnedOptimizer(torch.optim.Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _keys(self) -> tuple[str, ...]:
+        """What the rule keeps of a parameter."""
+        return tuple(checks.expected(torch.empty(0), self.network.config, CONTROL))
+
+    def _match(self, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
+        """The parameter of each index in a state dict whose groups and numbers fit.
+
+        Raises:
+            ValueError: they do not.
+        """
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise ValueError(f"this is no state of an optimizer: it lacks {key!r}")
+        _check_weights(state_dict, fingerprint(self.network))
+        saved = state_dict["param_groups"]
+        counts, mine = ([len(group["params"]) for group in groups] for groups in (saved, self.param_groups))
+        if counts != mine:
+            raise ValueError(f"the state has parameter groups of {counts} parameters, and the optimizer of {mine}")
+        for k, group in enumerate(saved):
+            if missing := [key for key in ("lr", "weight_decay", "total_steps") if key not in group]:
+                raise ValueError(f"parameter group {k} of the state lacks {', '.join(missing)}")
+            checks.check_group({key: self.defaults[key] for key in checks.LATER} | group)
+        indices = [index for group in saved for index in group["params"]]
+        if len(set(indices)) < len({id(param) for group in self.param_groups for param in group["params"]}):
+            raise ValueError("parameter groups of the state name a parameter twice")
+        if strays := [key for key in state_dict["state"] if isinstance(key, int) and key not in indices]:
+            raise ValueError(f"the state has entries {strays} of parameters that none of its groups names")
+        return dict(zip(indices, (param for group in self.param_groups for param in group["params"]), strict=True))
 
 
 def init_state(param: Tensor, config: NetworkConfig) -> State:
@@ -237,8 +369,12 @@ def reference_step(
     total_steps: Tensor,
     lr: Sequence[float | Tensor],
     weight_decay: Sequence[float],
+    ledger: Ledger,
 ) -> None:
     """One step by `rule.update`, for `K` parameters on any device.
+
+    Tensors whose gradients are not finite are left out: on a CPU as if they had none; elsewhere, where nobody knows which these are, they
+    count as tensors that have not begun yet, and are put back to what they were.
 
     Args:
         params: changed in place.
@@ -246,13 +382,30 @@ def reference_step(
         states: each parameter's state, see `init_state`; changed in place.
         total_steps: (K,).
         lr, weight_decay: each parameter's.
+        ledger: counts the tensors that are left out.
     """
     tensors = stored(network.config)
     joined = {"control": torch.stack([state["control"] for state in states], -1)}
     for key, tensor in tensors.items():
         rows = [load(state[key].view(sum(tensor.counts), -1), state.get(f"{key}_scale")) for state in states]
         joined |= tensor.split(torch.cat(rows, -1))
-    change, new = update(network, layout, torch.cat([grad.reshape(-1).float() for grad in grads]), joined, total_steps)
+    grad = torch.cat([grad.reshape(-1).float() for grad in grads])
+    means = [layout.mean(part) for part in (grad.square(), joined["momentum"].square(), joined["second_moment"])]
+    finite = torch.stack(means).isfinite().all(0)
+    ledger.skipped += len(params) - finite.sum()
+    undo: list[tuple[Tensor, Tensor, Tensor]] = []
+    if not may_wait(layout.device):
+        joined = {key: torch.where(finite if key == "control" else layout.spread(finite), value, 0) for key, value in joined.items()}
+        grad = torch.where(layout.spread(finite), grad, 0)
+        for fine, param, state in zip(finite, params, states, strict=True):
+            undo += [(fine, value, value.clone()) for value in (param, *(state[key] for key in ledger.keys))]
+    elif not finite.all():
+        if chosen := finite.nonzero().flatten().tolist():
+            some: Any = ([each[k] for k in chosen] for each in (params, grads, states, lr, weight_decay))
+            params, grads, states, lr, weight_decay = some
+            reference_step(network, layout.of_some(chosen), params, grads, states, total_steps[chosen], lr, weight_decay, ledger)
+        return
+    change, new = update(network, layout, grad, joined, total_steps)
 
     bits = [random_bits(size, state["control"][0]) for size, state in zip(layout.sizes, states, strict=True)]
     for key, tensor in tensors.items():
@@ -265,6 +418,13 @@ def reference_step(
         if decay != 0:
             part = part - decay * (part.square().mean().sqrt() / ADAMW_UPDATE_RMS) * param.reshape(-1)
         param.add_((part * rate).view(param.shape))
+    for fine, value, before in undo:
+        value.copy_(torch.where(fine, value, before))
+
+
+def may_wait(device: torch.device) -> bool:
+    """Whether the host may look at numbers on a device without waiting for it."""
+    return device.type == "cpu"
 
 
 def _trouble(kernel: str, network: OptimizerNetwork, device: torch.device) -> str | None:
@@ -296,21 +456,4 @@ def _check_weights(state_dict: dict[str, Any], mine: str) -> None:
             raise ValueError(
                 f"this state was made with optimizer weights {group['weights']}, but the optimizer runs {mine}; its hidden state would "
                 "mean something else. Build LearnedOptimizer with the weights (and the revision) that the checkpoint was made with."
-            )
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    lr, weight_decay, total_steps = group["lr"], group["weight_decay"], group["total_steps"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-    if not lr >= 0:
-        raise ValueError(f"lr multiplies the learned update and must not be negative, got {lr}; 1.0 is the default")
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
-    if total_steps is not None and (not isinstance(total_steps, int) or total_steps < 1):
-        raise ValueError(f"total_steps must be a positive number of optimizer steps, or None where it is not known; got {total_steps!r}")
-    for param in group["params"]:
-        if not param.is_floating_point():
-            raise ValueError(
-                f"LearnedOptimizer trains real floating-point parameters, got one of dtype {param.dtype} and shape {tuple(param.shape)}"
             )

@@ -337,18 +337,20 @@ def orthogonalize_all(
     """The directions (..., n) of matrices, by index, orthogonalised and with the spectral norms of step 4; `dtype` as in
     `orthogonalize`."""
     found: dict[int, Tensor] = {}
-    groups: dict[tuple[int, int], list[int]] = {}  # matrices of one shape are orthogonalised together
+    groups: dict[tuple[tuple[int, ...], int | None], list[int]] = {}  # matrices of one shape are orthogonalised together
     for k, orthogonal in enumerate(is_orthogonal(layout, config)):
         if orthogonal:
-            groups.setdefault(layout.fans[k], []).append(k)
-    few = max(1, MANY / max(1, sum(map(len, groups.values()))))
-    for (fan_out, fan_in), members in groups.items():
-        matrices = torch.stack([directions[k].unflatten(-1, (fan_out, fan_in)) for k in members])
+            groups.setdefault(((*layout.stacks[k], *layout.fans[k]), layout.matrices[k]), []).append(k)
+    here = sum(math.prod(layout.stacks[k]) for members in groups.values() for k in members)
+    for (shape, count), members in groups.items():
+        matrices = torch.stack([directions[k].unflatten(-1, shape) for k in members])
+        fan_out, fan_in = shape[-2:]
         fast = dtype if min(fan_out, fan_in) >= SMALL else None
         matrices = orthogonalize(matrices, config.orthogonalize_steps, fast)
+        few = max(1, MANY / (count or here))
         if (norm := few * math.sqrt(max(1, fan_out / fan_in))) > 1:
             matrices = norm * matrices
-        found |= zip(members, matrices.flatten(-2).unbind(), strict=True)
+        found |= zip(members, matrices.flatten(-len(shape)).unbind(), strict=True)
     return found
 
 

@@ -306,8 +306,8 @@ def test_constructor_refuses_bad_options(network: OptimizerNetwork, options: dic
     ("group", "message"),
     [
         *(({"params": [torch.ones(2)], **options}, message) for options, message in BAD_OPTIONS),
-        ({"params": [torch.ones(2, dtype=torch.int64)]}, "got one of dtype torch.int64"),
-        ({"params": [torch.ones(2), torch.ones(2, dtype=torch.complex64)]}, "got one of dtype torch.complex64"),
+        ({"params": [torch.ones(2), nn.Parameter(torch.ones(2, dtype=torch.complex64))]}, "got one of dtype torch.complex64"),
+        ({"params": [nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn))]}, "got one of dtype torch.float8_e4m3fn"),
     ],
 )
 def test_bad_group_leaves_the_optimizer_as_it_was(network: OptimizerNetwork, group: dict[str, Any], message: str) -> None:

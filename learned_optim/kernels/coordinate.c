@@ -155,7 +155,7 @@ INLINE Ratio tanh_ratio(float x) {
 
 /* The number of this file's interface, for the caller to check that it was written for it. Raise it with each change of a struct,
  * or of what a pass is given. */
-int64_t interface(void) { return 9; }
+int64_t interface(void) { return 10; }
 
 /* What each of `count` tensors has once, into rows for torch to compute with, and back. */
 void gather(const Tensor *tensors, int64_t count, float *rows) {
@@ -242,11 +242,11 @@ INLINE void store(int64_t format, void *stored, float *scale, int64_t begin, int
     }
 }
 
-/* Step 1 of the rule, and its sums: of squared gradients, of squared momenta before, of their products, and of second moments. */
-EACH_CPU void moments(Job *job, float decay1, float decay2) {
+/* Sums of step 1 of the rule: of squared gradients, of squared momenta before, of their products, and of new second moments. Nothing is
+ * written yet, so that a tensor whose sums are not finite may be left as it is; the second pass does. */
+EACH_CPU void moments(Job *job, float decay2) {
     const int64_t format = job->moment_format;
     float scratch[2][CHUNK];
-    uint32_t bits[CHUNK];
     for (int64_t b; (b = take(job)) < job->count;) {
         const Block *block = &job->blocks[b];
         const Tensor *tensor = &job->tensors[block->tensor];
@@ -270,14 +270,9 @@ EACH_CPU void moments(Job *job, float decay1, float decay2) {
                 grad_square += g * g;
                 momentum_square += m * m;
                 product += g * m;
-                momentum[j] = m + (1.0f - decay1) * (g - m);
-                second_moment[j] = v = v + (1.0f - decay2) * (g * g - v);
-                second += v;
+                second += v + (1.0f - decay2) * (g * g - v);
             }
             sums[0] += grad_square, sums[1] += momentum_square, sums[2] += product, sums[3] += second;
-            if (format != FLOAT32) random_bits(bits, begin, tensor->control[STEP]);
-            store(format, tensor->moments, 0, begin, n, momentum, bits, 0);
-            store(format, tensor->moments, 0, tensor->size + begin, n, second_moment, bits, 16);
         }
     }
 }
@@ -301,27 +296,39 @@ typedef struct {
     uint32_t bits[CHUNK];
 } Scratch;
 
-/* Step 3 of the rule for the `n` coordinates of a tensor from `begin` on; returns the sum of squared directions. `UNITS` is a constant where
- * this is inlined, so that sums over units are unrolled. Short loops one after the other let a processor work on several of their iterations
- * at once; in a long one each waits for its own results.
+/* Steps 1 and 3 of the rule for the `n` coordinates of a tensor from `begin` on; returns the sum of squared directions. `UNITS` is a constant
+ * where this is inlined, so that sums over units are unrolled. Short loops one after the other let a processor work on several of their
+ * iterations at once; in a long one each waits for its own results.
  *
  * scalars: the tensor's. */
 INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t begin, int64_t n, const Network *network,
-                  const GateWeights gate_weights, const float *scalars, Next next, Scratch *restrict s) {
+                  const GateWeights gate_weights, float decay1, float decay2, const float *scalars, Next next, Scratch *restrict s) {
     const float inverse1 = scalars[INVERSE1], inverse2 = scalars[INVERSE2], mean = scalars[MEAN], share = scalars[SHARE];
     const float portion = scalars[PORTION], kept = scalars[KEPT], steady = scalars[STEADY], inertia = scalars[INERTIA];
     const float floor = RELATIVE_FLOOR * mean + ABSOLUTE_FLOOR, inverse_mean = 1.0f / (mean + ABSOLUTE_FLOOR);
     const float skip_slow = network->skip[0], skip_fast = network->skip[1];
-    const int64_t format = job->lstm_format, size = tensor->size, chunks = (size + CHUNK - 1) / CHUNK, chunk = begin / CHUNK;
+    const int64_t moment_format = job->moment_format, format = job->lstm_format, size = tensor->size, chunks = (size + CHUNK - 1) / CHUNK, chunk = begin / CHUNK;
     const float *restrict grad = tensor->grad + begin;
     float *restrict direction = tensor->direction + begin;
-    float *momentum = place(job->moment_format, tensor->moments, begin, s->moments[0]);
-    float *second_moment = place(job->moment_format, tensor->moments, size + begin, s->moments[1]);
-    load(job->moment_format, tensor->moments, 0, begin, n, momentum);
-    load(job->moment_format, tensor->moments, 0, size + begin, n, second_moment);
+    float *momentum = place(moment_format, tensor->moments, begin, s->moments[0]);
+    float *second_moment = place(moment_format, tensor->moments, size + begin, s->moments[1]);
+    load(moment_format, tensor->moments, 0, begin, n, momentum);
+    load(moment_format, tensor->moments, 0, size + begin, n, second_moment);
     load(format, tensor->lstm, tensor->lstm_scale + 2 * UNITS * chunks + chunk, 2 * UNITS * size + begin, n, s->drift);
     __builtin_prefetch(next.tensor->control + STEP);
-    if (format != FLOAT32) random_bits(s->bits, begin, tensor->control[STEP]);
+    if (format != FLOAT32 || moment_format != FLOAT32) random_bits(s->bits, begin, tensor->control[STEP]);
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) {
+        float g = grad[j], m = momentum[j], v = second_moment[j];
+        momentum[j] = m + (1.0f - decay1) * (g - m);
+        second_moment[j] = v + (1.0f - decay2) * (g * g - v);
+    }
+    if (moment_format != FLOAT32) { /* what follows reads them as they are stored */
+        store(moment_format, tensor->moments, 0, begin, n, momentum, s->bits, 0);
+        store(moment_format, tensor->moments, 0, size + begin, n, second_moment, s->bits, 16);
+        load(moment_format, tensor->moments, 0, begin, n, momentum);
+        load(moment_format, tensor->moments, 0, size + begin, n, second_moment);
+    }
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) {
         float variance = second_moment[j] * inverse2 + floor;
@@ -390,10 +397,10 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
     return square;
 }
 
-/* Step 3 of the rule, and the sum of squared directions.
+/* Steps 1 and 3 of the rule, and the sum of squared directions.
  *
  * scalars: (tensors, SCALARS). */
-EACH_CPU void directions(Job *job, const Network *network, const float *scalars) {
+EACH_CPU void directions(Job *job, const Network *network, float decay1, float decay2, const float *scalars) {
     GateWeights weights;
     Scratch scratch;
     scale_gates(weights, network);
@@ -405,9 +412,9 @@ EACH_CPU void directions(Job *job, const Network *network, const float *scalars)
         for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) {
             const int64_t n = block->end - begin < CHUNK ? block->end - begin : CHUNK;
             const Next next = after(job, block, begin);
-#define LSTM(UNITS)                                                                             \
-    case UNITS:                                                                                 \
-        sum += lstm(UNITS, job, tensor, begin, n, network, weights, own, next, &scratch);       \
+#define LSTM(UNITS)                                                                                       \
+    case UNITS:                                                                                           \
+        sum += lstm(UNITS, job, tensor, begin, n, network, weights, decay1, decay2, own, next, &scratch); \
         break;
             switch (network->units) { LSTM(1) LSTM(2) LSTM(3) LSTM(4) LSTM(5) LSTM(6) LSTM(7) LSTM(8) }
         }

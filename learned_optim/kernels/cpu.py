@@ -1,8 +1,10 @@
 """The update rule on a CPU, in place: passes over coordinates in C, all that tensors have once in torch.
 
-An LSTM step in plain torch makes some forty trips through memory. Here one pass updates the moments and adds up what the step sizes depend
-on, a second one runs the LSTM, and what lies between stays in registers and the L1 cache. The compiled file depends on nothing but the
+An LSTM step in plain torch makes some forty trips through memory. Here one pass adds up what the step sizes depend on, a second one updates
+the moments and runs the LSTM, and what lies between stays in registers and the L1 cache. The compiled file depends on nothing but the
 processor.
+
+The first pass only reads. So a tensor with a gradient that is not finite is found before anything was written, and left out.
 
 Shapes: as in `learned_optim.rule`.
 """
@@ -13,14 +15,17 @@ import ctypes
 import functools
 import importlib.util
 import itertools
+import math
 from array import array
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import Ledger
 from ..config import FORMATS
 from ..features import BUCKETS, Layout
 from ..network import OptimizerNetwork
@@ -28,7 +33,7 @@ from ..rule import ADAMW_UPDATE_RMS, CONTROL, Clock, Control, State, follow, is_
 from . import scalars
 
 BLOCK = 2**14  # coordinates that a thread takes at once
-INTERFACE, MAX_UNITS = 9, 8  # as in the C file
+INTERFACE, MAX_UNITS = 10, 8  # as in the C file
 
 # A row of the table of tensors has the size, the parameter, the gradient, the direction and these pieces of state, the last one of int8.
 KEYS = ("control", "moments", "lstm", "lstm_scale")
@@ -57,8 +62,8 @@ def library() -> ctypes.CDLL | None:
     loaded, job = ctypes.CDLL(found.origin), ctypes.POINTER(Job)
     if not hasattr(loaded, "interface") or loaded.interface() != INTERFACE:  # a clone that was updated and not installed again
         return None
-    loaded.moments.argtypes = [job, ctypes.c_float, ctypes.c_float]
-    loaded.directions.argtypes = [job, ctypes.POINTER(Network), ctypes.c_void_p]
+    loaded.moments.argtypes = [job, ctypes.c_float]
+    loaded.directions.argtypes = [job, ctypes.POINTER(Network), ctypes.c_float, ctypes.c_float, ctypes.c_void_p]
     loaded.apply.argtypes = [job, ctypes.c_void_p]
     for function in (loaded.gather, loaded.scatter):
         function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
@@ -95,9 +100,12 @@ def blocks(layout: Layout) -> tuple[Tensor, Tensor]:
     return torch.tensor(table), torch.tensor(layout.sizes)
 
 
-def addresses(tensors: Iterable[Tensor]) -> Tensor:
-    # Through a list, whose length is known: an array grows slowly.
-    return torch.frombuffer(array("q", list(map(Tensor.data_ptr, tensors))), dtype=torch.int64)
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def column(places: list[int]) -> Tensor:
+    return torch.frombuffer(array("q", places), dtype=torch.int64)
 
 
 class Passes:
@@ -108,6 +116,7 @@ class Passes:
         grads: fp32 without gaps.
         directions: what the second pass writes and the third one reads, (N,).
         formats: of the moments and of the LSTM's state.
+        ledger: looks at the state where its addresses are other ones than before; None where the caller has made it itself.
     """
 
     def __init__(
@@ -119,15 +128,19 @@ class Passes:
         directions: Tensor,
         states: Sequence[State],
         formats: Sequence[str],
+        ledger: Ledger | None,
     ) -> None:
         self.blocks, self.sizes = blocks(layout)
         self.formats = [FORMATS.index(fmt) for fmt in formats]
         kept = itemgetter(*(KEYS if "int8" in formats else KEYS[:-1]))
-        stored = addresses(itertools.chain.from_iterable(map(kept, states))).view(len(states), -1)
+        places = addresses(itertools.chain.from_iterable(map(kept, states)))
+        if ledger is not None:
+            ledger.check_places(places, params, states)
+        stored = column(places).view(len(states), -1)
         self.table = torch.zeros(len(states), COLUMNS, dtype=torch.int64)
         self.table[:, 0] = self.sizes
-        self.table[:, 1] = addresses(params) * torch.frombuffer(bytearray(fused), dtype=torch.uint8)
-        self.table[:, 2] = addresses(grads)
+        self.table[:, 1] = column(addresses(params)) * torch.frombuffer(bytearray(fused), dtype=torch.uint8)
+        self.table[:, 2] = column(addresses(grads))
         self.table[:, 3] = directions.data_ptr() + 4 * (self.sizes.cumsum(0) - self.sizes)
         self.table[:, 4 : 4 + stored.shape[1]] = stored
         # A thread needs some 30 microseconds to wake up, in which another has done four blocks.
@@ -159,23 +172,37 @@ def step(
     total_steps: Tensor,
     lr: Sequence[float | Tensor],
     weight_decay: Sequence[float],
+    ledger: Ledger | None = None,
 ) -> None:
     """One step of the rule, see `learned_optim.optimizer.reference_step`."""
     config, lstm = network.config, network.coordinate
     flat = [grad if grad.dtype == torch.float32 and grad.is_contiguous() else grad.float().contiguous() for grad in grads]
     directions = torch.empty(sum(layout.sizes), dtype=torch.float32)
     fused = [param.dtype == torch.float32 and param.is_contiguous() for param in params]
-    passes = Passes(layout, params, fused, flat, directions, states, [config.moment_format, config.lstm_format])
+    passes = Passes(layout, params, fused, flat, directions, states, [config.moment_format, config.lstm_format], ledger)
 
     rows = torch.empty(CONTROL, len(params), dtype=torch.float32)
     passes.control("gather", rows)
     control = Control.of(rows)
-    *products, second_moment = passes.run("moments", 4, config.momentum, config.second_moment)
+    means = passes.run("moments", 4, config.second_moment)
+    if not math.isfinite(means.sum()):
+        finite = means.isfinite().all(0)
+        if not finite.all():
+            chosen = [k for k, fine in enumerate(finite.tolist()) if fine]
+            if ledger is not None:
+                ledger.skipped += len(params) - len(chosen)
+            if chosen:
+                some: Any = ([each[k] for k in chosen] for each in (params, flat, states, lr, weight_decay))
+                params, flat, states, lr, weight_decay = some
+                step(network, layout.of_some(chosen), params, flat, states, total_steps[chosen], lr, weight_decay, ledger)
+            return
+    *products, second_moment = means
     clock = Clock.after(control.step, second_moment, config)
     step_size, steady, inertia, control = step_sizes(network, clock, torch.stack(products), control, total_steps)
     constants = scalars(clock, steady, inertia)
+    decays = config.momentum, config.second_moment
     weights = [weight.data_ptr() for weight in (lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out)]
-    (mean_square,) = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), constants.data_ptr())
+    (mean_square,) = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), *decays, constants.data_ptr())
 
     orthogonal, gain = is_orthogonal(layout, config), vector_scale(network, mean_square)
     if any(orthogonal):

@@ -1,8 +1,11 @@
 """The update rule on a GPU, in place: passes over coordinates in Triton, all that tensors have once in torch.
 
-As on a CPU (`learned_optim.kernels.cpu`), one pass updates the moments and adds up what the step sizes depend on, a second one runs the
+As on a CPU (`learned_optim.kernels.cpu`), one pass adds up what the step sizes depend on, a second one updates the moments and runs the
 LSTM, a third one changes the parameters. Each is one launch for all tensors of a device, however many: a table says where each tensor
 lies, and a second one which stretch of which tensor a program does.
+
+A tensor whose sums are not finite is *left out*: nothing of it is written, and in what all tensors have together it counts as one whose
+gradient is zero. The host does not know of it; a counter on the device does.
 
 Nothing here waits for the device or, once the tables are there, copies to it, so that steps can be captured in CUDA graphs.
 
@@ -25,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import features, storage
+from ..checks import Ledger
 from ..config import FORMATS
 from ..features import BUCKETS, EVEN, ODD, Layout
 from ..network import OptimizerNetwork
@@ -136,6 +140,7 @@ def step(
     total_steps: Tensor,
     lr: Sequence[float | Tensor],
     weight_decay: Sequence[float],
+    ledger: Ledger,
 ) -> None:
     """One step of the rule, see `learned_optim.optimizer.reference_step`."""
     config, lstm, count = network.config, network.coordinate, len(params)
@@ -143,6 +148,7 @@ def step(
     fused = [param.dtype in DTYPES and param.is_contiguous() for param in params]
     padded = [size + -size % ALIGNMENT for size in layout.sizes]  # so that each tensor's directions are aligned
     numbers = tuple(table(layout, is_orthogonal(layout, config), params, fused, flat, states, padded))
+    ledger.check_places(state_places(numbers), params, states)
     directions = params[0].new_empty(sum(padded), dtype=torch.float32)
     moment_format, lstm_format = FORMATS.index(config.moment_format), FORMATS.index(config.lstm_format)
 
@@ -151,17 +157,20 @@ def step(
         blocks, every = (len(tables.blocks),), (count,)
         rows = directions.new_empty(CONTROL, count)
         means, sums = directions.new_empty(2 * BUCKETS, count), directions.new_empty(len(tables.blocks), 2 * BUCKETS)
+        finite = directions.new_empty(count)
         _gather[every](tables.tensors, rows, count)
         control = Control.of(rows)
         clocks = control.step
-        _moments[blocks](tables.tensors, tables.blocks, clocks, sums, config.momentum, config.second_moment, moment_format)
+        _moments[blocks](tables.tensors, tables.blocks, sums, config.second_moment, moment_format)
         _means[every](tables.tensors, sums, means, count, 4)
+        _judge[every](means, finite, ledger.skipped, count)
 
         clock = Clock.after(clocks, means[3], config)
         step_size, steady, inertia, control = step_sizes(network, clock, means[:3], control, total_steps)
         weights = lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out
-        of_network = *weights, config.hidden_units, moment_format, lstm_format
-        _directions[blocks](tables.tensors, tables.blocks, clocks, scalars(clock, steady, inertia), directions, sums, *of_network)
+        of_network = *weights, config.momentum, config.second_moment, config.hidden_units, moment_format, lstm_format
+        of_tensors = clocks, finite, scalars(clock, steady, inertia)
+        _directions[blocks](tables.tensors, tables.blocks, *of_tensors, directions, sums, *of_network)
         _means[every](tables.tensors, sums, means, count, 1)
 
         mean_square = means[0]
@@ -175,10 +184,10 @@ def step(
         rate = layout.per_tensor(lr)
         shrink = rate * layout.per_tensor(weight_decay) * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
         factors = torch.stack([shrink, -rate * scale])
-        _apply[blocks](tables.tensors, tables.blocks, directions, factors, sums, count)
+        _apply[blocks](tables.tensors, tables.blocks, finite, directions, factors, sums, count)
         _means[every](tables.tensors, sums, means, count, 2 * BUCKETS)
         control = follow(control, clock, means[:BUCKETS] * gain * tables.sizes.sqrt(), means[BUCKETS] * gain.square())
-        _scatter[every](tables.tensors, control.rows(), count)
+        _scatter[every](tables.tensors, finite, control.rows(), count)
     for k in itertools.compress(range(count), (not fuse for fuse in fused)):
         params[k].add_(factors[1, k] * parts[k].view(params[k].shape) - factors[0, k] * params[k])
 
@@ -208,6 +217,12 @@ def table(
     return numbers
 
 
+def state_places(numbers: Sequence[int]) -> list[int]:
+    """The addresses of the tensors' state among their entries."""
+    columns = [FIELDS.index(name) for name in ("control", *PLACES[:3])]
+    return [numbers[row + column] for row in range(0, len(numbers), len(FIELDS)) for column in columns]
+
+
 @triton.jit
 def _at(address, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
     """A pointer of an address that is a multiple of ALIGN, which says how much a thread may load at once."""
@@ -223,11 +238,24 @@ def _gather(tensors, rows, count):
 
 
 @triton.jit
-def _scatter(tensors, rows, count):
-    """The way back."""
+def _scatter(tensors, finite, rows, count):
+    """The way back, of tensors that are not left out."""
     k, i = tl.program_id(0), tl.arange(0, 2 * _BUCKETS)
     control = _at(tl.load(tensors + k * _COLUMNS + _CONTROL), tl.float32, 4)
-    tl.store(control + i, tl.load(rows + i * count + k, mask=i < _CONTROLS), mask=i < _CONTROLS)
+    if tl.load(finite + k) != 0:
+        tl.store(control + i, tl.load(rows + i * count + k, mask=i < _CONTROLS), mask=i < _CONTROLS)
+
+
+@triton.jit
+def _judge(means, finite, skipped, count):
+    """Whether each tensor's means of the first pass are finite, 1 or 0; where they are not, they become zero, and the tensor is counted."""
+    k, column = tl.program_id(0), tl.arange(0, 4)
+    found = tl.load(means + column * count + k)
+    fine = tl.min(tl.where(tl.abs(found) < float("inf"), 1, 0), 0)
+    tl.store(means + column * count + k, tl.where(fine != 0, found, 0.0))
+    tl.store(finite + k, fine.to(tl.float32))
+    if fine == 0:
+        tl.atomic_add(skipped, 1)
 
 
 @triton.jit
@@ -283,15 +311,23 @@ def _load(row, KEY: tl.constexpr, SCALE: tl.constexpr, unit, size, groups, offse
 
 
 @triton.jit
+def _rounded(new, bits, FORMAT: tl.constexpr):
+    """What is left of values once they are stored in fp32 or bfloat16, in fp32, rounded as in `_store`."""
+    if FORMAT == _BFLOAT16:
+        exact = new.to(tl.uint32, bitcast=True)
+        finite = (exact & 0x7F800000) != 0x7F800000
+        new = ((exact + tl.where(finite, bits, 0)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return new
+
+
+@triton.jit
 def _store(row, KEY: tl.constexpr, SCALE: tl.constexpr, unit, size, groups, offsets, new, bits, FORMAT: tl.constexpr, ALIGN: tl.constexpr):
     """Stores values, rounded stochastically by `bits`, integers below 2^16; see `learned_optim.storage.store`."""
     address, place, mask = tl.load(row + KEY), unit * size + offsets, offsets < size
     if FORMAT == _FLOAT32:
         tl.store(_at(address, tl.float32, ALIGN) + place, new, mask=mask)
     elif FORMAT == _BFLOAT16:
-        exact = new.to(tl.uint32, bitcast=True)
-        finite = (exact & 0x7F800000) != 0x7F800000
-        rounded = (exact + tl.where(finite, bits, 0)) >> 16
+        rounded = _rounded(new, bits, FORMAT).to(tl.uint32, bitcast=True) >> 16
         tl.store(_at(address, tl.uint16, ALIGN) + place, rounded.to(tl.uint16), mask=mask)
     else:
         largest = tl.max(tl.where(mask, tl.abs(new), 0.0), 1, keep_dims=True)
@@ -317,27 +353,24 @@ def _load_gradient(row, offsets, mask, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _moments(tensors, blocks, clocks, sums, decay1, decay2, FORMAT: tl.constexpr):
-    """Step 1 of the rule, and its sums: of squared gradients, of squared momenta before, of their products, and of second moments."""
-    k, row, groups, offsets = _block(tensors, blocks)
+def _moments(tensors, blocks, sums, decay2, FORMAT: tl.constexpr):
+    """Sums of step 1 of the rule: of squared gradients, of squared momenta before, of their products, and of new second moments. Nothing of
+    a tensor is written yet."""
+    _, row, groups, offsets = _block(tensors, blocks)
     if tl.load(row + _ALIGNED) != 0:
-        _moments_of(k, row, groups, offsets, clocks, sums, decay1, decay2, FORMAT, _ALIGNMENT)
+        _moments_of(row, groups, offsets, sums, decay2, FORMAT, _ALIGNMENT)
     else:
-        _moments_of(k, row, groups, offsets, clocks, sums, decay1, decay2, FORMAT, 1)
+        _moments_of(row, groups, offsets, sums, decay2, FORMAT, 1)
 
 
 @triton.jit
-def _moments_of(k, row, groups, offsets, clocks, sums, decay1, decay2, FORMAT: tl.constexpr, ALIGN: tl.constexpr):
+def _moments_of(row, groups, offsets, sums, decay2, FORMAT: tl.constexpr, ALIGN: tl.constexpr):
     size = tl.multiple_of(tl.load(row + _SIZE), ALIGN)
     mask = offsets < size
     grad = _load_gradient(row, offsets, mask, ALIGN)
     before = _load(row, _MOMENTS, 0, 0, size, groups, offsets, FORMAT, ALIGN)
     second_moment = _load(row, _MOMENTS, 0, 1, size, groups, offsets, FORMAT, ALIGN)
-    momentum = before + (1.0 - decay1) * (grad - before)
     second_moment += (1.0 - decay2) * (grad * grad - second_moment)
-    bits = _random_bits(offsets, tl.load(clocks + k))
-    _store(row, _MOMENTS, 0, 0, size, groups, offsets, momentum, bits & 0xFFFF, FORMAT, ALIGN)
-    _store(row, _MOMENTS, 0, 1, size, groups, offsets, second_moment, bits >> 16, FORMAT, ALIGN)
     sums += 4 * tl.program_id(0)  # what is masked is zero in all four
     tl.store(sums, tl.sum(grad * grad))
     tl.store(sums + 1, tl.sum(before * before))
@@ -368,6 +401,7 @@ def _directions(
     tensors,
     blocks,
     clocks,
+    finite,
     scalars,
     directions,
     sums,
@@ -376,21 +410,28 @@ def _directions(
     candidate_weight,
     skip,
     out,
+    decay1,
+    decay2,
     UNITS: tl.constexpr,
     MOMENTS: tl.constexpr,
     LSTM: tl.constexpr,
 ):
-    """Step 3 of the rule, and the sum of squared directions.
+    """Steps 1 and 3 of the rule, and the sum of squared directions; zeros for tensors that are left out.
 
     scalars: see `learned_optim.kernels.scalars`.
     """
     k, row, groups, offsets = _block(tensors, blocks)
     weights = gate_weight, gate_bias, candidate_weight, skip, out
-    step, scalars = tl.load(clocks + k), scalars + _SCALARS * k
-    if tl.load(row + _ALIGNED) != 0:
-        _directions_of(row, groups, offsets, step, scalars, directions, sums, weights, UNITS, MOMENTS, LSTM, _ALIGNMENT)
+    step, scalars, decays = tl.load(clocks + k), scalars + _SCALARS * k, (decay1, decay2)
+    if tl.load(finite + k) == 0:
+        tl.store(
+            directions + tl.load(row + _DIRECTION) + offsets, tl.zeros_like(offsets).to(tl.float32), mask=offsets < tl.load(row + _SIZE)
+        )
+        tl.store(sums + tl.program_id(0), 0.0)
+    elif tl.load(row + _ALIGNED) != 0:
+        _directions_of(row, groups, offsets, step, scalars, directions, sums, weights, decays, UNITS, MOMENTS, LSTM, _ALIGNMENT)
     else:
-        _directions_of(row, groups, offsets, step, scalars, directions, sums, weights, UNITS, MOMENTS, LSTM, 1)
+        _directions_of(row, groups, offsets, step, scalars, directions, sums, weights, decays, UNITS, MOMENTS, LSTM, 1)
 
 
 @triton.jit
@@ -403,6 +444,7 @@ def _directions_of(
     directions,
     sums,
     weights,
+    decays,
     UNITS: tl.constexpr,
     MOMENTS: tl.constexpr,
     LSTM: tl.constexpr,
@@ -412,8 +454,15 @@ def _directions_of(
     size = tl.multiple_of(tl.load(row + _SIZE), ALIGN)
     mask = offsets < size
     grad = _load_gradient(row, offsets, mask, ALIGN)
-    momentum = _load(row, _MOMENTS, 0, 0, size, groups, offsets, MOMENTS, ALIGN) * tl.load(scalars)
-    second_moment = _load(row, _MOMENTS, 0, 1, size, groups, offsets, MOMENTS, ALIGN) * tl.load(scalars + 1)
+    bits = _random_bits(offsets, step)
+    momentum = _load(row, _MOMENTS, 0, 0, size, groups, offsets, MOMENTS, ALIGN)
+    second_moment = _load(row, _MOMENTS, 0, 1, size, groups, offsets, MOMENTS, ALIGN)
+    momentum += (1.0 - decays[0]) * (grad - momentum)
+    second_moment += (1.0 - decays[1]) * (grad * grad - second_moment)
+    _store(row, _MOMENTS, 0, 0, size, groups, offsets, momentum, bits & 0xFFFF, MOMENTS, ALIGN)
+    _store(row, _MOMENTS, 0, 1, size, groups, offsets, second_moment, bits >> 16, MOMENTS, ALIGN)
+    momentum = _rounded(momentum, bits & 0xFFFF, MOMENTS) * tl.load(scalars)
+    second_moment = _rounded(second_moment, bits >> 16, MOMENTS) * tl.load(scalars + 1)
     mean, share, portion, kept = tl.load(scalars + 2), tl.load(scalars + 3), tl.load(scalars + 4), tl.load(scalars + 5)
     steady, inertia = tl.load(scalars + 6), tl.load(scalars + 7)
 
@@ -428,7 +477,6 @@ def _directions_of(
         unit = _load(row, _LSTM, _LSTM_SCALE, h, size, groups, offsets, LSTM, ALIGN)
         odd, even = odd + (unit,), even + (tl.abs(unit),)  # type: ignore[assignment]  # noqa: RUF005  Triton knows no unpacking
 
-    bits = _random_bits(offsets, step)
     direction = tl.load(skip) * slow + tl.load(skip + 1) * fast
     for h in tl.static_range(UNITS):
         gate_in = tl.sigmoid(tl.load(gate_bias + h) + _dot(gate_weight + h * (_EVEN + UNITS), even))
@@ -452,7 +500,7 @@ def _directions_of(
 
 
 @triton.jit
-def _apply(tensors, blocks, directions, factors, sums, count):
+def _apply(tensors, blocks, finite, directions, factors, sums, count):
     """The rest of steps 4 and 5, and weight decay: parameters lose the share `shrink` and get `scale` times the direction. Its sums are the
     direction's sketch, see `learned_optim.features.Layout.sketch`, and its square.
 
@@ -461,10 +509,11 @@ def _apply(tensors, blocks, directions, factors, sums, count):
     k, row, _, offsets = _block(tensors, blocks)
     _sketch(row, offsets, directions, sums + 2 * _BUCKETS * tl.program_id(0))
     shrink, scale = tl.load(factors + k), tl.load(factors + count + k)
-    if tl.load(row + _ALIGNED) != 0:
-        _apply_to(row, offsets, directions, shrink, scale, _ALIGNMENT)
-    else:
-        _apply_to(row, offsets, directions, shrink, scale, 1)
+    if tl.load(finite + k) != 0:
+        if tl.load(row + _ALIGNED) != 0:
+            _apply_to(row, offsets, directions, shrink, scale, _ALIGNMENT)
+        else:
+            _apply_to(row, offsets, directions, shrink, scale, 1)
 
 
 @triton.jit
