@@ -11,7 +11,6 @@ It goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -22,13 +21,13 @@ from pathlib import Path
 
 import torch
 from optimizers import HORIZON, LEARNED, REFERENCE, make
-from pretrained_tasks import PRETRAINED_DEVELOPMENT, PRETRAINED_HELD_OUT, Problem
+from pretrained_tasks import PRETRAINED_DEVELOPMENT, PRETRAINED_HELD_OUT, PRETRAINED_MORE, Problem
 from training import Job, Results, Run
 
 from learned_optim import load_network
 from learned_optim.weights import fingerprint
 
-PROBLEMS = PRETRAINED_DEVELOPMENT | PRETRAINED_HELD_OUT
+PROBLEMS = PRETRAINED_DEVELOPMENT | PRETRAINED_HELD_OUT | PRETRAINED_MORE
 GRID = [f"{REFERENCE} {lr:g} linear" for lr in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)]
 TRAINER = "Trainer-default 5e-05 linear"
 EVALUATIONS = 10  # of a run
