@@ -8,9 +8,10 @@
 It goes on where it was stopped. A run's result is its loss on a fixed sample of validation data at the end, and its accuracy there.
 
 **Speed** is the number of steps that tuned AdamW needs to get to the loss where an optimizer ends, over the steps that this one had.
-AdamW's learning rate is the best of the grid on each task, with a warm-up over a twentieth of the steps and a linear decay; its curve is the lowest
-of runs of a quarter, a half, once and twice the steps, interpolated in the logarithms. What it does not reach counts as twice. What is not
-finite, or ends above where AdamW is after an eighth of the steps, counts as an eighth. Without AdamW's grid there are no speeds.
+AdamW's learning rate is the best of the grid on each task, with a warm-up over a twentieth of the steps and a linear decay; its curve is
+the lowest of runs of a quarter, a half, once and twice the steps, interpolated in the logarithms. What it does not reach counts as twice.
+What is not finite, or ends above where AdamW is after an eighth of the steps, counts as an eighth. Without AdamW's grid there are no
+speeds.
 """
 
 from __future__ import annotations
