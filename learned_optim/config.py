@@ -1,8 +1,8 @@
 """Configurations as frozen dataclasses that turn into JSON and back.
 
-A file names its `format_version`. A file of a newer format, with an unknown key or with a value of the wrong type or out of all proportion is
-refused with an error that names the file, so that weights are never run by a rule that they were not trained for, and no file can ask for
-more time or memory than a real one would.
+A file names its `format_version`. A file of a newer format, with an unknown key or with a value of the wrong type or out of its range is
+refused with an error that names the file, so that weights are never run by a rule that they were not trained for, and no file costs more
+time or memory than a real one would.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class NetworkConfig:
     """Shape of the optimizer network and the constants of the update rule that it was meta-trained with.
 
     Args:
-        hidden_units: hidden units `H` of the coordinate-wise LSTM, at most 1024. Each weight of the optimizee keeps `2 H` numbers of LSTM state.
+        hidden_units: hidden units `H` of the coordinate-wise LSTM. Each weight of the optimizee keeps `2 H` numbers of LSTM state.
         momentum: decay per step of the gradient's running mean, in [0, 1).
         second_moment: decay per step of the squared gradient's running mean, in [0, 1).
-        orthogonalize_steps: Newton-Schulz iterations for matrices, at most 100; 0 leaves matrices to the RMS normalisation that vectors get.
+        orthogonalize_steps: Newton-Schulz iterations for matrices; 0 leaves matrices to the RMS normalisation that vectors get.
         moment_format, lstm_format: what the optimizer keeps of the two running means and of the LSTM's state between steps, see
             `learned_optim.storage`: "float32", "bfloat16" or, of the LSTM's state, "int8". Meta-training computes in fp32 throughout.
     """

@@ -76,6 +76,12 @@ def bundled_names() -> list[str]:
     return sorted(path.parent.name for path in _bundled().glob(f"*/{CONFIG}"))
 
 
+def source_of(folder: str | os.PathLike[str]) -> str:
+    """What `load_network` knows a local folder by: its name, with "./" in front of one that a bundled set has too."""
+    name = os.fspath(folder)
+    return f"./{name}" if name in bundled_names() else name
+
+
 def _bundled() -> Path:
     return Path(str(importlib.resources.files("learned_optim.pretrained")))
 
