@@ -191,14 +191,18 @@ def save_network(network: OptimizerNetwork, folder: str | os.PathLike[str]) -> N
 
     Raises:
         ValueError: a weight is NaN or infinite.
+        OSError: the folder cannot be written to; the message names it.
     """
     files = _files(network)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
-        for name, content in files.items():
-            Path(scratch, name).write_bytes(content)
-        for name in files:
-            os.replace(Path(scratch, name), Path(folder, name))
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
+            for name, content in files.items():
+                Path(scratch, name).write_bytes(content)
+            for name in files:
+                os.replace(Path(scratch, name), Path(folder, name))
+    except OSError as error:
+        raise OSError(f"the weights could not be written to {os.fspath(folder)}: {error}") from error
 
 
 def push_to_hub(

@@ -72,7 +72,7 @@ def test_an_interrupted_save_leaves_the_earlier_set(folder, monkeypatch):
         return write(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", fail_on_weights)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=re.escape(f"could not be written to {folder}: disk full")):
         save_network(network(2, NetworkConfig(momentum=0.5)), folder)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert_same(load_network(folder), network())
