@@ -191,7 +191,8 @@ def evaluate(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[float, 
 
 def _begin_worker() -> None:
     torch.set_num_threads(1)
-    # Ctrl-C reaches all processes of a terminal. The first one tells, after these have ended their present runs; without them the pool raises.
+    # Ctrl-C reaches all processes of a terminal. The first one tells, once these have ended their present runs; were they to die, the pool
+    # would raise errors of its own.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
