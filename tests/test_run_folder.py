@@ -62,6 +62,11 @@ def test_a_cut_checkpoint_is_refused(folder: Path, keep: float) -> None:
         meta_train(TINY, tiny_config(), folder=folder)
 
 
+def test_a_damaged_checkpoint_counts_as_nothing_saved(folder: Path) -> None:
+    (folder / "checkpoint.pt").write_bytes(b"PK" * 100)
+    assert checkpoint.saved_steps(folder) == checkpoint.saved_steps(folder / "nope") == 0
+
+
 def test_torch_still_reads_a_checkpoint(folder: Path) -> None:
     assert len(torch.load(folder / "checkpoint.pt", weights_only=True)["progress"]["history"]) == 2
 
@@ -129,6 +134,14 @@ def test_the_command_says_that_the_folder_is_taken(tmp_path: Path, capsys: pytes
     with holding(tmp_path / "out"):
         assert command.main(arguments(tmp_path, tiny_config())) == 2
     assert capsys.readouterr().err.startswith(f"error: another process is meta-training in {tmp_path / 'out'}; ")
+
+
+def test_a_bad_configuration_makes_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = arguments(tmp_path, tiny_config())
+    (tmp_path / "config.json").write_bytes(b"\xff")
+    assert command.main(call) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/config.json is not valid JSON")
+    assert not (tmp_path / "out").exists()
 
 
 # The command, stopped

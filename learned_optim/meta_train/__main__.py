@@ -48,16 +48,17 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     again = f"python -m learned_optim.meta_train {shlex.join(sys.argv[1:] if argv is None else argv)}"
     try:
-        with distributed.joined(arguments.device) as device, claimed(arguments.out):
+        with distributed.joined(arguments.device) as device:
             configs = [from_file(MetaTrainConfig, path) for path in arguments.config]
             network = load_network(arguments.start) if arguments.start else None
-            try:
-                result = run_stages(arguments, configs, network, device)
-            except (KeyboardInterrupt, OSError) as error:
-                if distributed.rank() == 0:
-                    reason = f"stopped: {error}" if isinstance(error, OSError) else "stopped by Ctrl-C"
-                    print(f"{reason}. {saved(arguments.out, configs)} Go on with: {again}", file=sys.stderr)
-                return 2 if isinstance(error, OSError) else 130
+            with claimed(arguments.out):
+                try:
+                    result = run_stages(arguments, configs, network, device)
+                except (KeyboardInterrupt, OSError) as error:
+                    if distributed.rank() == 0:
+                        reason = f"stopped: {error}" if isinstance(error, OSError) else "stopped by Ctrl-C"
+                        print(f"{reason}. {saved(arguments.out, configs)} Go on with: {again}", file=sys.stderr)
+                    return 2 if isinstance(error, OSError) else 130
             if distributed.rank() == 0:
                 if arguments.push:
                     result.network.push_to_hub(arguments.push, folder=arguments.out)

@@ -101,9 +101,10 @@ def load(folder: str | os.PathLike[str], config: MetaTrainConfig, device: str | 
 
 
 def saved_steps(folder: str | os.PathLike[str]) -> int:
-    """The meta-steps that the checkpoint in a folder has behind it; 0 if there is none. Reads no more than that."""
+    """The meta-steps that the checkpoint in a folder has behind it; 0 if there is none that is whole."""
     path = Path(folder) / CHECKPOINT
-    return len(torch.load(path, mmap=True, weights_only=True)["progress"]["history"]) if path.exists() else 0
+    whole = path.exists() and _is_whole(path)
+    return len(torch.load(path, mmap=True, weights_only=True)["progress"]["history"]) if whole else 0
 
 
 def _seal(path: Path) -> None:
