@@ -1,13 +1,16 @@
 """Hugging Face's Trainer with `LearnedOptimizer`.
 
 The plain Trainer takes the optimizer as it takes any other, `Trainer(..., optimizer_cls_and_kwargs=(LearnedOptimizer, {}))`. It then
-scales the update by a linear schedule, clips gradients and does not tell the optimizer how long training will take.
+scales the update by a linear schedule, clips gradients, does not tell the optimizer how long training will take, and drops `learning_rate`
+and what else belongs to AdamW without a word, since the optimizer never sees the training arguments.
 `LearnedOptimizerTrainer` runs it as its weights were meta-trained.
 """
 
 from __future__ import annotations
 
 import copy
+import os
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_optim import LearnedOptimizer, load_network
+from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
+from learned_optim.rule import Control
 from learned_optim.weights import fingerprint
 
 try:
@@ -39,6 +43,7 @@ WITHOUT_EFFECT = (
     "adam_beta2",
     "adam_epsilon",
 )
+BOUND = 3.0  # of the logarithm of a step size's correction, see `learned_optim.network.Controller`
 
 
 class LearnedOptimizerTrainer(Trainer):
@@ -51,51 +56,90 @@ class LearnedOptimizerTrainer(Trainer):
     What it does beyond `Trainer`:
 
     - It trains at a constant schedule and without clipping, on a copy of the arguments. `weight_decay` is used, in AdamW's scale.
+    - Arguments without effect here, `learning_rate` say, are named in one warning where they differ from their defaults (one that was given
+      the default's value looks like none). They are not refused: a script made for AdamW carries its learning rate and warm-up, both are
+      what this optimizer takes care of itself, and it should run with one line changed. In a hyperparameter search they are refused, since
+      all its trials would be the same.
     - `total_steps` is the number of optimizer steps that this training will have, from `max_steps` or from epochs, also after a resume.
     - A `train()` that does not resume begins with fresh optimizer state, also the second one and each try of `auto_find_batch_size`.
-    - Logs get `update_rms/group_0` (matrices, with weight decay) and `update_rms/group_1` (biases and norms): the root mean square by which
-      the first step since the previous log changed the parameters, weight decay and rounding included, in the parameters' units. Five times
-      it is about the learning rate at which AdamW's steps have that size.
+    - Logs get, for `group_0` (matrices, with weight decay) and `group_1` (biases and norms), of the first step since the previous log:
+      `update_rms/group_0`, the root mean square by which it changed the parameters, weight decay and rounding included, in the parameters'
+      units; five times it is about the learning rate at which AdamW's steps have that size. And `at_bound/group_0`, the share of tensors
+      whose steps the controller has made as long or as short as it may, a factor of twenty: near 1, with a tiny `update_rms`, training
+      is braked as hard as can be and learns next to nothing; with a large one, steps that were longer still would be taken.
     - The model card names this optimizer and its weights.
 
     Args:
-        pretrained, revision: the optimizer's weights, as for `LearnedOptimizer`.
+        pretrained, revision, lr, kernel: as for `LearnedOptimizer`.
+        total_steps: in place of the number of steps of this training, where it is a part of a longer one, say.
+        weight_decay: in place of the training arguments'.
         args, kwargs: as for `Trainer`, but for `optimizers` and `optimizer_cls_and_kwargs`.
 
     Raises:
-        ValueError: the training arguments ask for something that cannot be had with this optimizer (the message lists all of it), or the
-            weights cannot be used.
+        ValueError: there is another optimizer in the arguments, or the weights cannot be used, or a hyperparameter search is about
+            something without effect.
         OSError: there are no such weights.
     """
 
     args: TrainingArguments
+    optimizer_cls_and_kwargs: tuple[type[LearnedOptimizer], dict[str, Any]] | None
 
-    def __init__(self, *args: Any, pretrained: str = "default", revision: str | None = None, **kwargs: Any) -> None:
-        network = load_network(pretrained, revision=revision)
-        super().__init__(*args, optimizer_cls_and_kwargs=(LearnedOptimizer, {"pretrained": network}), **kwargs)
+    def __init__(
+        self,
+        *args: Any,
+        pretrained: str | os.PathLike[str] | OptimizerNetwork = "default",
+        revision: str | None = None,
+        lr: float = 1.0,
+        weight_decay: float | None = None,
+        total_steps: int | None = None,
+        kernel: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        network = pretrained if isinstance(pretrained, OptimizerNetwork) else load_network(pretrained, revision=revision)
+        super().__init__(*args, **kwargs)
+        # Set here, since not every derived trainer hands it on to Trainer.
+        if self.optimizer is not None or self.lr_scheduler is not None or self.optimizer_cls_and_kwargs is not None:
+            raise ValueError(
+                "LearnedOptimizerTrainer makes its own optimizer and schedule; leave optimizers and optimizer_cls_and_kwargs out"
+            )
+        self.optimizer_cls_and_kwargs = LearnedOptimizer, {"pretrained": network, "lr": lr, "total_steps": total_steps, "kernel": kernel}
         # Another trainer, of AdamW's say, may be made with the same arguments.
         self.args = copy.copy(self.args)
-        _check(self.args)
+        if weight_decay is not None:
+            self.args.weight_decay = weight_decay
+        if (ignored := _changed(self.args)) and self.is_world_process_zero():
+            warnings.warn(
+                f"LearnedOptimizerTrainer ignores {', '.join(ignored)}: the optimizer has no learning rate, a constant schedule and no "
+                "clipping, as its weights were meta-trained. (weight_decay is used; lr= of the trainer multiplies all steps.) To "
+                "schedule or clip all the same, give Trainer optimizer_cls_and_kwargs=(LearnedOptimizer, {}).",
+                stacklevel=2,
+            )
         for name, value in CHOSEN.items():
             setattr(self.args, name, value)
-        self._weights = f"pretrained={pretrained!r}, weights {fingerprint(network)}, total_steps of the whole training"
-        self._watch = _Watch()
+        self._ignored = _changed(self.args)
+        horizon = "the whole training" if total_steps is None else str(total_steps)
+        source = "a network" if isinstance(pretrained, OptimizerNetwork) else repr(os.fspath(pretrained))
+        self._weights = f"pretrained={source}, weights {fingerprint(network)}, lr={lr}, total_steps of {horizon}"
+        self._lr = lr
+        self._watch = _Watch(total_steps)
         self.add_callback(self._watch)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        _check(self.args)  # again, since a hyperparameter search changes them
+        # A hyperparameter search has changed the arguments since.
+        if searched := [name for name in _changed(self.args) if name not in self._ignored]:
+            raise ValueError(f"LearnedOptimizerTrainer ignores {', '.join(searched)}, so a search over it finds nothing; leave it out")
         return super().create_optimizer(model)  # type: ignore[no-any-return]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs = {**logs, **self._watch.update_rms}
+            logs = {**logs, **self._watch.figures}
         super().log(logs, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         # The card is written from the arguments, which know torch's own optimizers only.
         real = self.args
         self.args = copy.copy(real)
-        self.args.learning_rate, self.args.optim, self.args.optim_args = 1.0, NAME, self._weights
+        self.args.learning_rate, self.args.optim, self.args.optim_args = self._lr, NAME, self._weights
         try:
             super().create_model_card(*args, **kwargs)
         finally:
@@ -106,10 +150,15 @@ class LearnedOptimizerTrainer(Trainer):
 
 
 class _Watch(TrainerCallback):
-    """Tells the optimizer its horizon, and measures its updates."""
+    """Tells the optimizer its horizon, and measures its updates.
 
-    def __init__(self) -> None:
-        self.update_rms: dict[str, float] = {}
+    Args:
+        total_steps: the horizon; None takes the length of the training.
+    """
+
+    def __init__(self, total_steps: int | None) -> None:
+        self.figures: dict[str, float] = {}
+        self._total_steps = total_steps
         self._due = False
         self._before: list[list[Tensor]] = []
 
@@ -118,7 +167,7 @@ class _Watch(TrainerCallback):
             # Trainer keeps the optimizer for a second `train()`. Its clock would stand at the end of the horizon, where it no longer moves.
             optimizer.state.clear()
         for group in optimizer.param_groups:
-            group["total_steps"] = state.max_steps
+            group["total_steps"] = self._total_steps or state.max_steps
         self._due = True
 
     def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
@@ -133,20 +182,19 @@ class _Watch(TrainerCallback):
             if count := sum(param.numel() for param in before):
                 changes = [param.detach().float() - old.float() for param, old in zip(group["params"], before, strict=True)]
                 squares = torch.stack([change.square().sum() for change in changes]).sum()
-                self.update_rms[f"update_rms/group_{i}"] = (squares / count).sqrt().item()
+                self.figures[f"update_rms/group_{i}"] = (squares / count).sqrt().item()
+            states = [optimizer.state[param] for param in group["params"] if param in optimizer.state]
+            if states:
+                corrections = Control.of(torch.stack([state["control"] for state in states], -1)).correction
+                self.figures[f"at_bound/group_{i}"] = (corrections.abs() >= BOUND).float().mean().item()
         self._before = []
 
     def on_log(self, *_: Any, **__: Any) -> None:
         self._due = True
 
 
-def _check(args: TrainingArguments) -> None:
+def _changed(args: TrainingArguments) -> list[str]:
+    """The arguments without effect that are neither at their defaults nor what they would be set to."""
     defaults = {field.name: field.default for field in fields(args)}
     values = {name: getattr(args, name) for name in (*CHOSEN, *WITHOUT_EFFECT)}
-    asked = [f"{name}={value!r}" for name, value in values.items() if value not in (defaults[name], CHOSEN.get(name, defaults[name]))]
-    if asked:
-        raise ValueError(
-            "LearnedOptimizerTrainer has no learning rate, a constant schedule and no clipping, as its weights were meta-trained; "
-            f"these TrainingArguments ask for something else: {', '.join(asked)}. Leave them out. (weight_decay is used.) To schedule or "
-            "clip all the same, give Trainer optimizer_cls_and_kwargs=(LearnedOptimizer, {}), where the schedule scales the learned update."
-        )
+    return [f"{name}={value!r}" for name, value in values.items() if value not in (defaults[name], CHOSEN.get(name, defaults[name]))]

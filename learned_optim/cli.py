@@ -34,7 +34,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns: the exit status, 2 for a mistake of the user's."""
+    """Returns: the exit status, 2 for a mistake of the user's, 130 for Ctrl-C."""
     parser = ArgumentParser(prog="learned-optim", description="A learned optimizer for PyTorch.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"learned-optim: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("learned-optim: stopped by Ctrl-C", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -86,7 +89,10 @@ def _demo(args: Namespace) -> None:
     except OSError as error:
         raise CommandError(f"--out must be a folder, or one that can be made: {error}") from error
     seeds, steps_scale = (1, 0.01) if args.quick else (args.seeds, 1.0)
-    print(demo.run(network, args.out, seeds=seeds, workers=args.workers, steps_scale=steps_scale))
+    try:
+        print(demo.run(network, args.out, seeds=seeds, workers=args.workers, steps_scale=steps_scale))
+    except OSError as error:
+        raise CommandError(f"the demo could not write its results to {args.out}, or its work to a temporary folder: {error}") from error
 
 
 def _list(_: Namespace) -> None:
@@ -112,7 +118,7 @@ def _info(args: Namespace) -> None:
 def _push_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="what a meta-training run or save_pretrained wrote")
     parser.add_argument("repo_id", metavar="USER/NAME", help="made if it does not exist")
-    parser.add_argument("--private", action="store_true", help="nobody else may read a repository that is made here")
+    parser.add_argument("--private", action="store_true", help="nobody else may read it; refused where the repository is there and public")
     parser.add_argument("--message", default="Upload optimizer network", help="of the commit (%(default)s)")
 
 

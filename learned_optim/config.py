@@ -1,18 +1,28 @@
 """Configurations as frozen dataclasses that turn into JSON and back.
 
-A file names its `format_version`. A file of a newer format, with an unknown key or with a value of the wrong type is refused with an error
-that names the file, so that weights are never run by a rule that they were not trained for.
+A file names its `format_version`. A file of a newer format, with an unknown key or with a value of the wrong type or out of its range is
+refused with an error that names the file, so that weights are never run by a rule that they were not trained for, and no file costs more
+time or memory than a real one would.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
+import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 FORMAT_VERSION = 1
 FORMATS = ("float32", "bfloat16", "int8")  # of stored state
+MAX_BYTES = 2**20  # of a file with a configuration; real ones have some thousand
+BELOW_ONE = math.nextafter(1.0, 0.0)
+
+Ranges = Mapping[str, tuple[float, float]]  # least and greatest value of each number
+RANGES: Ranges = {"hidden_units": (1, 1024), "momentum": (0, BELOW_ONE), "second_moment": (0, BELOW_ONE), "orthogonalize_steps": (0, 100)}
 
 Config = TypeVar("Config")
 
@@ -38,21 +48,41 @@ class NetworkConfig:
     lstm_format: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        if self.hidden_units < 1:
-            raise ValueError(f"hidden_units must be at least 1, got {self.hidden_units}")
-        for name in ("momentum", "second_moment"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.orthogonalize_steps < 0:
-            raise ValueError(f"orthogonalize_steps must not be negative, got {self.orthogonalize_steps}")
+        check_ranges(self, RANGES)
         for name, formats in (("moment_format", FORMATS[:2]), ("lstm_format", FORMATS)):
             if getattr(self, name) not in formats:
                 raise ValueError(f"{name} must be one of {list(formats)}, got {getattr(self, name)!r}")
 
 
+def check_ranges(config: Any, ranges: Ranges) -> None:
+    """Raises: ValueError: a field lies outside its range, or is NaN."""
+    for name, (least, greatest) in ranges.items():
+        if not least <= getattr(config, name) <= greatest:
+            upper = "1)" if greatest == BELOW_ONE else f"{greatest:,}]"
+            raise ValueError(f"{name} must lie in [{least:,}, {upper}, got {reprlib.repr(getattr(config, name))}")
+
+
 def to_json(config: Any) -> str:
     """The configuration as sorted, indented JSON that carries `format_version`."""
     return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}, indent=2, sort_keys=True) + "\n"
+
+
+def from_file(cls: type[Config], path: str | os.PathLike[str]) -> Config:
+    """Reads a configuration from a file.
+
+    Raises:
+        ValueError: see `from_json`; or the file is no text, or much too long.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{os.fspath(path)} has more than {MAX_BYTES} bytes, so it is no configuration of learned_optim")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(path)} is not valid JSON: {error}") from None
+    return from_json(cls, text, os.fspath(path))
 
 
 def from_json(cls: type[Config], text: str, source: str) -> Config:
@@ -63,43 +93,70 @@ def from_json(cls: type[Config], text: str, source: str) -> Config:
         source: the file's name, for error messages.
 
     Raises:
-        ValueError: the text is no JSON object, has a newer format, an unknown key, or a value of the wrong type.
+        ValueError: the text is no JSON object, has another format, a key that is unknown or stands there twice, or a value of the wrong
+            type or out of its range.
     """
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{source} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{source} must hold a JSON object, got {type(values).__name__}")
+    values = parse_object(text, source)
     version = values.pop("format_version", None)
-    if not isinstance(version, int):
-        raise ValueError(f"{source} has no format_version, so it was not written by learned_optim")
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{source} has no format_version from 1 to {FORMAT_VERSION}, so it was not written by learned_optim")
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"{source} has format_version {version}; this learned_optim reads up to {FORMAT_VERSION}. "
+            f"{source} has format_version {reprlib.repr(version)}; this learned_optim reads up to {FORMAT_VERSION}. "
             "Upgrade with: pip install -U learned-optim"
         )
     return _build(cls, values, source)
+
+
+def parse_object(text: str | bytes, source: str) -> dict[str, Any]:
+    """The JSON object in a text.
+
+    Raises:
+        ValueError: it is no JSON, or too deep; it is no object; or a key stands in an object twice, which readers take in different ways.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in values:
+                raise ValueError(f"the key {reprlib.repr(name)} stands there twice")
+            values[name] = value
+        return values
+
+    try:
+        values = json.loads(text, object_pairs_hook=once)
+    except ValueError as error:  # also of integers of thousands of digits
+        raise ValueError(f"{source} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{source} is not valid JSON: it is nested too deep") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} must hold a JSON object, got {type(values).__name__}")
+    return values
 
 
 def _build(cls: type[Config], values: dict[str, Any], source: str) -> Config:
     types = get_type_hints(cls)
     unknown = sorted(values.keys() - types.keys())
     if unknown:
-        raise ValueError(f"{source} has unknown keys {unknown}; {cls.__name__} knows {sorted(types)}")
-    arguments: dict[str, Any] = {}
-    for name, value in values.items():
-        kind = types[name]
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
-            value = _build(kind, value, f"{source}, {name}")
-        elif kind is float and type(value) is int:
-            value = float(value)
-        elif get_origin(kind) is tuple and isinstance(value, list):
-            value = tuple(value)
-        elif type(value) is not (plain := get_origin(kind) or kind):
-            raise ValueError(f"{source}: {name} must be {plain.__name__}, got {value!r}")
-        arguments[name] = value
+        raise ValueError(f"{source} has unknown keys {reprlib.repr(unknown)}; {cls.__name__} knows {sorted(types)}")
+    arguments = {name: _value(types[name], value, source, name) for name, value in values.items()}
     try:
         return cls(**arguments)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+
+
+def _value(kind: Any, value: Any, source: str, name: str) -> Any:
+    """A value of JSON as a field's type wants it."""
+    plain, inner = get_origin(kind) or kind, get_args(kind)
+    if dataclasses.is_dataclass(plain) and isinstance(value, dict):
+        return _build(kind, value, f"{source}, {name}")
+    if plain is float and type(value) is int and abs(value) < 2**63:
+        return float(value)
+    if plain is tuple and isinstance(value, list):
+        return tuple(_value(inner[0], item, source, f"an item of {name}") for item in value)
+    if plain is not Any and type(value) is not plain:
+        raise ValueError(f"{source}: {name} must be {plain.__name__}, got {reprlib.repr(value)}")
+    if plain is dict:
+        return {key: _value(inner[1], item, source, f"{name}[{key!r}]") for key, item in value.items()}
+    return value

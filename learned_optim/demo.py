@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import platform
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -188,6 +189,13 @@ def evaluate(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[float, 
     return cross_entropy(logits, targets).item(), (logits.argmax(-1) == targets).float().mean().item()
 
 
+def _begin_worker() -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C reaches all processes of a terminal. The first one tells, once these have ended their present runs; were they to die, the pool
+    # would raise errors of its own.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def run(network: OptimizerNetwork, out: Path, *, seeds: int = 3, workers: int = 2, steps_scale: float = 1.0) -> str:
     """Trains every task with every optimizer and seed, and writes `demo.json`, `summary.json` and `demo.png` into `out`.
 
@@ -206,7 +214,7 @@ def run(network: OptimizerNetwork, out: Path, *, seeds: int = 3, workers: int = 
     start = time.perf_counter()
     steps = {name: max(1, round(steps_scale * task().steps)) for name, task in TASKS.items()}
     context = multiprocessing.get_context("spawn")
-    with TemporaryDirectory() as folder, ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with TemporaryDirectory() as folder, ProcessPoolExecutor(workers, context, initializer=_begin_worker) as pool:
         network.save_pretrained(folder)
         # LearnedOptimizer's runs are the longest, so they come first: no process is left alone with one at the end.
         jobs = [(task, name, seed, steps[task], folder) for name in OPTIMIZERS for task in TASKS for seed in range(seeds)]

@@ -1,7 +1,8 @@
 """Where optimizer networks come from and go to: bundled sets, local folders and the Hugging Face Hub.
 
 A set of weights is a folder with `config.json` (a `NetworkConfig`) and `model.safetensors` (every tensor in fp32). Reading is strict:
-nothing is filled in, cast or replaced, since weights that almost fit would train a model badly without any error. Nothing is unpickled.
+nothing is filled in, cast or replaced, since weights that almost fit would train a model badly without any error. Nothing is unpickled, and
+nothing is read whose size does not fit.
 """
 
 from __future__ import annotations
@@ -9,18 +10,22 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import os
+import reprlib
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from .config import NetworkConfig, from_json, to_json
+from .config import NetworkConfig, from_file, parse_object, to_json
 from .network import OptimizerNetwork
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MAX_HEADER = 2**17  # bytes of the list of tensors in front of the weights; real ones have two thousand
+SCRATCH = ".saving-"  # how the names of folders begin in which files wait to take their places
 CARD, CURVES, META_TRAIN = "README.md", "curves.png", "meta_train.json"  # what a meta-training run adds
 
 MODEL_CARD = """\
@@ -71,6 +76,12 @@ def bundled_names() -> list[str]:
     return sorted(path.parent.name for path in _bundled().glob(f"*/{CONFIG}"))
 
 
+def source_of(folder: str | os.PathLike[str]) -> str:
+    """What `load_network` knows a local folder by: its name, with "./" in front of one that a bundled set has too."""
+    name = os.fspath(folder)
+    return f"./{name}" if name in bundled_names() else name
+
+
 def _bundled() -> Path:
     return Path(str(importlib.resources.files("learned_optim.pretrained")))
 
@@ -86,35 +97,50 @@ def _read(folder: Path) -> OptimizerNetwork:
     for file in (config_file, weights_file):
         if not file.is_file():
             raise FileNotFoundError(f"{folder} has no {file.name}; save_pretrained writes {CONFIG} and {WEIGHTS} to a folder")
-    try:
-        config = from_json(NetworkConfig, config_file.read_text(encoding="utf-8"), str(config_file))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{config_file} is not valid JSON: {error}") from None
-    try:
-        tensors = load(weights_file.read_bytes())
-    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
-        raise ValueError(f"{weights_file} is damaged, or no safetensors file ({error}); fetch or save it again") from error
-    # On the meta device a config of absurd size allocates nothing, and torch's random numbers are left alone.
+    config = from_file(NetworkConfig, config_file)
+    # On the meta device a large network allocates nothing, and torch's random numbers are left alone.
     with torch.device("meta"):
         network = OptimizerNetwork(config)
-    if problems := _misfits(tensors, network.state_dict()):
-        raise ValueError(f"{weights_file} does not fit the network that its {CONFIG} describes: {'; '.join(problems)}")
+    tensors = _tensors_of(weights_file, network.state_dict())
     _check_finite(tensors, str(weights_file))
     network.load_state_dict(tensors, assign=True)
     return network
 
 
-def _misfits(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+def _tensors_of(file: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file: eight bytes with the length of the header, the header as JSON, and the data. Those are read only
+    where header and size are what the expected tensors would have."""
+    size_expected = sum(tensor.numel() for tensor in expected.values()) * torch.float32.itemsize
+    try:
+        with file.open("rb") as stream:
+            size, length = os.fstat(stream.fileno()).st_size, int.from_bytes(stream.read(8), "little")
+            if not 0 < length <= min(size - 8, MAX_HEADER):
+                raise ValueError(f"its header would have {length} of {size} bytes")
+            header = parse_object(stream.read(length), "its header")
+            problems = _misfits(header, expected)
+            if not problems:
+                if size != 8 + length + size_expected:
+                    raise ValueError(f"it has {size} bytes, not {8 + length + size_expected}")
+                stream.seek(0)
+                return load(stream.read(size))
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{file} is damaged, or no safetensors file ({error}); fetch or save it again") from error
+    raise ValueError(f"{file} does not fit the network that its {CONFIG} describes: {'; '.join(problems)}")
+
+
+def _misfits(header: dict[str, Any], expected: dict[str, Tensor]) -> list[str]:
+    header = {name: entry for name, entry in header.items() if name != "__metadata__"}
     problems = []
-    if missing := sorted(expected.keys() - tensors.keys()):
+    if missing := sorted(expected.keys() - header.keys()):
         problems.append(f"missing {missing}")
-    if unexpected := sorted(tensors.keys() - expected.keys()):
-        problems.append(f"unexpected {unexpected}")
-    for name in sorted(expected.keys() & tensors.keys()):
-        if tensors[name].shape != expected[name].shape:
-            problems.append(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}")
-        elif tensors[name].dtype != torch.float32:
-            problems.append(f"{name} has dtype {tensors[name].dtype}, not torch.float32")
+    if unexpected := sorted(header.keys() - expected.keys()):
+        problems.append(f"unexpected {reprlib.repr(unexpected)}")
+    for name in sorted(expected.keys() & header.keys()):
+        shape, dtype = (header[name].get(key) if isinstance(header[name], dict) else None for key in ("shape", "dtype"))
+        if shape != list(expected[name].shape):
+            problems.append(f"{name} has shape {reprlib.repr(shape)}, not {list(expected[name].shape)}")
+        elif dtype != "F32":
+            problems.append(f"{name} has dtype {reprlib.repr(dtype)}, not 'F32'")
     return problems
 
 
@@ -165,14 +191,18 @@ def save_network(network: OptimizerNetwork, folder: str | os.PathLike[str]) -> N
 
     Raises:
         ValueError: a weight is NaN or infinite.
+        OSError: the folder cannot be written to; the message names it.
     """
     files = _files(network)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-        for name, content in files.items():
-            Path(scratch, name).write_bytes(content)
-        for name in files:
-            os.replace(Path(scratch, name), Path(folder, name))
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
+            for name, content in files.items():
+                Path(scratch, name).write_bytes(content)
+            for name in files:
+                os.replace(Path(scratch, name), Path(folder, name))
+    except OSError as error:
+        raise OSError(f"the weights could not be written to {os.fspath(folder)}: {error}") from error
 
 
 def push_to_hub(
@@ -192,6 +222,11 @@ def push_to_hub(
         raise ValueError(f"the weights in {folder} are not this network's, so its model card would describe others")
     api = HfApi(token=token, library_name="learned-optim")
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(
+            f"{repo_id} exists and is public, so nothing was uploaded: make it private in its settings on the Hub, choose another name, or "
+            "leave private out"
+        )
     if folder is not None:
         present = [path for path in sorted(Path(folder).glob("*")) if path.name in (CARD, CURVES) or path.match("meta_train*.json")]
         files |= {path.name: path.read_bytes() for path in present}

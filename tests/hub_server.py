@@ -167,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def info(self, repo: str, revision: str | None = None) -> None:
         if found := self._find(repo, revision or "main"):
-            self._json({"id": repo, "sha": found[1]})
+            self._json({"id": repo, "sha": found[1], "private": found[0].private})
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
         if found := self._find(repo, revision):

@@ -111,3 +111,25 @@ def test_push_refuses_what_is_no_folder_of_weights_and_tells_what_the_hub_refuse
     assert done.stderr.startswith("learned-optim: ")
     assert "na--me" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_what_is_to_be_private_does_not_go_to_a_public_repository(tmp_path):
+    OptimizerNetwork(NetworkConfig()).save_pretrained(tmp_path / "set")
+    with HubServer() as hub:
+        done = learned_optim("push", str(tmp_path / "set"), "user/mine", home=tmp_path, endpoint=hub.url)
+        assert done.returncode == 0, done.stderr
+        commits = dict(hub.repositories["user/mine"].commits)
+        done = learned_optim("push", str(tmp_path / "set"), "user/mine", "--private", home=tmp_path, endpoint=hub.url)
+        assert hub.repositories["user/mine"].commits == commits
+    assert done.returncode == 2
+    assert done.stderr.startswith("learned-optim: user/mine exists and is public, so nothing was uploaded")
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("learned_optim.cli.bundled_names", interrupt)
+    assert main(["list"]) == 130
+    assert capsys.readouterr().err == "learned-optim: stopped by Ctrl-C\n"

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ import torch
 pytest.importorskip("transformers", reason='needs transformers: pip install "learned-optim[transformers]"')
 pytest.importorskip("accelerate", reason='Trainer needs accelerate: pip install "learned-optim[transformers]"')
 
+import transformers
 from hub_server import HubServer
 from test_distributed import torchrun
 from trainer_helpers import Counting, StopAt, arguments, clocks, gpt, helped, inner, network, plain, weights
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from learned_optim import LearnedOptimizer, load_network
-from learned_optim.integrations.transformers import LearnedOptimizerTrainer
+from learned_optim.integrations.transformers import BOUND, LearnedOptimizerTrainer
+from learned_optim.rule import Control
 from learned_optim.weights import fingerprint
 
 MAKERS = {"plain": plain, "helped": helped}
@@ -103,18 +106,122 @@ def test_only_the_helper_leaves_gradients_unclipped(tmp_path: Path, maker: str) 
     assert (callback.norm > 10) == (maker == "helped")
 
 
-def test_every_conflict_is_named_at_once(tmp_path: Path) -> None:
-    args = arguments(tmp_path, learning_rate=3e-4, lr_scheduler_type="cosine", warmup_steps=5, max_grad_norm=0.5, optim="adafactor")
-    with pytest.raises(ValueError, match=r"schedule=?") as caught:
-        helped(args)
-    for name in ("learning_rate=0.0003", "lr_scheduler_type=", "warmup_steps=5", "max_grad_norm=0.5", "optim="):
-        assert name in str(caught.value)
-    assert "adam_beta1" not in str(caught.value)
-    assert "optimizer_cls_and_kwargs" in str(caught.value), "the way to have them all the same"
+def test_what_has_no_effect_is_named_in_one_warning(tmp_path: Path) -> None:
+    options = {"learning_rate": 2e-5, "lr_scheduler_type": "cosine", "warmup_steps": 5, "max_grad_norm": 0.5, "optim": "adafactor"}
+    args = arguments(tmp_path, max_steps=2, **options)
+    with pytest.warns(UserWarning, match="LearnedOptimizerTrainer ignores") as caught:
+        trainer = helped(args)
+    trainer.train()  # where warnings are errors
+    (warning,) = caught
+    text = str(warning.message)
+    for name in ("learning_rate=2e-05", "lr_scheduler_type=", "warmup_steps=5", "max_grad_norm=0.5", "optim="):
+        assert name in text
+    assert "adam_beta1" not in text
+    assert "optimizer_cls_and_kwargs" in text, "the way to have them all the same"
+    assert {group["lr"] for group in inner(trainer).param_groups} == {1.0}
+    without = helped(arguments(tmp_path, max_steps=2))
+    without.train()
+    assert same(weights(trainer), weights(without))
 
 
 def test_a_constant_schedule_without_clipping_may_be_asked_for(tmp_path: Path) -> None:
     helped(arguments(tmp_path, lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.01))
+
+
+def test_defaults_are_those_of_the_class_of_the_arguments(tmp_path: Path) -> None:
+    @dataclass
+    class Patient(TrainingArguments):
+        learning_rate: float = 2e-5
+
+    helped(Patient(str(tmp_path), use_cpu=True, report_to=[]))
+    with pytest.warns(UserWarning, match="ignores learning_rate=5e-05"):
+        helped(Patient(str(tmp_path), use_cpu=True, report_to=[], learning_rate=5e-5))
+
+
+def test_the_arguments_of_the_optimizer_reach_it(tmp_path: Path) -> None:
+    options = {"pretrained": network(), "lr": 0.5, "weight_decay": 0.1, "total_steps": 100, "kernel": "reference"}
+    trainer = helped(arguments(tmp_path, max_steps=3, weight_decay=0.3), **options)
+    trainer.train()
+    optimizer = inner(trainer)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert {(group["lr"], group["total_steps"], group["weights"]) for group in optimizer.param_groups} == {
+        (0.5, 100, fingerprint(network()))
+    }
+    assert optimizer.kernel == "reference"
+    text = card(trainer)
+    assert "lr=0.5, total_steps of 100" in text
+    assert fingerprint(network()) in text
+
+
+def test_the_arguments_of_the_optimizer_are_checked(tmp_path: Path) -> None:
+    for options, message in (
+        ({"lr": -1.0}, "lr multiplies"),
+        ({"kernel": "fast"}, "kernel must be one of"),
+        ({"total_steps": -3}, "total_"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            helped(arguments(tmp_path, max_steps=1), **options).train()
+
+
+@pytest.mark.parametrize("place", ["optimizers", "optimizer_cls_and_kwargs"])
+def test_another_optimizer_is_refused(tmp_path: Path, place: str) -> None:
+    model = gpt()
+    other = {"optimizers": (torch.optim.SGD(model.parameters()), None), "optimizer_cls_and_kwargs": (torch.optim.SGD, {})}
+    with pytest.raises(ValueError, match="makes its own optimizer"):
+        helped(arguments(tmp_path), model=model, **{place: other[place]})
+
+
+# Trainers derived from Trainer
+
+
+class Narrow(Trainer):
+    """With a signature of its own, which hands on what it knows."""
+
+    def __init__(self, model: Any, args: TrainingArguments, *, data: Any) -> None:
+        super().__init__(model=model, args=args, train_dataset=data)
+
+
+class Extended(Trainer):
+    """With arguments of its own, before those of Trainer."""
+
+    def __init__(self, extra: str, *args: Any, **kwargs: Any) -> None:
+        self.extra = extra
+        super().__init__(*args, **kwargs)
+
+
+def test_a_derived_trainer_may_have_any_signature(tmp_path: Path) -> None:
+    class LearnedNarrow(LearnedOptimizerTrainer, Narrow):
+        pass
+
+    class LearnedExtended(LearnedOptimizerTrainer, Extended):
+        pass
+
+    reference = helped(arguments(tmp_path), lr=0.5)
+    reference.train()
+    makers = (
+        lambda: LearnedNarrow(gpt(), arguments(tmp_path), data=Counting(), lr=0.5),
+        lambda: LearnedExtended("extra", gpt(), arguments(tmp_path), train_dataset=Counting(), lr=0.5),
+    )
+    for make in makers:  # each just before it trains, since it seeds the random numbers
+        trainer = make()
+        trainer.train()
+        assert same(weights(trainer), weights(reference))
+
+
+def test_seq2seq_trainer(tmp_path: Path) -> None:
+    class LearnedSeq2Seq(LearnedOptimizerTrainer, transformers.Seq2SeqTrainer):
+        pass
+
+    shape = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**shape, decoder_start_token_id=0, pad_token_id=0))
+    data = [{"input_ids": torch.randint(1, 30, (6,)), "labels": torch.randint(1, 30, (4,))} for _ in range(16)]
+    options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "predict_with_generate": True}
+    args = transformers.Seq2SeqTrainingArguments(str(tmp_path), max_steps=4, **options)
+    trainer = LearnedSeq2Seq(model=model, args=args, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert clocks(trainer) == {4}
+    assert {group["total_steps"] for group in inner(trainer).param_groups} == {4}
+    assert trainer.predict(data, max_length=4).predictions.shape[0] == 16
 
 
 def test_missing_weights_are_refused_before_training(tmp_path: Path) -> None:
@@ -207,6 +314,32 @@ def test_every_log_has_a_new_size(tmp_path: Path, strategy: str) -> None:
     assert not any("update_rms/group_0" in log for log in trainer.state.log_history if "eval_loss" in log)
 
 
+def test_logs_tell_the_share_of_steps_that_are_as_short_or_as_long_as_they_may_be(tmp_path: Path) -> None:
+    class Set(TrainerCallback):
+        """Puts the corrections of a share of the tensors at a bound, before the last step."""
+
+        def on_pre_optimizer_step(self, _: Any, state: Any, *__: Any, optimizer: Any, **___: Any) -> None:
+            if state.global_step == 1:
+                for param in optimizer.param_groups[0]["params"][::2]:
+                    rows = optimizer.state[param]["control"]
+                    rows.copy_(Control.of(rows)._replace(correction=torch.tensor(-100.0)).rows())
+
+    trainer = helped(arguments(tmp_path, max_steps=2, logging_steps=1, logging_strategy="steps"), callbacks=[Set()])
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    matrices = len(inner(trainer).param_groups[0]["params"])
+    assert [log["at_bound/group_0"] for log in logs] == [0, pytest.approx((matrices + 1) // 2 / matrices)]
+    assert [log["at_bound/group_1"] for log in logs] == [0, 0]
+
+
+@pytest.mark.parametrize("known", [0.0, 1.0])
+def test_the_bound_is_the_controllers(known: float) -> None:
+    ones = torch.ones(1)
+    for far in (-100 * ones, 100 * ones):
+        correction, *_ = network().controller(0 * ones, 0 * ones, ones, 0 * ones, ones, 0 * ones, known * ones, far)
+        assert correction.abs().item() == BOUND
+
+
 # Ways to train
 
 
@@ -255,7 +388,7 @@ def test_hyperparameter_search(tmp_path: Path) -> None:
     best = trainer.hyperparameter_search(hp_space=space, n_trials=2, backend="optuna")
     assert best.hyperparameters["weight_decay"] in decays
     assert inner(trainer).param_groups[0]["weight_decay"] == decays[-1]
-    with pytest.raises(ValueError, match=r"learning_rate=.*Leave them out"):
+    with pytest.raises(ValueError, match=r"ignores learning_rate=.*finds nothing; leave it out"):
         trainer.hyperparameter_search(hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 0, 1)}, n_trials=1)
 
 

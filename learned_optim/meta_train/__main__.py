@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from ..config import from_json, to_json
-from ..weights import CARD, CURVES, META_TRAIN, load_network
+from ..config import from_file, to_json
+from ..network import OptimizerNetwork
+from ..weights import CARD, CURVES, META_TRAIN, load_network, source_of
 from . import distributed, process
+from .checkpoint import saved_steps
 from .config import MetaTrainConfig
 from .families import FAMILIES
+from .folder import claimed
 from .loop import MetaTrainingDivergedError, MetaTrainResult, meta_train
 
 
@@ -41,13 +46,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--push", metavar="USER/NAME", help="publish the finished folder on the Hugging Face Hub")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
+    again = f"python -m learned_optim.meta_train {shlex.join(sys.argv[1:] if argv is None else argv)}"
     try:
         with distributed.joined(arguments.device) as device:
-            result = run_stages(arguments, device)
+            configs = [from_file(MetaTrainConfig, path) for path in arguments.config]
+            network = load_network(arguments.start) if arguments.start else None
+            with claimed(arguments.out):
+                try:
+                    result = run_stages(arguments, configs, network, device)
+                except (KeyboardInterrupt, OSError) as error:
+                    if distributed.rank() == 0:
+                        reason = f"stopped: {error}" if isinstance(error, OSError) else "stopped by Ctrl-C"
+                        print(f"{reason}. {saved(arguments.out, configs)} Go on with: {again}", file=sys.stderr)
+                    return 2 if isinstance(error, OSError) else 130
             if distributed.rank() == 0:
                 if arguments.push:
                     result.network.push_to_hub(arguments.push, folder=arguments.out)
-                print(f"The weights are in {arguments.out}. Use them: LearnedOptimizer(model.parameters(), {str(arguments.out)!r})")
+                source = source_of(arguments.out)
+                print(f"The weights are in {arguments.out}. Use them: LearnedOptimizer(model.parameters(), {source!r})")
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -60,10 +79,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run_stages(arguments: argparse.Namespace, device: str) -> MetaTrainResult:
+def saved(out: Path, configs: Sequence[MetaTrainConfig]) -> str:
+    """What a run that was stopped has on disk."""
+    for stage, config in reversed(list(enumerate(configs, 1))):
+        if steps := saved_steps(out / f"stage{stage}"):
+            return f"Saved in {out}: {steps} of {config.meta_steps} meta-steps of stage {stage}."
+    return f"Nothing is saved yet; there is a checkpoint every {configs[0].checkpoint_every} meta-steps."
+
+
+def run_stages(
+    arguments: argparse.Namespace, configs: Sequence[MetaTrainConfig], network: OptimizerNetwork | None, device: str
+) -> MetaTrainResult:
     """Runs one stage after the other and hands over the last one's folder, with the configurations of all."""
-    configs = [from_json(MetaTrainConfig, path.read_text(), str(path)) for path in arguments.config]
-    network = load_network(arguments.start) if arguments.start else None
     numbers = [""] if len(configs) == 1 else range(1, len(configs) + 1)
     names = [META_TRAIN.replace(".json", f"{number}.json") for number in numbers]
     start = f" --start {arguments.start}" if arguments.start else ""

@@ -1,13 +1,18 @@
-"""Checkpoints that survive a kill at any moment: written beside the old one and put in its place in one move."""
+"""Checkpoints that survive a kill at any moment: written beside the old one and put in its place in one move.
+
+A checkpoint is what `torch.save` writes, a zip archive, with a SHA-256 of all bytes before it as the archive's comment: a flipped bit in a
+tensor would train on without a sign.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -19,6 +24,8 @@ from .estimators import Weights
 from .slots import Slot
 
 CHECKPOINT = "checkpoint.pt"
+SEAL = 64  # characters of a SHA-256 in hexadecimal
+PIECE = 2**20  # bytes that are read at once
 
 
 @dataclass
@@ -42,7 +49,11 @@ def save(
     slots: Mapping[str, Sequence[Slot]],
     progress: Progress,
 ) -> None:
-    """Writes the checkpoint of a run; every process calls it, and the first one writes."""
+    """Writes the checkpoint of a run; every process calls it, and the first one writes.
+
+    Raises:
+        OSError: it could not be written; the one before is as it was.
+    """
     places = {
         estimator: distributed.gather_to_first({i: slot.state_dict() for i, slot in enumerate(mine) if distributed.is_mine(i)})
         for estimator, mine in slots.items()
@@ -60,22 +71,62 @@ def save(
         "progress": {key.name: getattr(progress, key.name) for key in fields(progress)},
     }
     temporary = path / f"{CHECKPOINT}.{os.getpid()}.tmp"
-    torch.save(state, temporary)
-    os.replace(temporary, path / CHECKPOINT)
+    try:
+        torch.save(state, temporary)
+        _seal(temporary)
+        os.replace(temporary, path / CHECKPOINT)
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError where the disk is full
+        temporary.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path / CHECKPOINT} could not be written, on a full disk for one, and is as it was before ({reason})") from error
 
 
 def load(folder: str | os.PathLike[str], config: MetaTrainConfig, device: str | torch.device) -> dict[str, Any] | None:
     """The checkpoint in a folder, on a device, or None if there is none.
 
     Raises:
-        ValueError: it belongs to a run with another configuration.
+        ValueError: it is damaged, or belongs to a run with another configuration.
     """
     path = Path(folder) / CHECKPOINT
     if not path.exists():
         return None
+    if not _is_whole(path):
+        raise ValueError(f"{path} is damaged: its checksum does not fit. Put a copy back, or delete it to begin this stage anew")
     state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     theirs, mine = json.loads(state["config"]), json.loads(to_json(config))
     if theirs != mine:
         different = sorted(key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key))
         raise ValueError(f"{path} belongs to a run whose configuration differs in {different}; use another folder or delete it")
     return state
+
+
+def saved_steps(folder: str | os.PathLike[str]) -> int:
+    """The meta-steps that the checkpoint in a folder has behind it; 0 if there is none that is whole."""
+    path = Path(folder) / CHECKPOINT
+    whole = path.exists() and _is_whole(path)
+    return len(torch.load(path, mmap=True, weights_only=True)["progress"]["history"]) if whole else 0
+
+
+def _seal(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(SEAL.to_bytes(2, "little"))  # an archive ends with the length of its comment, and the comment
+        size = file.tell()
+        file.seek(0)
+        file.write(_digest(file, size))
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut could leave a name without its content
+
+
+def _is_whole(path: Path) -> bool:
+    size = path.stat().st_size - SEAL
+    with path.open("rb") as file:
+        return size > 0 and _digest(file, size) == file.read()
+
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """Of the next bytes."""
+    digest = hashlib.sha256()
+    for begin in range(0, size, PIECE):
+        digest.update(file.read(min(PIECE, size - begin)))
+    return digest.hexdigest().encode()

@@ -5,11 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import NetworkConfig
+from ..config import NetworkConfig, Ranges, check_ranges
 
 ESTIMATORS = ("exact", "first_order", "pes", "es", "reptile", "frozen")
 META_LOSSES = ("mean", "ramp", "final")
 SCHEDULES = ("cosine", "constant")
+
+# What lies outside is a slip of the pen or a damaged file; a least value of LEAST stands for any that is positive.
+LEAST = 1e-12
+RANGES: Ranges = {
+    "seed": (0, 2**63 - 1),
+    **dict.fromkeys(("meta_steps", "truncation", "horizon_min", "horizon_max", "checkpoint_every"), (1, 10**8)),
+    **dict.fromkeys(("pairs", "unrolls_per_step", "unrolls_per_family", "replicas"), (1, 10**5)),
+    **dict.fromkeys(("warmup", "evaluate_every"), (0, 10**8)),
+    **dict.fromkeys(("sigma", "learning_rate"), (LEAST, 1e4)),
+    **dict.fromkeys(("clip", "divergence"), (LEAST, 1e9)),
+    **dict.fromkeys(("reparametrize", "loss_scale", "gradient_noise"), (0, 100)),
+    **dict.fromkeys(("horizon_known", "warm_restart", "curriculum", "subbatch", "bfloat16"), (0, 1)),  # shares
+}
+HELD = 1e4  # the greatest absolute value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,19 +128,10 @@ class MetaTrainConfig:
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
-        counts = ("meta_steps", "truncation", "pairs", "unrolls_per_step", "unrolls_per_family", "replicas", "horizon_min")
-        for name in (*counts, "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("sigma", "learning_rate", "clip", "divergence"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("reparametrize", "loss_scale", "gradient_noise", "warmup", "evaluate_every"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("horizon_known", "warm_restart", "curriculum", "subbatch", "bfloat16"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is a share in [0, 1], got {getattr(self, name)}")
+        check_ranges(self, RANGES)
+        for name, value in self.held.items():
+            if not abs(value) <= HELD:
+                raise ValueError(f"held[{name!r}] must lie in [-{HELD:,}, {HELD:,}], got {value}")
         for name, options in (("meta_loss", META_LOSSES), ("schedule", SCHEDULES)):
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {list(options)}, got {getattr(self, name)!r}")

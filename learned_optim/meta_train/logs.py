@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ LOG = "log.jsonl"
 
 
 class Log(contextlib.ExitStack):
-    """The first process writes; a resumed run goes on without what a killed one wrote after its last checkpoint.
+    """The first process writes; a resumed run goes on without what a killed one wrote after its last checkpoint, or began to write.
 
     Args:
         folder: where `log.jsonl` goes, and TensorBoard's events; None logs nothing.
@@ -39,13 +40,26 @@ class Log(contextlib.ExitStack):
             except ImportError:
                 raise ImportError("logging to TensorBoard needs the package: pip install 'learned-optim[tensorboard]'") from None
             self.board = self.enter_context(contextlib.closing(SummaryWriter(str(folder), purge_step=meta_step)))
-        lines = path.read_text().splitlines() if path.exists() else []
-        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["meta_step"] < meta_step))
-        self.file = self.enter_context(path.open("a", buffering=1))
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        kept = path.with_name(f"{LOG}.tmp")
+        kept.write_bytes(b"".join(line + b"\n" for line in lines if _before(meta_step, line)))
+        os.replace(kept, path)
+        self.file = self.enter_context(path.open("ab", buffering=0))  # whole lines, and none that is still to be written at the end
 
     def write(self, meta_step: int, figures: Mapping[str, float]) -> None:
         if self.file is not None:
-            self.file.write(json.dumps({"meta_step": meta_step, **figures}) + "\n")
+            line = json.dumps({"meta_step": meta_step, **figures}) + "\n"
+            if self.file.write(line.encode()) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
         if self.board is not None:
             for name, value in figures.items():
                 self.board.add_scalar(name, value, meta_step)
+
+
+def _before(meta_step: int, line: bytes) -> bool:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return False  # cut off by a kill, or by a full disk
+    number = entry.get("meta_step") if isinstance(entry, dict) else None
+    return isinstance(number, int) and number < meta_step

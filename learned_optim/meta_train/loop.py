@@ -26,6 +26,7 @@ from .checkpoint import Progress
 from .config import MetaTrainConfig
 from .estimators import INITIAL, Weights
 from .evaluate import Evaluation
+from .folder import claimed
 from .handover import hand_over
 from .logs import Log
 from .slots import Slot
@@ -70,7 +71,7 @@ def meta_train(
         families: what to train on, by name.
         config: how.
         folder: where the finished weights and their model card go, and until then the checkpoint and the log (`log.jsonl`); a run that
-            finds its checkpoint there resumes from it.
+            finds its checkpoint there resumes from it. No two runs at a time may have the same.
         device: where to run, "cpu" or "cuda".
         network: the weights to start from; fresh ones by default.
         initial: parameters of the optimizees, laid end to end (N,), to be learned too (Finn et al. 2017, MAML); every unroll starts from
@@ -81,7 +82,8 @@ def meta_train(
         command: how to make the run again, for the model card.
 
     Raises:
-        ValueError: there is nothing to train on, or the folder holds a run with another configuration.
+        ValueError: there is nothing to train on, or the folder holds a run with another configuration or a damaged checkpoint.
+        OSError: the folder cannot be written to, or another process has it (BlockingIOError).
         MetaTrainingDivergedError: going on is of no use; the checkpoint stays, and the best weights so far are in the folder.
     """
     names = config.families or tuple(families)
@@ -103,69 +105,70 @@ def meta_train(
     }
     if config.unrolls_per_step > (kept := config.unrolls_per_family * len(names)):
         raise ValueError(f"unrolls_per_step is {config.unrolls_per_step}, but only {kept} unrolls are kept going; raise unrolls_per_family")
-    so_far = Progress()
-    if folder is not None and (saved := checkpoint.load(folder, config, device)) is not None:
-        set_values(meta_parameters, saved["meta_parameters"])
-        meta_optimizer.load_state_dict(saved["meta_optimizer"])
-        so_far = Progress(**saved["progress"])
-        for estimator, places in saved["slots"].items():
-            for index, place in places.items():
-                if distributed.is_mine(index):
-                    slots[estimator][index].load_state_dict(place, device)
-    evaluation = None
-    if config.evaluate_every:
-        evaluation = Evaluation(held_out or {name: families[name] for name in names}, config, device, so_far.adamw)
-        so_far.adamw = evaluation.adamw
+    with claimed(folder):
+        so_far = Progress()
+        if folder is not None and (saved := checkpoint.load(folder, config, device)) is not None:
+            set_values(meta_parameters, saved["meta_parameters"])
+            meta_optimizer.load_state_dict(saved["meta_optimizer"])
+            so_far = Progress(**saved["progress"])
+            for estimator, places in saved["slots"].items():
+                for index, place in places.items():
+                    if distributed.is_mine(index):
+                        slots[estimator][index].load_state_dict(place, device)
+        evaluation = None
+        if config.evaluate_every:
+            evaluation = Evaluation(held_out or {name: families[name] for name in names}, config, device, so_far.adamw)
+            so_far.adamw = evaluation.adamw
 
-    trouble = None
-    with Log(folder, len(so_far.history), tensorboard) as log:
-        for meta_step in range(len(so_far.history), config.meta_steps):
-            began, done = time.perf_counter(), meta_step + 1
-            for group in meta_optimizer.param_groups:
-                group["lr"] = config.learning_rate * schedule(config, meta_step)
-            meta_losses: list[float] = []
-            for estimator, served in weights.items():
-                places = slots[estimator]
-                turns = [(meta_step * config.unrolls_per_step + turn) % len(places) for turn in range(config.unrolls_per_step)]
-                mine = {turn: places[turn] for turn in turns if distributed.is_mine(turn)}
-                estimates = {turn: slot.estimate(network, served, start, meta_step) for turn, slot in mine.items()}
-                families_of = {turn: places[turn].family for turn in turns}
-                gradient, found = average(estimates, families_of, estimator, served, so_far.log_norms, config)
-                for name, weight in served.items():
-                    weight.grad = gradient[name]
-                for turn, meta_loss in found.items():
-                    if math.isnan(meta_loss):
-                        places[turn].unroll = None
-                meta_losses += found.values()
-            finite = [meta_loss for meta_loss in meta_losses if math.isfinite(meta_loss)]
-            so_far.dropped += len(meta_losses) - len(finite)
-            so_far.history.append(sum(finite) / len(finite) if finite else math.nan)
-            if finite:
-                meta_optimizer.step()
+        trouble = None
+        with Log(folder, len(so_far.history), tensorboard) as log:
+            for meta_step in range(len(so_far.history), config.meta_steps):
+                began, done = time.perf_counter(), meta_step + 1
+                for group in meta_optimizer.param_groups:
+                    group["lr"] = config.learning_rate * schedule(config, meta_step)
+                meta_losses: list[float] = []
+                for estimator, served in weights.items():
+                    places = slots[estimator]
+                    turns = [(meta_step * config.unrolls_per_step + turn) % len(places) for turn in range(config.unrolls_per_step)]
+                    mine = {turn: places[turn] for turn in turns if distributed.is_mine(turn)}
+                    estimates = {turn: slot.estimate(network, served, start, meta_step) for turn, slot in mine.items()}
+                    families_of = {turn: places[turn].family for turn in turns}
+                    gradient, found = average(estimates, families_of, estimator, served, so_far.log_norms, config)
+                    for name, weight in served.items():
+                        weight.grad = gradient[name]
+                    for turn, meta_loss in found.items():
+                        if math.isnan(meta_loss):
+                            places[turn].unroll = None
+                    meta_losses += found.values()
+                finite = [meta_loss for meta_loss in meta_losses if math.isfinite(meta_loss)]
+                so_far.dropped += len(meta_losses) - len(finite)
+                so_far.history.append(sum(finite) / len(finite) if finite else math.nan)
+                if finite:
+                    meta_optimizer.step()
 
-            figures = {"meta_loss": so_far.history[-1], "dropped": so_far.dropped}
-            if evaluation and (done % config.evaluate_every == 0 or done == config.meta_steps):
-                so_far.evaluations.append({"meta_step": meta_step, **evaluation(network)})
-                figures["score"] = so_far.evaluations[-1]["score"]
-                if figures["score"] <= min(past["score"] for past in so_far.evaluations):
-                    so_far.best = {name: weight.detach().clone() for name, weight in meta_parameters.items()}
-            figures["seconds"] = time.perf_counter() - began
-            so_far.seconds += figures["seconds"]
-            log.write(meta_step, figures)
-            if progress is not None:
-                progress(meta_step, figures)
-            if folder is not None and (done % config.checkpoint_every == 0 or done == config.meta_steps):
-                checkpoint.save(folder, config, meta_parameters, meta_optimizer, slots, so_far)
-            if done % WINDOW == 0 and (trouble := divergence(so_far.history, config)):
-                break
+                figures = {"meta_loss": so_far.history[-1], "dropped": so_far.dropped}
+                if evaluation and (done % config.evaluate_every == 0 or done == config.meta_steps):
+                    so_far.evaluations.append({"meta_step": meta_step, **evaluation(network)})
+                    figures["score"] = so_far.evaluations[-1]["score"]
+                    if figures["score"] <= min(past["score"] for past in so_far.evaluations):
+                        so_far.best = {name: weight.detach().clone() for name, weight in meta_parameters.items()}
+                figures["seconds"] = time.perf_counter() - began
+                so_far.seconds += figures["seconds"]
+                log.write(meta_step, figures)
+                if progress is not None:
+                    progress(meta_step, figures)
+                if folder is not None and (done % config.checkpoint_every == 0 or done == config.meta_steps):
+                    checkpoint.save(folder, config, meta_parameters, meta_optimizer, slots, so_far)
+                if done % WINDOW == 0 and (trouble := divergence(so_far.history, config)):
+                    break
 
-    set_values(meta_parameters, so_far.best | own)
-    network.requires_grad_(False)
-    if folder is not None and distributed.rank() == 0:
-        hand_over(folder, network, config, names, so_far, command)
-    if trouble:
-        raise MetaTrainingDivergedError(trouble)
-    return MetaTrainResult(network, so_far.history, so_far.dropped, None if start is None else start.detach(), so_far.evaluations)
+        set_values(meta_parameters, so_far.best | own)
+        network.requires_grad_(False)
+        if folder is not None and distributed.rank() == 0:
+            hand_over(folder, network, config, names, so_far, command)
+        if trouble:
+            raise MetaTrainingDivergedError(trouble)
+        return MetaTrainResult(network, so_far.history, so_far.dropped, None if start is None else start.detach(), so_far.evaluations)
 
 
 @torch.no_grad()
@@ -203,12 +206,19 @@ def by_estimator(meta_parameters: Weights, config: MetaTrainConfig) -> dict[str,
 
 def make_meta_optimizer(weights: Sequence[Tensor], config: MetaTrainConfig) -> torch.optim.Optimizer:
     try:
-        made: torch.optim.Optimizer = pkgutil.resolve_name(config.optimizer)(weights, lr=config.learning_rate, **config.optimizer_options)
-    except (ImportError, AttributeError, TypeError) as error:
+        return optimizer_class(config.optimizer)(weights, lr=config.learning_rate, **config.optimizer_options)  # type: ignore[call-arg]
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"cannot make the meta-optimizer {config.optimizer!r} with optimizer_options {config.optimizer_options}: {error}"
         ) from error
-    return made
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """What a configuration names is called, so it must be an optimizer."""
+    found = pkgutil.resolve_name(name)
+    if not isinstance(found, type) or not issubclass(found, torch.optim.Optimizer):
+        raise TypeError("it is no subclass of torch.optim.Optimizer")
+    return found
 
 
 def schedule(config: MetaTrainConfig, meta_step: int) -> float:
