@@ -24,6 +24,9 @@ BRAKE, LEAP = 0.2, 0.5
 # that may call for longer steps; the steps before it counts in full; and the trends between which longer steps are let through.
 NOISE, PURPOSE, PATH_LEAD, TURN, TURNED = 2.0, 0.2, 100.0, 0.1, 0.3
 
+# Of the warm-up: how much slower than it climbs it falls back, and how far below its first step it can get.
+RETREAT, DEPTH = 0.5, 2.0
+
 
 class CoordinateLSTM(nn.Module):
     """One LSTM shared by every weight of the optimizee (Andrychowicz et al. 2016, section 2.1), made odd.
@@ -114,6 +117,11 @@ class Controller(nn.Module):
         b = clamp((-own - TURN) / (TURNED - TURN), 0, 1).
 
     Without a horizon `T` is infinite and `b` is 0, since nothing would undo what was too bold.
+
+    Before all that, steps have to be short enough to be undone: a model that was trained before is lost within two of the prior's size, and
+    no gradient shows afterwards what it was. So they *climb*, from `e^log_start` of what the rest says, by `climb_rate * c` a step, `c` here the
+    mean of all trends, until they are there, and then for good. From scratch gradients agree, and that takes a few steps. In fine-tuning
+    they hardly do, and steps settle at the length at which the agreement ends.
     """
 
     def __init__(self) -> None:
@@ -126,6 +134,8 @@ class Controller(nn.Module):
         self.bend = nn.Parameter(torch.tensor(4.0))  # of the path
         self.brake = nn.Parameter(torch.tensor(1.5))
         self.inertia = nn.Parameter(torch.tensor(3.0))
+        self.log_start = nn.Parameter(torch.tensor(math.log(0.02)))  # at most 0
+        self.climb_rate = nn.Parameter(torch.tensor(3.0))
 
     def forward(
         self,
@@ -166,6 +176,21 @@ class Controller(nn.Module):
         endless = self.log_rate.exp() * fading**2 * longer - self.shrink * bouncing
         correction = (correction + path + torch.where(known > 0, self.log_rate.exp() * annealed, endless)).clamp(-3, 3)
         return correction, self.brake * (swing + BRAKE).clamp(max=0), self.inertia * longer
+
+    def climb(self, trend: Tensor, climbed: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of the warm-up.
+
+        Args:
+            trend: as in `forward`, (..., K).
+            climbed: what has been gained so far, a logarithm, (..., K).
+
+        Returns:
+            the same after this step, and the logarithm of the warm-up's factor.
+        """
+        mean = trend.mean(-1, keepdim=True)
+        rise = self.climb_rate * (mean.clamp(min=0) + RETREAT * mean.clamp(max=0))
+        climbed = torch.where(self.log_start + climbed < 0, (climbed + rise).clamp(min=-DEPTH), climbed)
+        return climbed, (self.log_start + climbed).clamp(max=0)
 
 
 class OptimizerNetwork(nn.Module):

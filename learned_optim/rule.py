@@ -16,7 +16,9 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    *straightness* of its path is the length of the mean of its updates, each counted with length 1, over about the last quarter of the run:
    1 on a straight line, and falling like :math:`1/\sqrt{t}` where updates are noise; a sketch of 16 numbers keeps that mean. The
    controller (`network.Controller`) adds up what all three say to a correction :math:`e^{\kappa_t}` of the prior step size. A negative
-   swing also brakes single steps, by :math:`e^{b_t}`.
+   swing also brakes single steps, by :math:`e^{b_t}`. Steps begin at a fiftieth of the prior size and lengthen while gradients go on
+   pointing where the steps before them went: :math:`e^{r_t}`, which a model from scratch leaves behind within a few steps, and in which
+   one that was trained before stays, so that what it knows is not lost before the gradients have shown what it bears.
 3. **Direction.** Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise
    LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`. The last gradient among them
    counts for less where gradients turn back, by the steadiness :math:`w_t = \min(1, 2 a_t)^2`. Where gradients agree, the *drift* is added,
@@ -27,7 +29,7 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    :math:`\sqrt{\max(1, fan_{out}/fan_{in})}` (Muon, Jordan et al. 2024), times :math:`3/L` where a model has fewer than three matrices,
    :math:`L`: what few layers move its outputs by, each of many has a share of (Large et al. 2024, "Scalable optimization in the modular
    norm"). Any other tensor is divided by its root mean square and scaled by a learned constant.
-5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t + b_t} \, p_t^q \, d_t`. The pace :math:`p_t` is the
+5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t + b_t + r_t} \, p_t^q \, d_t`. The pace :math:`p_t` is the
    agreement, or the length of the last gradient in units of :math:`\sqrt{v_t}`, at most 1, if that is more: long where gradients agree,
    short where they vanish; its power :math:`q`, of `Controller`, is 1 unless it is learned. Adam's steps have such a factor in each
    coordinate, and step 4 would lose it. The schedule :math:`s` is constant and then falls linearly to zero over the last 60 % of `T` if
@@ -70,6 +72,7 @@ LEAST_AGREEMENT = LEAST_STRAIGHTNESS = 0.01
 LEAST_SHRINKAGE = 0.03
 TURNING = 0.5  # the agreement below which gradients turn back
 MANY = 3  # matrices, from which on their steps are as long as in any deeper model
+LONG = 3  # the ratio of sides from which on large matrices are orthogonalised by their Gram matrix
 SMALL = 128  # the shorter side of matrices that are orthogonalised in the precision that they have: fewer bits would not be faster
 
 # AdamW's updates have a root mean square of 0.2 to 0.4 times its learning rate (Liu et al. 2025, "Muon is scalable for LLM training",
@@ -89,13 +92,13 @@ class Control(NamedTuple):
     swing: Tensor  # the same, where long gradients count for more, (..., K)
     length: Tensor  # the recent root mean square of its gradient, (..., K)
     correction: Tensor  # the logarithm of its step size's, (..., K)
+    climbed: Tensor  # what its warm-up has gained on the first step's size, a logarithm, (..., K)
     path: Tensor  # a sketch of its mean update, (BUCKETS, ..., K)
 
     @staticmethod
     def of(rows: Tensor) -> Control:
         """From (CONTROL, ..., K)."""
-        step, trend, swing, length, correction = rows[:-BUCKETS]
-        return Control(step, trend, swing, length, correction, rows[-BUCKETS:])
+        return Control(*rows[:-BUCKETS], rows[-BUCKETS:])
 
     def rows(self) -> Tensor:
         """The way back."""
@@ -225,14 +228,15 @@ def step_sizes(
     swing = torch.lerp(control.swing, turn, weight * (size / length).clamp(min=1))
     straight = straightness(control.path, clock)
     correction, braked, inertia = network.controller(trend, swing, steady, straight, age, progress, known, control.correction)
+    climbed, warm = network.controller.climb(trend, control.climbed)
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
     schedule = torch.where(known > 0, annealed, decayed)
     relative = (size / (clock.mean + ABSOLUTE_FLOOR).sqrt()).clamp(max=1)  # to what is usual
     pace = torch.maximum(agreed, relative) ** network.controller.power
-    step_size = (network.log_step_size + correction + braked).exp() * pace * schedule * clock.started
-    trend, swing, length, correction = (part * clock.started for part in (trend, swing, length, correction))
-    return step_size, steady, inertia, Control(clock.step, trend, swing, length, correction, control.path)
+    step_size = (network.log_step_size + correction + braked + warm).exp() * pace * schedule * clock.started
+    trend, swing, length, correction, climbed = (part * clock.started for part in (trend, swing, length, correction, climbed))
+    return step_size, steady, inertia, Control(clock.step, trend, swing, length, correction, climbed, control.path)
 
 
 def agreement(products: Tensor, clock: Clock, config: NetworkConfig) -> Tensor:
@@ -366,9 +370,13 @@ def orthogonalize(matrix: Tensor, steps: int, dtype: torch.dtype | None = None) 
     wide = (matrix.mT if tall else matrix).reshape(-1, *sorted(matrix.shape[-2:]))
     scale = (wide.square().sum((-2, -1), keepdim=True) + EPSILON).rsqrt()
     wide = wide.to(dtype or matrix.dtype) * scale.to(dtype or matrix.dtype)
-    iterate = NewtonSchulz.apply if torch.is_grad_enabled() and wide.shape[-2] >= SMALL else newton_schulz
-    for _ in range(steps):
-        wide = iterate(wide)[0]
+    rows, columns = wide.shape[-2:]
+    if rows >= SMALL and columns >= LONG * rows and wide.dtype != torch.bfloat16:
+        wide = torch.bmm(gram_newton_schulz(torch.bmm(wide, wide.mT), steps), wide)
+    else:
+        iterate = NewtonSchulz.apply if torch.is_grad_enabled() and rows >= SMALL else newton_schulz
+        for _ in range(steps):
+            wide = iterate(wide)[0]
     return (wide.mT if tall else wide).reshape(matrix.shape)
 
 
@@ -379,6 +387,19 @@ def newton_schulz(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gram = torch.bmm(wide, wide.mT)
     polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
     return torch.baddbmm(wide, polynomial, wide, beta=a), gram, polynomial
+
+
+def gram_newton_schulz(gram: Tensor, steps: int) -> Tensor:
+    """What iterations of `newton_schulz` multiply a matrix by, from its Gram matrix alone (batch, rows, rows): each multiplies by a
+    polynomial of it, and polynomials of one matrix commute. Long matrices are multiplied twice then, however many iterations there are."""
+    a, b, c = NEWTON_SCHULZ
+    product = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    for _ in range(steps):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        product = torch.baddbmm(product, polynomial, product, beta=a)
+        once = torch.baddbmm(gram, polynomial, gram, beta=a)
+        gram = torch.baddbmm(once, polynomial, once, beta=a)
+    return product
 
 
 class NewtonSchulz(torch.autograd.Function):

@@ -24,7 +24,10 @@ def _seed():
 
 @pytest.fixture
 def untrained() -> OptimizerNetwork:
-    return OptimizerNetwork(NetworkConfig()).requires_grad_(False)
+    """A network without a warm-up, so that a first step shows what all the rest makes of it; `tests/test_warm_up.py` is about that."""
+    network = OptimizerNetwork(NetworkConfig()).requires_grad_(False)
+    network.controller.log_start.zero_()
+    return network
 
 
 @pytest.fixture

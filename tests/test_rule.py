@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from learned_optim.config import NetworkConfig
 from learned_optim.network import OptimizerNetwork
-from learned_optim.rule import CONTROL, DRIFT_STEPS, SMALL, TREND_STEPS, init_state, newton_schulz, orthogonalize, update
+from learned_optim.rule import CONTROL, DRIFT_STEPS, LONG, SMALL, TREND_STEPS, init_state, newton_schulz, orthogonalize, update
 
 SHAPES = [(), (1,), (7,), (1, 6), (5, 3), (6, 1), (3, 8), (4, 3, 2, 2), (4, 12), (8, 3)]  # the last three have one kind of fans twice
 MATRICES = [(16, 16), (32, 8), (8, 32), (12, 3, 3, 3)]
@@ -250,8 +250,21 @@ def test_drift_counts_where_gradients_agree(untrained: OptimizerNetwork, generat
 
 def test_matrices_without_orthogonalisation_are_sized_as_vectors(generator: torch.Generator) -> None:
     plain = OptimizerNetwork(NetworkConfig(orthogonalize_steps=0)).requires_grad_(False)
+    plain.controller.log_start.zero_()
     change = run(plain, draw([(6, 5)], generator), [draw([(6, 5)], generator)], total_steps=1000.0)[0][0][0]
     assert rms(change) == pytest.approx((plain.log_step_size + plain.log_vector_gain).exp().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(SMALL, LONG * SMALL), (2, 5 * SMALL, SMALL)], ids=str)
+def test_long_matrices_are_orthogonalised_by_their_gram_matrix(generator: torch.Generator, shape: tuple[int, ...]) -> None:
+    """The same numbers, to rounding, as the iteration on the whole matrix."""
+    matrix = torch.randn(shape, generator=generator) * torch.logspace(0, -3, shape[-1])
+    wide = (matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix).reshape(-1, SMALL, max(shape[-2:]))
+    wide = wide / wide.square().sum((-2, -1), keepdim=True).sqrt()
+    for _ in range(5):
+        wide = newton_schulz(wide)[0]
+    expected = (wide.mT if matrix.shape[-2] > matrix.shape[-1] else wide).reshape(shape)
+    torch.testing.assert_close(orthogonalize(matrix, 5), expected, rtol=0, atol=2e-3 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("shape", [(SMALL, SMALL + 9), (3, SMALL + 5, SMALL)], ids=str)
@@ -437,6 +450,7 @@ def test_meta_gradient_matches_finite_differences(generator: torch.Generator, to
     network, optimizee = acting_network(torch.float64), Optimizee(generator)
     with torch.no_grad():
         network.log_step_size.fill_(math.log(1.0))  # far too long steps, so that the controller shortens them within the few there are
+        network.controller.log_start.fill_(-0.05)  # and not at once as short as a warm-up makes them
     weights = dict(network.named_parameters())
     gradients = torch.autograd.grad(optimizee.meta_loss(network, total_steps), list(weights.values()))
     width = 1e-6

@@ -130,6 +130,10 @@ def without_drift(network: OptimizerNetwork) -> None:
     network.controller.inertia.data.zero_()
 
 
+def without_warm_up(network: OptimizerNetwork) -> None:
+    network.controller.log_start.data.zero_()
+
+
 def without_pace(network: OptimizerNetwork) -> None:
     network.controller.power.data.zero_()
 
@@ -137,6 +141,7 @@ def without_pace(network: OptimizerNetwork) -> None:
 def skeleton(network: OptimizerNetwork) -> None:
     without_lstm(network)
     without_controller(network)
+    without_warm_up(network)
     without_pace(network)
 
 
@@ -144,6 +149,7 @@ ABLATIONS: dict[str, Callable[[OptimizerNetwork], None]] = {
     "-lstm": without_lstm,
     "-controller": without_controller,
     "-drift": without_drift,
+    "-warm-up": without_warm_up,
     "-pace": without_pace,
     "skeleton": skeleton,
 }

@@ -33,7 +33,7 @@ from ..rule import ADAMW_UPDATE_RMS, CONTROL, Clock, Control, State, follow, is_
 from . import scalars
 
 BLOCK = 2**14  # coordinates that a thread takes at once
-INTERFACE, MAX_UNITS = 10, 8  # as in the C file
+INTERFACE, MAX_UNITS = 11, 8  # as in the C file
 
 # A row of the table of tensors has the size, the parameter, the gradient, the direction and these pieces of state, the last one of int8.
 KEYS = ("control", "moments", "lstm", "lstm_scale")

@@ -1,0 +1,83 @@
+"""Steps begin short, and lengthen only while gradients go on pointing where the steps before them went."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from rule_helpers import rms
+from torch import nn
+from torch.nn import functional as F
+
+from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
+from learned_optim.config import NetworkConfig
+
+
+def update_sizes(gradients: list[torch.Tensor], network: OptimizerNetwork) -> list[float]:
+    param = nn.Parameter(torch.zeros(20, 30))
+    optimizer, sizes = LearnedOptimizer([param], network), []
+    for grad in gradients:
+        before, param.grad = param.detach().clone(), grad
+        optimizer.step()
+        sizes.append(rms(param.detach() - before))
+    return sizes
+
+
+def with_and_without() -> tuple[OptimizerNetwork, OptimizerNetwork]:
+    network = OptimizerNetwork(NetworkConfig()).requires_grad_(False)
+    plain = copy.deepcopy(network)
+    plain.controller.log_start.zero_()
+    return network, plain
+
+
+def test_a_first_step_is_a_fiftieth_and_agreeing_gradients_end_the_warm_up_within_six_steps():
+    gradients = [torch.ones(20, 30)] * 12
+    shares = [one / other for one, other in zip(*(update_sizes(gradients, network) for network in with_and_without()), strict=True)]
+    assert math.isclose(shares[0], 0.02, rel_tol=0.05)
+    assert all(later >= earlier - 1e-6 for earlier, later in zip(shares, shares[1:], strict=False))
+    assert all(math.isclose(share, 1, rel_tol=1e-4) for share in shares[6:])
+
+
+def test_gradients_that_turn_back_keep_steps_short():
+    gradients = [torch.ones(20, 30) * (-1) ** t for t in range(20)]
+    shares = [one / other for one, other in zip(*(update_sizes(gradients, network) for network in with_and_without()), strict=True)]
+    assert max(shares) < 0.03
+
+
+def test_the_warm_up_is_left_for_good():
+    network, plain = with_and_without()
+    gradients = [torch.ones(20, 30)] * 12 + [torch.ones(20, 30) * (-1) ** t for t in range(30)]
+    one, other = update_sizes(gradients, network), update_sizes(gradients, plain)
+    assert all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(one[8:], other[8:], strict=True))
+
+
+def test_a_trained_model_is_not_lost_in_fine_tuning():
+    """Labels of a related problem, in small batches: without the warm-up the first steps undo what was learned."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2000, 20, generator=generator)
+    teacher = nn.Sequential(nn.Linear(20, 48), nn.Tanh(), nn.Linear(48, 5))
+    labels = teacher(3 * inputs).argmax(1)
+    model = nn.Sequential(nn.Linear(20, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 5))
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(600):
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs[:1500]), labels[:1500]).backward()
+        optimizer.step()
+    start = F.cross_entropy(model(inputs), labels).item()
+    losses = {}
+    for name in ("bundled", "without"):
+        network = load_network("default")
+        if name == "without":
+            network.controller.log_start.data.zero_()
+        tuned, draws = copy.deepcopy(model), torch.Generator().manual_seed(1)
+        optimizer = LearnedOptimizer(tuned.parameters(), network)
+        highest = 0.0
+        for _ in range(10):
+            index = torch.randint(1500, (4,), generator=draws)
+            optimizer.zero_grad()
+            F.cross_entropy(tuned(inputs[index]), labels[index]).backward()
+            optimizer.step()
+            highest = max(highest, F.cross_entropy(tuned(inputs), labels).item())
+        losses[name] = highest
+    assert losses["bundled"] < start + 0.5 * (losses["without"] - start)
