@@ -30,6 +30,7 @@ START, END = re.compile(r"( *)<!-- table: (.*?) -->"), re.compile(r" *<!-- end -
 
 QUALITY = "benchmarks/quality/results/results.json"
 MNIST = "benchmarks/quality/results/mnist_wikitext.json"
+WARM_UP = "benchmarks/quality/results/warm_up.json"  # the same tasks with the present weights; ablations are of those before
 HISTORY = "benchmarks/quality/results/history.json"  # of the weights before, by hand: where the default weights change, they get a row
 SPEED = "benchmarks/results/speed.json"
 DEMO = "benchmarks/results/demo.json"
@@ -159,6 +160,20 @@ def quality_summary(files: Files) -> str:
         for one in [found[name]]
     ]
     return table([["optimizer", "speed, geometric mean", "worst task"], *rows])
+
+
+def quality_warm_up(files: Files) -> str:
+    """Held-out tasks once more, with the weights as they are now; and those before on the same tasks."""
+    before, now = files(QUALITY)["optimizers"], files(WARM_UP)["optimizers"]
+
+    def cell(one: dict[str, Any], tasks: Iterable[str]) -> str:
+        speeds = {task: one["tasks"][task]["speed"] for task in tasks}
+        worst = min(speeds, key=lambda task: speeds[task])
+        return f"{geometric_mean(speeds.values()):.2f} ({worst}, {speeds[worst]:.2f})"
+
+    tasks = list(now[PLAIN]["tasks"])
+    rows = [[OPTIMIZERS[name], cell(now[name], tasks), cell(before[name], tasks)] for name in (HORIZON, PLAIN)]
+    return table([[f"speed, geometric mean of {len(tasks)} tasks (worst one)", "with the warm-up", "before"], *rows])
 
 
 def quality_standing(files: Files) -> str:
@@ -604,6 +619,7 @@ def engine_processes(files: Files) -> str:
 
 BLOCKS: dict[str, Callable[[Files], str]] = {
     "quality.summary": quality_summary,
+    "quality.warm_up": quality_warm_up,
     "quality.standing": quality_standing,
     "quality.seeds": quality_seeds,
     "quality.tail": quality_tail,

@@ -118,10 +118,10 @@ class Controller(nn.Module):
 
     Without a horizon `T` is infinite and `b` is 0, since nothing would undo what was too bold.
 
-    Before all that, steps have to be short enough to be undone: a model that was trained before is lost within two of the prior's size, and
-    no gradient shows afterwards what it was. So they *climb*, from `e^log_start` of what the rest says, by `climb_rate * c` a step, `c` here the
-    mean of all trends, until they are there, and then for good. From scratch gradients agree, and that takes a few steps. In fine-tuning
-    they hardly do, and steps settle at the length at which the agreement ends.
+    Before all that, steps have to be short enough to be undone: a model that was trained before is lost within two steps of the prior's
+    size, and no gradient shows afterwards what it was. So they *climb*, from `e^log_start` of what the rest says, by `climb_rate * c` a
+    step, `c` here the mean of all trends, until they are there, and then for good. From scratch gradients agree, and that takes a few
+    steps. In fine-tuning they hardly do, and steps settle at the length at which the agreement ends.
     """
 
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import torch
@@ -35,7 +36,7 @@ def test_a_first_step_is_a_fiftieth_and_agreeing_gradients_end_the_warm_up_withi
     gradients = [torch.ones(20, 30)] * 12
     shares = [one / other for one, other in zip(*(update_sizes(gradients, network) for network in with_and_without()), strict=True)]
     assert math.isclose(shares[0], 0.02, rel_tol=0.05)
-    assert all(later >= earlier - 1e-6 for earlier, later in zip(shares, shares[1:], strict=False))
+    assert all(later >= earlier - 1e-6 for earlier, later in itertools.pairwise(shares))
     assert all(math.isclose(share, 1, rel_tol=1e-4) for share in shares[6:])
 
 
