@@ -38,6 +38,7 @@ class FastWeights(nn.Module):
         self.network, self.usual = OptimizerNetwork(CONFIG), usual
         self.network.log_step_size.data.fill_(math.log(rate * math.sqrt(AGE / 100)))  # undoes the rule's decay at that age
         self.network.log_vector_gain.data, self.network.controller.power.data, self.network.controller.inertia.data = torch.zeros(3)
+        self.network.controller.log_start.data.zero_()
         self.gain, self.decay = nn.Parameter(torch.zeros(tensors)), nn.Parameter(torch.full((tensors,), -5.0))
         self.epsilon = nn.Parameter((scale - usual).mean().log().repeat(tensors))
 

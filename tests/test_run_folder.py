@@ -194,6 +194,7 @@ def test_a_full_disk_ends_a_run_with_one_sentence_and_it_goes_on_later(tmp_path:
 
 STOP = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job starts without
 from learned_optim.meta_train import __main__ as command, loop
 meta_train = loop.meta_train
 def stopping(*args, progress, **options):
