@@ -78,7 +78,7 @@ def drawn(generator: Generator, horizon_max: int = 5000, folder: Path | None = N
 
 
 def log_uniform(generator: Generator, low: int, high: int) -> int:
-    return round(low * (high / low) ** float(torch.rand((), generator=generator)))
+    return int(round(low * math.pow(high / low, float(torch.rand((), generator=generator)))))  # noqa: RUF046
 
 
 # Data and models. `turn` is 0 for a problem, and 1 for the related one that a pretrained model learned before.
@@ -134,8 +134,9 @@ def dense(generator: Generator, turn: int) -> Problem:
         scale = values.std() * 0.5
         views = [values + scale * torch.randn(values.shape, generator=generator) for _ in range(2)]
         values, targets = torch.stack(views, 1), torch.zeros(count)
-    criteria = {"classes": F.cross_entropy, "squares": F.mse_loss, "huber": F.smooth_l1_loss}
-    criterion = criteria.get(loss) or {"binary": F.binary_cross_entropy_with_logits, "ranking": ranking, "contrastive": contrastive}[loss]
+    criteria: dict[str, Callable[..., Tensor]] = {"classes": F.cross_entropy, "squares": F.mse_loss, "huber": F.smooth_l1_loss}
+    criteria |= {"binary": F.binary_cross_entropy_with_logits, "ranking": ranking, "contrastive": contrastive}
+    criterion = criteria[loss]
 
     def build() -> nn.Module:
         module = mlp_module([features, *[width] * depth, outputs], activation, norm=bool(norm))
