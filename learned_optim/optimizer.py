@@ -329,12 +329,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"this is no state of an optimizer: it lacks {key!r}")
         _check_weights(state_dict, fingerprint(self.network))
         saved = state_dict["param_groups"]
+        for k, group in enumerate(saved):
+            if missing := [key for key in ("params", "lr", "weight_decay", "total_steps") if key not in group]:
+                raise ValueError(f"parameter group {k} of the state lacks {', '.join(missing)}")
         counts, mine = ([len(group["params"]) for group in groups] for groups in (saved, self.param_groups))
         if counts != mine:
             raise ValueError(f"the state has parameter groups of {counts} parameters, and the optimizer of {mine}")
-        for k, group in enumerate(saved):
-            if missing := [key for key in ("lr", "weight_decay", "total_steps") if key not in group]:
-                raise ValueError(f"parameter group {k} of the state lacks {', '.join(missing)}")
+        for group in saved:
             checks.check_group({key: self.defaults[key] for key in checks.LATER} | group)
         indices = [index for group in saved for index in group["params"]]
         if len(set(indices)) < len({id(param) for group in self.param_groups for param in group["params"]}):

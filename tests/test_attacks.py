@@ -80,11 +80,10 @@ def mutate(saved: dict[str, Any], data: st.DataObject) -> None:
             group = data.draw(st.sampled_from(groups))
             group.pop(data.draw(st.sampled_from(sorted(group))))
         case 14:
-            params = data.draw(st.sampled_from(groups))["params"]
+            params = data.draw(st.sampled_from(groups)).get("params", [])  # another mutation may have taken them away
             params[:] = data.draw(st.sampled_from([params[::-1], params[1:], [0] * len(params)]))
 
 
-@pytest.mark.xfail(reason="one of the drawn mutations is neither loaded nor refused as it should be; not looked into yet", strict=False)
 @SEARCH
 @given(st.data())
 def test_mutated_state_loads_or_is_refused(data: st.DataObject) -> None:
