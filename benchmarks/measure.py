@@ -133,7 +133,7 @@ def parts(weights: str, data: Path | None) -> dict[str, Callable[[Path], None]]:
     found: dict[str, Callable[[Path], Any]] = {
         "quality": lambda folder: quality(folder, weights),
         # Here: "pretrained": pretrained, which writes benchmarks/quality/results/pretrained.json
-        # Here: "distribution": distribution, which writes benchmarks/distribution/results/results.json
+        # Here: "distribution": distribution, which writes benchmarks/quality/results/distribution.json
         "demo": demo,
         "trainer_gpt": lambda _: trainer("trainer_gpt"),
         "trainer_classifier": lambda _: trainer("trainer_classifier"),

@@ -633,7 +633,7 @@ BLOCKS: dict[str, Callable[[Files], str]] = {
     "quality.state": quality_state,
     "quality.state_notes": quality_state_notes,
     # Here: "quality.pretrained": quality_pretrained, of benchmarks/quality/results/pretrained.json
-    # Here: "distribution.summary": distribution_summary, of benchmarks/distribution/results/results.json
+    # Here: "distribution.summary": distribution_summary, of benchmarks/quality/results/distribution.json
     "demo.short": demo_short,
     "demo.full": demo_full,
     "trainer.losses": trainer_losses,

@@ -310,7 +310,7 @@ def pretrain(problem: Problem, seed: int) -> dict[str, Tensor]:
         module, generator = problem.build(), Generator().manual_seed(seed)
         sample = problem.sample(32)[0]
         used = sum(param.numel() for param in module.parameters()) * problem.positions * 6 * 32
-        steps = max(200, min(PRETRAINING_STEPS, int(2 * COST / used)))
+        steps = min(PRETRAINING_STEPS, max(200, int(2 * COST / used)))
         optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         with torch.enable_grad():

@@ -1,0 +1,119 @@
+"""Problems that are drawn by seed, and the benchmark that trains on them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator
+
+from learned_optim import load_network
+from learned_optim.meta_train.families import drawn as family
+from learned_optim.meta_train.families.drawn import drawn
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _short_pretraining(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(family, "PRETRAINING_STEPS", 2)
+
+
+@pytest.fixture
+def distribution(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks/quality"))
+    names = ("distribution", "report", "training", "tasks", "optimizers", "development")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module("distribution")
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_problem_is_that_of_its_seed_and_can_be_trained(seed: int) -> None:
+    one, other = (drawn(Generator().manual_seed(seed)) for _ in range(2))
+    assert (one.kind, one.start, one.steps, one.batch) == (other.kind, other.start, other.steps, other.batch)
+    (params, buffers), (same, _) = (each.task.init(Generator().manual_seed(1)) for each in (one, other))
+    batches = [each.task.batch(Generator().manual_seed(2)) for each in (one, other)]
+    for a, b in zip((*params.values(), *batches[0]), (*same.values(), *batches[1]), strict=True):
+        assert torch.equal(a, b)
+    leaves = {name: param.requires_grad_() for name, param in params.items()}
+    loss, _ = one.task.loss(leaves, buffers, batches[0])
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    assert loss.isfinite()
+    assert all(grad is None or grad.isfinite().all() for grad in grads)
+    assert any(grad is not None and grad.any() for grad in grads)
+    assert 50 <= one.steps <= 5000
+
+
+def test_problems_differ_in_all_respects() -> None:
+    found = [drawn(Generator().manual_seed(seed)) for seed in range(80)]
+    assert {one.start for one in found} == {"scratch", "all weights", "new head", "adapters", "last layers"}
+    assert {one.kind.split()[0].strip(",") for one in found} == {"dense", "images", "text", "reconstruction"}
+    assert max(one.batch for one in found) > 50 * min(one.batch for one in found)
+
+
+def test_frozen_parts_are_not_trained() -> None:
+    for seed in range(80):
+        one = drawn(Generator().manual_seed(seed))
+        every = sum(param.numel() for param in one.task.build().parameters())
+        trained = sum(shape.numel() for shape in one.task.shapes.values())
+        if one.start in ("scratch", "all weights", "new head"):
+            assert trained == every
+        elif one.start == "adapters":
+            assert trained < every
+
+
+def test_pretrained_weights_are_kept(tmp_path: Path) -> None:
+    seed = next(seed for seed in range(80) if drawn(Generator().manual_seed(seed)).start == "all weights")
+    first = drawn(Generator().manual_seed(seed), folder=tmp_path).task.build().state_dict()
+    assert len(list(tmp_path.iterdir())) == 1
+    again = drawn(Generator().manual_seed(seed), folder=tmp_path).task.build().state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_settings_side_by_side_are_torch_s_adamw(distribution: Any) -> None:
+    """A run among others ends where a run on its own does."""
+    trial = distribution.Trial(22)
+    settings = [(1e-3, "constant", 20), (1e-2, "cosine", 12)]
+    together = distribution.adamw(trial, settings)
+    for curve, setting in zip(together, settings, strict=True):
+        (alone,) = distribution.adamw(trial, [setting])
+        assert curve[-1][0] == setting[2]
+        assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in alone], rel=1e-4)
+    params, buffers = trial.init()
+    leaves = {name: torch.nn.Parameter(param) for name, param in params.items()}
+    optimizer = torch.optim.AdamW(leaves.values(), lr=1e-3)
+    for t in range(20):
+        optimizer.zero_grad()
+        trial.task.loss(leaves, buffers, trial.batch(t))[0].backward()
+        optimizer.step()
+    assert trial.task.loss(leaves, buffers, trial.sample)[0].item() == pytest.approx(together[0][-1][1], rel=1e-3)
+
+
+def test_speed(distribution: Any) -> None:
+    """AdamW's own curve has a speed of 1; what it never reaches counts as four times, and what diverged as an eighth."""
+    curves = {
+        length: [(t, 2.0 ** (-4 * t / 100)) for t in range(0, round(100 * float(length)) + 1, 2)] for length in ("0.5", "1", "2", "4")
+    }
+    base = {"steps": 100, "first": 1.0, "curves": curves}
+
+    def run(end: float) -> list[tuple[int, float]]:
+        return [(0, 1.0), *((t, end) for t in range(10, 101, 10))]
+
+    for share in (0.5, 1.0, 2.0):
+        assert distribution.speed(base, run(2.0 ** (-4 * share))) == pytest.approx(share, rel=0.1)
+    assert distribution.speed({**base, "first": 1e-9}, run(1e-9)) == 4.0
+    assert distribution.speed(base, run(float("nan"))) == 0.125
+
+
+def test_the_learned_optimizer_lowers_the_loss(distribution: Any) -> None:
+    curve = distribution.learned(distribution.Trial(22), load_network("default"), horizon=True)
+    assert curve[0][0] == 0
+    assert curve[-1][0] == distribution.Trial(22).drawn.steps
+    assert distribution.final(curve) < curve[0][1]
