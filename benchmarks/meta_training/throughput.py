@@ -165,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     nn.init.zeros_(network.controller.brake)
     nn.init.zeros_(network.controller.inertia)
     nn.init.zeros_(network.controller.power)
+    nn.init.zeros_(network.controller.log_start)
     weights: Gradient = {name: weight for name, weight in network.named_parameters() if not name.startswith("controller")}
 
     def unroll_of(family: str, replicas: int, steps: int) -> Unroll:
