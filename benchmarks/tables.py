@@ -31,6 +31,7 @@ START, END = re.compile(r"( *)<!-- table: (.*?) -->"), re.compile(r" *<!-- end -
 QUALITY = "benchmarks/quality/results/results.json"
 MNIST = "benchmarks/quality/results/mnist_wikitext.json"
 WARM_UP = "benchmarks/quality/results/warm_up.json"  # the same tasks with the present weights; ablations are of those before
+PRETRAINED = "benchmarks/quality/results/pretrained.json"
 HISTORY = "benchmarks/quality/results/history.json"  # of the weights before, by hand: where the default weights change, they get a row
 SPEED = "benchmarks/results/speed.json"
 DEMO = "benchmarks/results/demo.json"
@@ -174,6 +175,17 @@ def quality_warm_up(files: Files) -> str:
     tasks = list(now[PLAIN]["tasks"])
     rows = [[OPTIMIZERS[name], cell(now[name], tasks), cell(before[name], tasks)] for name in (HORIZON, PLAIN)]
     return table([[f"speed, geometric mean of {len(tasks)} tasks (worst one)", "with the warm-up", "before"], *rows])
+
+
+def quality_pretrained(files: Files) -> str:
+    """What fine-tuning a real pretrained model ends at."""
+    shown = {"LearnedOptimizer, no settings": PLAIN, "AdamW, best of six": "", "Trainer's default": "Trainer-default 5e-05 linear"}
+    rows = []
+    for task, found in files(PRETRAINED)["tasks"].items():
+        tuned = min((name for name in found if name.startswith("AdamW ")), key=lambda name: found[name]["loss"])
+        ends = [found[name or tuned] for name in shown.values()]
+        rows.append([task, f"{ends[0]['start']:.3f}", *(f"{one['loss']:.3f} ({one['accuracy']:.1%})" for one in ends)])
+    return table([["evaluation loss (accuracy)", "start", *shown], *rows])
 
 
 def quality_standing(files: Files) -> str:
@@ -620,6 +632,7 @@ def engine_processes(files: Files) -> str:
 BLOCKS: dict[str, Callable[[Files], str]] = {
     "quality.summary": quality_summary,
     "quality.warm_up": quality_warm_up,
+    "quality.pretrained": quality_pretrained,
     "quality.standing": quality_standing,
     "quality.seeds": quality_seeds,
     "quality.tail": quality_tail,
@@ -632,7 +645,6 @@ BLOCKS: dict[str, Callable[[Files], str]] = {
     "quality.before": quality_before,
     "quality.state": quality_state,
     "quality.state_notes": quality_state_notes,
-    # Here: "quality.pretrained": quality_pretrained, of benchmarks/quality/results/pretrained.json
     # Here: "distribution.summary": distribution_summary, of benchmarks/quality/results/distribution.json
     "demo.short": demo_short,
     "demo.full": demo_full,

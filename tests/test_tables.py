@@ -26,7 +26,7 @@ def load(name: str) -> ModuleType:
 
 
 tables = load("tables")
-USED = [path for name, path in vars(tables).items() if name in ("QUALITY", "WARM_UP", "MNIST", "HISTORY", "SPEED", "DEMO")]
+USED = [path for name, path in vars(tables).items() if name in ("QUALITY", "WARM_UP", "PRETRAINED", "MNIST", "HISTORY", "SPEED", "DEMO")]
 
 
 @pytest.fixture
