@@ -296,9 +296,9 @@ typedef struct {
     uint32_t bits[CHUNK];
 } Scratch;
 
-/* Steps 1 and 3 of the rule for the `n` coordinates of a tensor from `begin` on; returns the sum of squared directions. `UNITS` is a constant
- * where this is inlined, so that sums over units are unrolled. Short loops one after the other let a processor work on several of their
- * iterations at once; in a long one each waits for its own results.
+/* Steps 1 and 3 of the rule for the `n` coordinates of a tensor from `begin` on; returns the sum of squared directions. `UNITS` is a
+ * constant where this is inlined, so that sums over units are unrolled. Short loops one after the other let a processor work on several of
+ * their iterations at once; in a long one each waits for its own results.
  *
  * scalars: the tensor's. */
 INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t begin, int64_t n, const Network *network,
@@ -307,7 +307,8 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
     const float portion = scalars[PORTION], kept = scalars[KEPT], steady = scalars[STEADY], inertia = scalars[INERTIA];
     const float floor = RELATIVE_FLOOR * mean + ABSOLUTE_FLOOR, inverse_mean = 1.0f / (mean + ABSOLUTE_FLOOR);
     const float skip_slow = network->skip[0], skip_fast = network->skip[1];
-    const int64_t moment_format = job->moment_format, format = job->lstm_format, size = tensor->size, chunks = (size + CHUNK - 1) / CHUNK, chunk = begin / CHUNK;
+    const int64_t moment_format = job->moment_format, format = job->lstm_format;
+    const int64_t size = tensor->size, chunks = (size + CHUNK - 1) / CHUNK, chunk = begin / CHUNK;
     const float *restrict grad = tensor->grad + begin;
     float *restrict direction = tensor->direction + begin;
     float *momentum = place(moment_format, tensor->moments, begin, s->moments[0]);
@@ -397,10 +398,7 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
     return square;
 }
 
-/* Steps 1 and 3 of the rule, and the sum of squared directions.
- *
- * scalars: (tensors, SCALARS). */
-EACH_CPU void directions(Job *job, const Network *network, float decay1, float decay2, const float *scalars) {
+INLINE void directions_by(const int UNITS, Job *job, const Network *network, float decay1, float decay2, const float *scalars) {
     GateWeights weights;
     Scratch scratch;
     scale_gates(weights, network);
@@ -412,14 +410,34 @@ EACH_CPU void directions(Job *job, const Network *network, float decay1, float d
         for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) {
             const int64_t n = block->end - begin < CHUNK ? block->end - begin : CHUNK;
             const Next next = after(job, block, begin);
-#define LSTM(UNITS)                                                                                       \
-    case UNITS:                                                                                           \
-        sum += lstm(UNITS, job, tensor, begin, n, network, weights, decay1, decay2, own, next, &scratch); \
-        break;
-            switch (network->units) { LSTM(1) LSTM(2) LSTM(3) LSTM(4) LSTM(5) LSTM(6) LSTM(7) LSTM(8) }
+            sum += lstm(UNITS, job, tensor, begin, n, network, weights, decay1, decay2, own, next, &scratch);
         }
         job->sums[b] = sum;
     }
+}
+
+/* A function for each number of units: compilers take several times as long for one that holds all of them. */
+#define DIRECTIONS(UNITS)                                                                                                        \
+    EACH_CPU static void directions##UNITS(Job *job, const Network *network, float decay1, float decay2, const float *scalars) { \
+        directions_by(UNITS, job, network, decay1, decay2, scalars);                                                             \
+    }
+DIRECTIONS(1)
+DIRECTIONS(2)
+DIRECTIONS(3)
+DIRECTIONS(4)
+DIRECTIONS(5)
+DIRECTIONS(6)
+DIRECTIONS(7)
+DIRECTIONS(8)
+
+/* Steps 1 and 3 of the rule, and the sum of squared directions.
+ *
+ * scalars: (tensors, SCALARS). */
+void directions(Job *job, const Network *network, float decay1, float decay2, const float *scalars) {
+    static void (*const of_units[MAX_UNITS])(Job *, const Network *, float, float, const float *) = {
+        directions1, directions2, directions3, directions4, directions5, directions6, directions7, directions8,
+    };
+    of_units[network->units - 1](job, network, decay1, decay2, scalars);
 }
 
 /* The rest of steps 4 and 5, and weight decay: parameters lose the share `shrink` and get `scale` times the direction. Its sums are the
