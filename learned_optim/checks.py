@@ -220,6 +220,7 @@ class Ledger:
         self.config, self.controls, self.name = config, controls, name
         self.keys = tuple(expected(torch.empty(0), config, controls))
         self.kept = itemgetter(*self.keys)
+        self.memory: dict[Any, Any] = {}  # what kernels want to find again at the next step
         self._layout: Layout | None = None
         self._tensors: list[Tensor] = []
         self._places: list[int] = []

@@ -32,6 +32,9 @@ BUCKETS = 16  # of a sketch
 ODD, EVEN = 2, 3  # how many features change sign with the gradient, and how many do not
 
 
+LAYOUTS = 256  # that are kept, since an optimizer may have been made for each parameter of a model
+
+
 class Layout:
     """Where each tensor lies among the coordinates, and what its shape says about it.
 
@@ -60,7 +63,7 @@ class Layout:
         self.is_matrix = [min(fans) > 1 for fans in self.fans]
 
     @staticmethod
-    @functools.lru_cache(maxsize=4)
+    @functools.lru_cache(maxsize=LAYOUTS)
     def of(
         shapes: tuple[torch.Size, ...], device: torch.device, stacked: tuple[bool, ...] = (), matrices: tuple[int | None, ...] = ()
     ) -> Layout:

@@ -14,6 +14,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from . import checks
@@ -100,6 +101,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self.error_if_nonfinite = error_if_nonfinite
         self._skipped, self._warned = 0, False  # tensors before this object was a copy; whether the user knows of them
         self._ledgers: dict[torch.device, Ledger] = {}
+        self._networks: dict[torch.device, OptimizerNetwork] = {}  # copies of the network on devices where it is not
         defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "weights": fingerprint(self.network)}
         super().__init__(params, defaults | {"maximize": False, "matrices": matrices, "stacked": False})
         # OneCycleLR and CyclicLR want to cycle some momentum, unless told otherwise, of an optimizer that has one. The rule's is not theirs
@@ -151,6 +153,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # Kernels write to addresses, which torch.compile does not see: it would leave out what it takes for unused. So steps are not traced.
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Updates every parameter that has a gradient.
@@ -182,14 +186,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
             warnings.warn(
                 "LearnedOptimizer.step() found no gradient on any of its parameters, so it changed nothing. Call loss.backward() first, "
                 "and check that the optimizer was built from the parameters of the model that is being trained.",
-                stacklevel=4,  # the caller of `step`, behind two wrappers of torch
+                stacklevel=6,  # the caller of `step`, behind four wrappers of torch
             )
         work = [self._prepare(device, members.values()) for device, members in by_device.items()]
         if self.error_if_nonfinite:
             self._check_finite(itertools.chain.from_iterable(members.values() for members in by_device.values()))
         for device, step, arguments in filter(None, work):
             with torch.autocast(device.type, enabled=False):
-                step(self.network, *arguments)
+                step(self._network_on(device), *arguments)
             ledger = arguments[-1]
             if not self._warned and device.type == "cpu" and ledger.skipped.item():
                 self._warned = True
@@ -198,7 +202,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     f"the gradient of {', '.join(found) or 'a parameter'} is not finite, or its square is not. Such parameters and their "
                     "state stay as they are in that step, and the others move on; the optimizer's attribute"
                     " `skipped` counts them, and this is said once. With error_if_nonfinite=True the step raises instead.",
-                    stacklevel=4,
+                    stacklevel=6,
                 )
         return loss
 
@@ -207,9 +211,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     ) -> tuple[torch.device, Callable[..., None], tuple[Any, ...]] | None:
         """What runs the rule for all parameters of a device at once, and on what; None where there is nothing to change. All that might be
         refused is looked at here, before any device has begun."""
-        network = self.network
-        if network.log_step_size.device != device:  # `to` walks through all of it, which is a sixth of a small model's step
-            network.to(device)
+        self._network_on(device)
         params, grads, states, groups, fresh = [], [], [], [], []
         for param, grad, group in members:
             state = self.state[param]  # looking a tensor up is slow enough to be done once
@@ -223,7 +225,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for param, _ in fresh:
             checks.check_place(param, self._name(param))
         for param, state in fresh:
-            state.update(init_state(param, network.config))
+            state.update(init_state(param, self.network.config))
         if not params:
             return None
         shapes = tuple([param.shape for param in params])
@@ -237,13 +239,22 @@ class LearnedOptimizer(torch.optim.Optimizer):
             of_groups = tuple(tuple(group[key] for group in groups) for key in ("stacked", "matrices"))
         layout = Layout.of(shapes, device, *of_groups)
         if device not in self._ledgers:
-            self._ledgers[device] = Ledger(device, network.config, CONTROL, self._name)
+            self._ledgers[device] = Ledger(device, self.network.config, CONTROL, self._name)
         ledger = self._ledgers[device]
         ledger.check(layout, params, states)
         horizons = layout.per_tensor([group["total_steps"] or math.inf for group in groups])
         rates, decays = ([group[key] for group in groups] for key in ("lr", "weight_decay"))
-        step = _step_function(self._choose_kernel(device, stacklevel=6))
+        step = _step_function(self._choose_kernel(device, stacklevel=8))
         return device, step, (layout, params, grads, states, horizons, rates, decays, ledger)
+
+    def _network_on(self, device: torch.device) -> OptimizerNetwork:
+        """The network, or its copy on another device: a model may lie on several, and to move it at each step would take longer than the
+        step."""
+        if self.network.log_step_size.device == device:
+            return self.network
+        if device not in self._networks:
+            self._networks[device] = copy.deepcopy(self.network).to(device)
+        return self._networks[device]
 
     def _check_finite(self, members: Iterable[tuple[Tensor, Tensor, dict[str, Any]]]) -> None:
         if found := [self._name(param) for param, grad, _ in members if not checks.is_finite(grad)]:
@@ -272,7 +283,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Where a copy wakes up, other kernels may run.
         own = {"network": self.network, "kernel": self.kernel, "kernels": {}, "error_if_nonfinite": self.error_if_nonfinite}
-        return {**super().__getstate__(), **own, "_skipped": self.skipped, "_ledgers": {}, "_warned": self._warned}
+        return {**super().__getstate__(), **own, "_skipped": self.skipped, "_ledgers": {}, "_networks": {}, "_warned": self._warned}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -189,6 +189,27 @@ def test_poison_stays_in_its_tensors(poison: float, waits: bool, monkeypatch: py
         assert_near(*results, tolerance=1e-5 if waits or kernel == "compiled" else 0.2)
 
 
+@pytest.mark.parametrize("kernel", ["compiled", "reference"])
+def test_in_a_compiled_function(kernel: str) -> None:
+    """Kernels write to addresses, which torch.compile does not see."""
+    results = []
+    for wrap in (lambda function: function, lambda function: torch.compile(function, backend="eager")):
+        torch.compiler.reset()
+        params = [nn.Parameter(torch.ones(shape)) for shape in SHAPES]
+        optimizer = LearnedOptimizer(params, network_of("default"), kernel=kernel)
+
+        def train(params: list[Tensor] = params, optimizer: LearnedOptimizer = optimizer) -> None:
+            for param in params:
+                param.grad = param.detach() * 2
+            optimizer.step()
+
+        for function in (train, optimizer.step):
+            for _ in range(2):
+                wrap(function)()
+        results.append([*params, *(value for state in optimizer.state.values() for value in state.values())])
+    assert all(one.equal(other) for one, other in zip(*results, strict=True))
+
+
 def test_passes_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
     """To the last bit: on which thread took which block. What torch does between them does depend on that."""
     results = []

@@ -558,6 +558,25 @@ def test_step_hooks(network: OptimizerNetwork) -> None:
     assert seen == [(name, True, (None,), {}, "pre" in name) for name in ("global pre", "pre", "post", "global post")]
 
 
+def test_each_device_has_a_network_of_its_own(network: OptimizerNetwork) -> None:
+    """A copy, made once; a device without numbers stands for a GPU."""
+    optimizer = LearnedOptimizer(make_model().parameters(), network)
+    elsewhere = torch.device("meta")
+    copied = optimizer._network_on(elsewhere)
+    assert copied.log_step_size.device == elsewhere
+    assert optimizer._network_on(torch.device("cpu")) is optimizer.network
+    assert optimizer.network.log_step_size.device.type == "cpu"
+    assert optimizer._network_on(elsewhere) is copied
+    assert not copy.deepcopy(optimizer)._networks
+
+
+def test_many_layouts_are_kept() -> None:
+    """As many as where each parameter has an optimizer of its own."""
+    shapes = [(torch.Size([size]),) for size in range(1, 50)]
+    first = [Layout.of(shape, torch.device("cpu")) for shape in shapes]
+    assert all(Layout.of(shape, torch.device("cpu")) is layout for shape, layout in zip(shapes, first, strict=True))
+
+
 # CUDA
 
 

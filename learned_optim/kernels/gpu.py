@@ -17,7 +17,6 @@ Shapes: as in `learned_optim.rule`; `B` blocks. A block's coordinates are (ROWS,
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -50,6 +49,7 @@ from . import SCALARS, scalars
 BLOCK = 1024  # coordinates of a program
 MAX_UNITS = 8  # as on a CPU; more would not fit into registers
 ALIGNMENT = 16  # bytes that a thread loads at once
+KEPT_TABLES = 8  # of an optimizer, whose gradients may lie at a few places in turn
 INTERPRETED = triton.knobs.runtime.interpret
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters and gradients that the kernels read
@@ -92,19 +92,22 @@ class Tables(NamedTuple):
     orthogonal: Tensor  # (K,)
 
     @staticmethod
-    def of(layout: Layout, numbers: tuple[int, ...]) -> Tables:
-        """The tables of tensors with these entries, (K * FIELDS,): the same ones each time, so that a step uploads nothing.
+    def of(layout: Layout, numbers: tuple[int, ...], kept: dict[Any, Any]) -> Tables:
+        """The tables of tensors with these entries, (K * FIELDS,): the same ones each time, so that a step uploads nothing; `kept` are the
+        optimizer's last ones.
 
         A CUDA graph gets tables of its own, which it fills at each replay. So it needs none that may be dropped, and leaves none that are
         empty until then.
         """
         capturing = layout.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        return Tables.make(layout, numbers, upload_by_kernels) if capturing else Tables.cached(layout, numbers)
-
-    @staticmethod
-    @functools.lru_cache(maxsize=8)
-    def cached(layout: Layout, numbers: tuple[int, ...]) -> Tables:
-        return Tables.make(layout, numbers, upload)
+        if capturing:
+            return Tables.make(layout, numbers, upload_by_kernels)
+        if (layout, numbers) not in kept:
+            if len(kept) == KEPT_TABLES:
+                del kept[next(iter(kept))]
+            kept[layout, numbers] = Tables.make(layout, numbers, upload)
+        tables: Tables = kept[layout, numbers]
+        return tables
 
     @staticmethod
     def make(layout: Layout, numbers: tuple[int, ...], upload: Any) -> Tables:
@@ -153,7 +156,7 @@ def step(
     moment_format, lstm_format = FORMATS.index(config.moment_format), FORMATS.index(config.lstm_format)
 
     with torch.cuda.device_of(directions):  # Triton launches on the current one
-        tables = Tables.of(layout, numbers)
+        tables = Tables.of(layout, numbers, ledger.memory)
         blocks, every = (len(tables.blocks),), (count,)
         rows = directions.new_empty(CONTROL, count)
         means, sums = directions.new_empty(2 * BUCKETS, count), directions.new_empty(len(tables.blocks), 2 * BUCKETS)
