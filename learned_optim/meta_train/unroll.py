@@ -157,7 +157,7 @@ def losses(task: Task, optimizees: Optimizees, batches: Sequence[Batch], seed: i
     leading, count = params.shape[:-1], params.shape[:-1].numel()
     rows = params.reshape(count, -1)
     flat_buffers = {key: value.flatten(0, len(leading) - 1) for key, value in buffers.items()}
-    batches = [tree_map(lambda leaf: leaf.to(params.device) if hasattr(leaf, "to") else leaf, batch) for batch in batches]
+    batches = [moved(batch, params.device) for batch in batches]
 
     def loss(row: Tensor, buffers: Buffers, batch: Batch) -> tuple[Tensor, Buffers]:
         return task.loss(named(task, row), buffers, batch, training)
@@ -171,7 +171,7 @@ def losses(task: Task, optimizees: Optimizees, batches: Sequence[Batch], seed: i
             try:
                 leaves, rebuild = side_by_side(batches)
                 leaves = [leaf.expand(*leading, *leaf.shape[1:]).flatten(0, len(leading) - 1) for leaf in leaves]
-                _seed_all(seed, params)
+                seed_all(seed, params.device)
                 values, new_buffers = vmap(lambda row, buffers, leaves: loss(row, buffers, rebuild(leaves)), randomness="different")(
                     rows, flat_buffers, leaves
                 )
@@ -182,7 +182,7 @@ def losses(task: Task, optimizees: Optimizees, batches: Sequence[Batch], seed: i
                 note = f"torch.func.vmap cannot batch this model ({reason}), so its replicas are trained one after the other"
                 one_by_one[id(task)] = task
         if values is None:
-            _seed_all(seed, params)
+            seed_all(seed, params.device)
             each = [loss(*inputs) for inputs in zip(rows, unbind(flat_buffers, count), itertools.cycle(batches), strict=False)]
             values = torch.stack([value for value, _ in each])
             new_buffers = {key: torch.stack([buffers[key] for _, buffers in each]) for key in buffers}
@@ -226,10 +226,17 @@ def _alike(one: object, other: object) -> bool:
     return one is other or (isinstance(one, PLAIN) and type(one) is type(other) and one == other)
 
 
-def _seed_all(seed: int, params: Tensor) -> None:
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """A batch with all that can be moved on a device."""
+    result: Batch = tree_map(lambda part: part.to(device) if hasattr(part, "to") else part, batch)
+    return result
+
+
+def seed_all(seed: int, device: torch.device) -> None:
+    """Seeds torch's global generators, the CPU's and the device's."""
     # Not torch.manual_seed: it tells all kinds of devices, which takes a tenth of a small optimizee's step.
     torch.default_generator.manual_seed(seed)
-    if params.is_cuda:
+    if device.type == "cuda":
         torch.cuda.manual_seed(seed)
 
 
