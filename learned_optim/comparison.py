@@ -446,6 +446,7 @@ def _summary(runs: Sequence[Run], settings: Sequence[str], steps: int, measure: 
     grid = {name: statistics.fmean(speed.final(plain[name, seed].curve) for seed in range(seeds)) for name in tried}
     best = min(grid, key=lambda name: grid[name])
     timed = [run for run in runs if run.milliseconds is not None]
+    share = -math.inf if any(loss < 0 for run in runs for _, loss in run.curve) else SOLVED  # losses below zero have no floor
 
     def milliseconds(ours: str | None) -> float:
         """The median over the seeds; AdamW's is that of the one setting that was timed, since all cost the same."""
@@ -462,7 +463,7 @@ def _summary(runs: Sequence[Run], settings: Sequence[str], steps: int, measure: 
         for seed in range(seeds):
             mine = plain[name, seed].curve
             reference = speed.envelope([run.curve for run in runs if (run.optimizer, run.seed) == (best, seed)])
-            speeds.append(speed.speed(mine, reference, SOLVED * mine[0][1]))
+            speeds.append(speed.speed(mine, reference, share * mine[0][1]))
         rows.append(row(name, speeds))
     default = _adamw(1e-3, "constant")
     rows += [row(name, []) for name in dict.fromkeys((best, default)) if name in grid]
