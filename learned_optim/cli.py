@@ -15,6 +15,8 @@ from typing import Any
 from .network import OptimizerNetwork
 from .weights import bundled_names, fingerprint, load_network
 
+COMPARED = "compared_problem"  # the name that a user's file is imported under; its own may be that of a package
+
 
 class CommandError(Exception):
     """A mistake of the user's, told in one line without a traceback."""
@@ -134,18 +136,18 @@ def _named(text: str) -> tuple[Path, Any]:
         raise CommandError(f"the problem must be given as FILE.py:NAME, my_file.py:problem say, got {text!r}")
     if not path.is_file():
         raise CommandError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(COMPARED, path)
     if spec is None or spec.loader is None:
         raise CommandError(f"{path} cannot be loaded as Python")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))  # as if the file were run
-    sys.modules[path.stem] = module  # where dataclasses and pickle look
+    sys.modules[COMPARED] = module  # where dataclasses and pickle look
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise CommandError(_told(error, path)) from error
     if not hasattr(module, name):
-        there = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == path.stem]
+        there = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == COMPARED]
         raise CommandError(f"{path} has no {name!r}; it defines {', '.join(there) or 'nothing'}")
     return path, getattr(module, name)
 

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import math
+import operator
 import os
 import statistics
 import sys
@@ -80,7 +81,7 @@ class Comparison:
         steps: of a training run.
         seeds: how many were run with every optimizer; the figures are of those.
         measure: which loss it is.
-        rows: `LearnedOptimizer` without and with `total_steps`, the best AdamW, and AdamW as PyTorch sets it up.
+        rows: `LearnedOptimizer` without and with `total_steps`, the best AdamW, and AdamW with PyTorch's learning rate.
         grid: AdamW's settings -> loss at the end, mean over the seeds; infinite where it diverged.
         best: AdamW's best setting.
         runs: all of them, with their curves.
@@ -354,11 +355,13 @@ class _Trainer:
             grid += further  # once they are complete
         best = self.best(grid)
         # Other lengths of AdamW's training count only where a run of ours ends above or below what they reach.
-        for lengths, beyond in ((sorted(length for length in speed.LENGTHS if length > 1), min), ([0.5, 0.25, 0.125], max)):
+        longer = sorted(length for length in speed.LENGTHS if length > 1)
+        shorter = sorted((length for length in speed.LENGTHS if length < 1), reverse=True)
+        for lengths, beyond in ((longer, operator.lt), (shorter, operator.gt)):
             reached = 1.0
             for length in lengths:
                 ends = [(speed.final(run.curve), self.end(best, run.seed, reached)) for run in self.runs if run.optimizer in OURS]
-                if not any(end != mine and beyond(end, mine) == end for end, mine in ends):
+                if not any(beyond(end, adamws) for end, adamws in ends):
                     break
                 self.bar.total += round(self.steps * length) * seeds
                 for seed in range(seeds):

@@ -187,7 +187,7 @@ def losses(task: Task, optimizees: Optimizees, batches: Sequence[Batch], seed: i
             values = torch.stack([value for value, _ in each])
             new_buffers = {key: torch.stack([buffers[key] for _, buffers in each]) for key in buffers}
             if note:
-                warnings.warn(note, stacklevel=2)
+                warnings.warn(note, stacklevel=1)  # from one place, so that Python shows it once
     values = values.reshape(leading)
     return values if grad else values.detach(), {key: value.unflatten(0, leading) for key, value in new_buffers.items()}
 
