@@ -55,7 +55,7 @@ def train(draw, rule, seed, count, steps=STEPS, initial=None, exact=False):
 @torch.no_grad()
 def scores(draw, rule, initial=None, steps=STEPS, seed=TESTING):
     unroll, now = train(draw, rule, seed, TASKS, steps, initial)
-    return losses(unroll.task, now, unroll.batch(0), 0, training=False)[1]["score"]
+    return losses(unroll.task, now, unroll.batches(0), 0, training=False)[1]["score"]
 
 
 def learn_initial(draw, how, meta_steps, rate):

@@ -29,7 +29,7 @@ def final_loss(make_optimizer, seed):  # an ordinary training run
 
 
 config = MetaTrainConfig(meta_steps=int(META_STEPS), horizon_min=STEPS, horizon_max=STEPS, truncation=STEPS, horizon_known=1.0)
-network = meta_train({"mine": mine}, config, network=load_network("default"), folder="runs/mine" if HUB else None, progress=print).network
+network = meta_train({"mine": mine}, config, network=load_network("default"), folder="runs/mine" if HUB else None).network
 rows = {name: lambda p, w=w: LearnedOptimizer(p, w, total_steps=STEPS) for name, w in (("default", "default"), ("mine", network))}
 rows |= {f"AdamW {lr}": lambda p, lr=lr: torch.optim.AdamW(p, lr) for lr in (0.001, 0.003, 0.01, 0.03)}
 for name, make_optimizer in rows.items():  # on problems that meta-training has not seen

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .network import OptimizerNetwork
 from .weights import bundled_names, fingerprint, load_network
+
+COMPARED = "compared_problem"  # the name that a user's file is imported under; its own may be that of a package
 
 
 class CommandError(Exception):
@@ -78,7 +82,7 @@ def _demo_arguments(parser: ArgumentParser) -> None:
 
 
 def _demo(args: Namespace) -> None:
-    for module in ("matplotlib", "sklearn", "tqdm"):
+    for module in ("matplotlib", "sklearn"):
         if importlib.util.find_spec(module) is None:
             raise CommandError(f'the demo needs {module}; install it with: pip install "learned-optim[demo]"')
     from . import demo
@@ -93,6 +97,68 @@ def _demo(args: Namespace) -> None:
         print(demo.run(network, args.out, seeds=seeds, workers=args.workers, steps_scale=steps_scale))
     except OSError as error:
         raise CommandError(f"the demo could not write its results to {args.out}, or its work to a temporary folder: {error}") from error
+
+
+def _compare_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("problem", metavar="FILE.py:NAME", help="a ModuleTask, or a function of a torch.Generator that returns one")
+    parser.add_argument("--steps", type=_positive, default=300, metavar="N", help="of a training run (%(default)s)")
+    parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="training runs of each optimizer (%(default)s)")
+    parser.add_argument(
+        "--pretrained", default="default", metavar="NAME", help="weights: a bundled name, a folder or a Hub id (%(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for compare.json and compare.png")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON in place of the table")
+
+
+def _compare(args: Namespace) -> None:
+    from .comparison import compare
+
+    network = _load(args.pretrained)
+    path, problem = _named(args.problem)
+    try:
+        result = compare(
+            problem, steps=args.steps, seeds=args.seeds, pretrained=network, device=args.device, out=args.out, show=not args.json
+        )
+    except Exception as error:  # most are of the user's model, data or loss
+        raise CommandError(_told(error, path)) from error
+    if args.json:
+        print(result.to_json())
+    if result.stopped:
+        raise KeyboardInterrupt
+
+
+def _named(text: str) -> tuple[Path, Any]:
+    """Runs a file of Python; returns its path and what has the name in it."""
+    file, colon, name = text.rpartition(":")
+    path = Path(file)
+    if not colon or not name.isidentifier() or path.suffix != ".py":
+        raise CommandError(f"the problem must be given as FILE.py:NAME, my_file.py:problem say, got {text!r}")
+    if not path.is_file():
+        raise CommandError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(COMPARED, path)
+    if spec is None or spec.loader is None:
+        raise CommandError(f"{path} cannot be loaded as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))  # as if the file were run
+    sys.modules[COMPARED] = module  # where dataclasses and pickle look
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise CommandError(_told(error, path)) from error
+    if not hasattr(module, name):
+        there = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == COMPARED]
+        raise CommandError(f"{path} has no {name!r}; it defines {', '.join(there) or 'nothing'}")
+    return path, getattr(module, name)
+
+
+def _told(error: Exception, path: Path) -> str:
+    """An error in a line, and the line of the user's file that it comes from, if it does."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).resolve() == path.resolve()]
+    said = str(error).strip().splitlines() or [""]
+    if not lines and isinstance(error, (ValueError, OSError)):
+        return said[0]
+    return f"{path}{f', line {lines[-1]}' if lines else ''}: {type(error).__name__}: {said[0]}"
 
 
 def _list(_: Namespace) -> None:
@@ -134,6 +200,9 @@ def _push(args: Namespace) -> None:
 COMMANDS = {
     "demo": Command(
         summary="train two small models beside AdamW, and print and plot who wins (about 3 minutes)", arguments=_demo_arguments, run=_demo
+    ),
+    "compare": Command(
+        summary="train a model of yours beside tuned AdamW, and say who is ahead", arguments=_compare_arguments, run=_compare
     ),
     "list": Command(summary="names of the bundled weights", arguments=lambda parser: None, run=_list),
     "info": Command(summary="configuration, size and fingerprint of a set of weights", arguments=_info_arguments, run=_info),

@@ -44,7 +44,7 @@ def test_bad_weights_are_one_line_and_status_2(command, damage, tmp_path, capsys
     assert "config.json" in captured.err
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "sklearn", "tqdm"])
+@pytest.mark.parametrize("module", ["matplotlib", "sklearn"])
 def test_demo_without_its_extra_names_the_fix(module, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     assert main(["demo"]) == 2

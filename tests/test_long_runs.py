@@ -40,10 +40,10 @@ def test_adamw_beside_is_torchs_own() -> None:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, unroll.horizon)
         for t in range(unroll.horizon):
             optimizer.zero_grad()
-            unroll.task.loss({**params}, {}, tuple(part[replica] for part in unroll.batch(t)))[0].backward()
+            unroll.task.loss({**params}, {}, unroll.batches(t)[replica])[0].backward()
             optimizer.step()
             schedule.step()
-        end = unroll.task.loss({**params}, {}, tuple(part[replica] for part in unroll.batch(unroll.horizon)))[0]
+        end = unroll.task.loss({**params}, {}, unroll.batches(unroll.horizon)[replica])[0]
         losses.append(end.item() / unroll.first_loss[replica].item())
     assert curve[-1] == pytest.approx(sum(losses) / 2, rel=1e-3)
 

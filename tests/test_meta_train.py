@@ -42,11 +42,11 @@ def test_an_unroll_is_what_the_optimizer_does() -> None:
         optimizer = LearnedOptimizer(params.values(), network, total_steps=8)
         for t in range(8):
             optimizer.zero_grad()
-            task.loss(params, {}, tuple(part[replica] for part in unroll.batch(t)))[0].backward()
+            task.loss(params, {}, unroll.batches(t)[replica])[0].backward()
             optimizer.step()
         trained = torch.cat([param.detach().flatten() for param in params.values()])
         torch.testing.assert_close(now.params[replica], trained, rtol=1e-3, atol=1e-4)
-        final = task.loss(params, {}, tuple(part[replica] for part in unroll.batch(8)))[0]
+        final = task.loss(params, {}, unroll.batches(8)[replica])[0]
         torch.testing.assert_close(measured[replica], final.detach(), rtol=1e-3, atol=1e-5)
 
 

@@ -155,6 +155,6 @@ def test_import_is_quiet_light_and_offline(tmp_path):
 
 
 def test_public_names():
-    assert set(learned_optim.__all__) == {"LearnedOptimizer", "NetworkConfig", "OptimizerNetwork", "__version__", "load_network"}
+    assert set(learned_optim.__all__) == {"LearnedOptimizer", "NetworkConfig", "OptimizerNetwork", "__version__", "compare", "load_network"}
     for name in learned_optim.__all__:
         getattr(learned_optim, name)

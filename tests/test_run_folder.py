@@ -207,10 +207,8 @@ sys.exit(command.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize(
-    ("step", "saved"), [(0, "Nothing is saved yet; there is a checkpoint every 2"), (3, "2 of 6 meta-steps of stage 1")]
-)
-def test_ctrl_c_ends_a_run_with_one_sentence(tmp_path: Path, step: int, saved: str) -> None:
+@pytest.mark.parametrize(("step", "saved"), [(0, "1 of 6 meta-steps of stage 1"), (3, "4 of 6 meta-steps of stage 1")])
+def test_ctrl_c_ends_a_run_after_its_meta_step_with_one_sentence(tmp_path: Path, step: int, saved: str) -> None:
     done = run(STOP, str(step), *arguments(tmp_path, tiny_config(families=("mlp",))))
     assert done.returncode == 128 + signal.SIGINT, done.stderr
     assert "Traceback" not in done.stderr

@@ -114,7 +114,7 @@ def in_loops(
         runs.append(start(module, rule))
     losses = []
     for t in range(unroll.horizon + 1):
-        batches = zip(*unroll.batch(t), strict=True)
+        batches = unroll.batches(t)
         losses.append([task.criterion(forward(*batch[:-1]), batch[-1]) for (forward, _), batch in zip(runs, batches, strict=True)])
         if t < unroll.horizon:
             for (_, step), loss in zip(runs, losses[-1], strict=True):

@@ -28,9 +28,10 @@ from development import TASKS as DEVELOPMENT
 from optimizers import ABLATED, DEFAULTS, GRIDS, LEARNED_NAMES, REFERENCE, SENSITIVITY, STORED
 from report import report
 from tasks import MORE_TASKS, TASKS
-from training import LENGTHS, PROBLEMS, Job, Results, train
+from training import PROBLEMS, Job, Results, train
 
 from learned_optim import load_network
+from learned_optim.speed import LENGTHS
 from learned_optim.weights import fingerprint
 
 PARTS = ["baselines", "learned", "ablations", "sensitivity", "state"]

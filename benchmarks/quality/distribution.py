@@ -29,13 +29,13 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
-from report import geometric_mean, steps_to
 from torch import Generator, Tensor, nn
 from torch.func import vmap
 
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
 from learned_optim.meta_train.families.drawn import Drawn, drawn
 from learned_optim.meta_train.unroll import derive_seed, named
+from learned_optim.speed import geometric_mean, steps_to
 from learned_optim.weights import fingerprint
 
 HELD_OUT = 1_000_000  # seeds from here on are looked at to publish only

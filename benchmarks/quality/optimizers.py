@@ -19,9 +19,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
 from learned_optim.rule import orthogonalize
+from learned_optim.speed import WARM_UP, schedule
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-WARM_UP = 0.05  # of the steps
 
 # Families -> the names of their grids. The first one is what the others are measured by.
 REFERENCE = "AdamW"
@@ -76,16 +76,6 @@ class Both(Optimizer):
     def step(self, closure: Any = None) -> None:
         for part in self.parts:
             part.step()
-
-
-def schedule(name: str, optimizer: Optimizer, steps: int) -> LambdaLR:
-    warm = max(1, round(WARM_UP * steps))
-    fall: dict[str, Callable[[float], float]] = {
-        "constant": lambda _: 1.0,
-        "cosine": lambda progress: 0.5 + 0.5 * math.cos(math.pi * progress),
-        "linear": lambda progress: 1 - progress,
-    }
-    return LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / warm) * fall[name](min(1.0, t / steps)))
 
 
 def baseline(name: str, model: nn.Module, steps: int) -> Trained:

@@ -31,10 +31,11 @@ from typing import Any
 import torch
 from optimizers import HORIZON, LEARNED, REFERENCE, make
 from pretrained_tasks import PRETRAINED_DEVELOPMENT, PRETRAINED_HELD_OUT, PRETRAINED_MORE, Problem
-from report import geometric_mean, steps_to, table
+from report import table
 from training import Job, Results, Run
 
 from learned_optim import load_network
+from learned_optim.speed import geometric_mean, steps_to
 from learned_optim.weights import fingerprint
 
 PROBLEMS = PRETRAINED_DEVELOPMENT | PRETRAINED_HELD_OUT | PRETRAINED_MORE

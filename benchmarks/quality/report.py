@@ -13,56 +13,27 @@ from typing import Any
 
 import torch
 from optimizers import ABLATED, DEFAULTS, EXACT, GRIDS, HORIZON, LEARNED, LEARNED_NAMES, REFERENCE, SENSITIVITY, STORED
-from training import LENGTHS, PROBLEMS, Results, final
+from training import PROBLEMS, Results, final, training_curve
+
+from learned_optim import speed as measure
+from learned_optim.speed import BOUNDS, LENGTHS, geometric_mean
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666", "#E69F00", "#56B4E9")  # Okabe & Ito (2008)
-BOUNDS = min(LENGTHS), max(LENGTHS)  # of a speed
 
 
 def envelope(results: Results, task: str, seeds: int) -> list[tuple[float, float]]:
     """(steps, lowest training loss) that tuned AdamW reaches by then, whatever length it is run for: mean over the seeds, smoothed."""
     best = results.best(task, REFERENCE, seeds)
-    points = []
-    for length in (1.0, *LENGTHS):
-        curves = [results.runs[task, best, seed, length]["curve"] for seed in range(seeds)]
-        means = [(points[0][0], statistics.fmean(point[1] for point in points)) for points in zip(*curves, strict=False)]
-        points += [(means[i][0], statistics.fmean(loss for _, loss in means[max(0, i - 2) : i + 1])) for i in range(1, len(means))]
-    lowest, found = math.inf, []
-    for steps, loss in sorted(points):
-        if loss < lowest:
-            lowest = loss
-            found.append((float(steps), loss))
-    return found
-
-
-def steps_to(curve: Sequence[tuple[float, float]], loss: float) -> float:
-    """Where a falling curve of (steps, loss) first gets to a loss, interpolated in the logarithms; infinite where it does not."""
-    for (a, high), (b, low) in itertools.pairwise(curve):
-        if high <= loss:
-            return a
-        if low <= loss:
-            share = math.log(high / loss) / math.log(high / low) if low > 0 else 1.0
-            return a * (b / a) ** share
-    return math.inf
+    lengths = (1.0, *LENGTHS)
+    return measure.envelope(
+        [measure.mean([training_curve(results.runs[task, best, seed, length]) for seed in range(seeds)]) for length in lengths]
+    )
 
 
 def speed(results: Results, task: str, name: str, seed: int, seeds: int) -> float:
     """See the program's description."""
-    steps, solved = PROBLEMS[task].steps, PROBLEMS[task].solved
-    run = results.runs[task, name, seed, 1.0]
-    end = final(run)
-    if not math.isfinite(end):
-        return BOUNDS[0]
-    mine = float(steps)
-    if end <= solved:  # got there earlier
-        end = solved
-        mine = next(point[0] for point in run["curve"] if point[1] <= solved)
-    reference = envelope(results, task, seeds)
-    return min(max(steps_to(reference, end) / mine, BOUNDS[0]), BOUNDS[1])
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, values)))
+    curve = training_curve(results.runs[task, name, seed, 1.0])
+    return measure.speed(curve, envelope(results, task, seeds), PROBLEMS[task].solved)
 
 
 def formats(tasks: list[str], results: Results, seeds: int, untuned: dict[str, float]) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +14,10 @@ from development import TASKS as DEVELOPMENT
 from optimizers import GRIDS, LEARNED_NAMES, make
 from tasks import MORE_TASKS, TASKS, Problem
 
+from learned_optim import speed
+from learned_optim.speed import EVALUATIONS
+
 PROBLEMS = TASKS | MORE_TASKS | DEVELOPMENT
-LENGTHS = (0.125, 0.25, 0.5, 2.0, 4.0)  # of the reference's runs, beside 1, in units of a task's steps
-EVALUATIONS = 40  # of a run
 Run = dict[str, Any]
 Job = tuple[str, str, int, float]  # task, optimizer, seed, length
 
@@ -86,7 +86,10 @@ class Results:
         return min(GRIDS[family], key=lambda name: sum(final(self.runs[task, name, seed, 1.0]) for seed in range(seeds)))
 
 
+def training_curve(run: Run) -> list[tuple[float, float]]:
+    return [(point[0], point[1]) for point in run["curve"]]
+
+
 def final(run: Run) -> float:
     """Mean training loss at the last three evaluations, a thirteenth of the run; infinite for a run that diverged."""
-    tail = [point[1] for point in run["curve"][-3:]]
-    return statistics.fmean(tail) if all(map(math.isfinite, tail)) else math.inf
+    return speed.final(training_curve(run))

@@ -8,15 +8,13 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..config import from_file, to_json
 from ..network import OptimizerNetwork
 from ..weights import CARD, CURVES, META_TRAIN, load_network, source_of
-from . import distributed, process
+from . import bar, distributed, process
 from .checkpoint import saved_steps
 from .config import MetaTrainConfig
 from .families import FAMILIES
@@ -98,13 +96,7 @@ def run_stages(
     for stage, config in enumerate(configs, 1):
         folder = arguments.out / f"stage{stage}"
         label = f"stage {stage}/{len(configs)}"
-        with tqdm(total=config.meta_steps, desc=label, unit="step", smoothing=0.05, disable=distributed.rank() > 0) as bar:
-
-            def progress(meta_step: int, figures: dict[str, float], bar: Any = bar) -> None:
-                shown = {name: f"{figures[name]:.3f}" for name in ("meta_loss", "score") if name in figures}
-                bar.set_postfix(**shown, dropped=int(figures["dropped"]), refresh=False)
-                bar.update(meta_step + 1 - bar.n)
-
+        with bar.shown(config.meta_steps, label, hidden=distributed.rank() > 0) as progress:
             options = {"tensorboard": arguments.tensorboard, "command": command}
             result = meta_train(FAMILIES, config, folder=folder, device=device, network=network, progress=progress, **options)
         network = result.network

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .tasks import Batch, Buffers, Params, Task
 
@@ -69,7 +71,7 @@ class ScaledLoss(Wrapped):
 
 
 class Subbatched(Wrapped):
-    """Training on a share of every batch; the first dimension of all its tensors counts the examples."""
+    """Training on a share of every batch; the first dimension of its tensors counts the examples."""
 
     def __init__(self, task: Task, share: float) -> None:
         super().__init__(task)
@@ -77,8 +79,18 @@ class Subbatched(Wrapped):
 
     def batch(self, generator: Generator) -> Batch:
         batch = self.task.batch(generator)
-        count = max(1, math.ceil(self.share * len(batch[0])))
-        return tuple(part[:count] for part in batch)
+        size = next(len(part) for part in tree_leaves(batch) if isinstance(part, Tensor) and part.ndim)
+        count = max(1, math.ceil(self.share * size))
+
+        def is_text(part: object) -> bool:
+            return isinstance(part, list) and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(part))
+
+        def cut(part: Any) -> Any:
+            by_example = part.ndim > 0 if isinstance(part, Tensor) else isinstance(part, list)
+            return part[:count] if by_example and len(part) == size else part
+
+        smaller: Batch = tree_map(cut, batch, is_leaf=is_text)
+        return smaller
 
 
 class InDtype(Wrapped):
@@ -90,6 +102,6 @@ class InDtype(Wrapped):
 
     def loss(self, params: Params, buffers: Buffers, batch: Batch, training: bool = True) -> tuple[Tensor, Buffers]:
         params = {name: param.to(self.dtype) for name, param in params.items()}
-        batch = tuple(part.to(self.dtype) if part.is_floating_point() else part for part in batch)
+        batch = tree_map_only(Tensor, lambda part: part.to(self.dtype) if part.is_floating_point() else part, batch)
         loss, buffers = self.task.loss(params, buffers, batch, training)
         return loss.float(), buffers

@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -36,7 +37,7 @@ from ..features import Layout
 from ..kernels import cpu
 from ..network import OptimizerNetwork
 from ..rule import State, update
-from . import in_place, process
+from . import in_place, process, twice
 from .config import MetaTrainConfig
 from .unroll import VMAP_LIMIT, Optimizees, Rule, Unroll, derive_seed, is_large
 
@@ -155,6 +156,16 @@ def backprop(
     if INITIAL in weights:
         found[INITIAL] = cotangents[0].sum(0) if unroll.step == 0 else torch.zeros_like(weights[INITIAL])
     return unroll.advanced(end, length), Estimate(total.item(), found)
+
+
+def exact(*arguments: Any) -> tuple[Unroll, Estimate]:
+    """The estimator "exact"; says what to do where there are no second derivatives."""
+    try:
+        return backprop(*arguments, exact=True)
+    except RuntimeError as error:
+        if (advice := twice.missing(error)) is None:
+            raise
+        raise ValueError(advice) from error
 
 
 def matrix_dtype(optimizees: Optimizees) -> torch.dtype | None:
@@ -303,8 +314,10 @@ def _run(unroll: Unroll, now: Optimizees, length: int, rule: Rule) -> tuple[Tens
 
 def estimator(name: str) -> Estimator:
     """The estimator of this name."""
-    if name in ("exact", "first_order"):
-        return lambda *arguments: backprop(*arguments, exact=name == "exact")
+    if name == "exact":
+        return exact
+    if name == "first_order":
+        return functools.partial(backprop, exact=False)
     if name in ("pes", "es"):
         return lambda *arguments: evolve(*arguments, persistent=name == "pes")
     return reptile

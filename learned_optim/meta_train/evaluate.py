@@ -20,7 +20,7 @@ from ..network import OptimizerNetwork
 from ..rule import State, update
 from . import distributed
 from .config import MetaTrainConfig
-from .tasks import Family
+from .tasks import Family, sampled
 from .unroll import Rule, Unroll, begin, derive_seed
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -51,7 +51,7 @@ class Evaluation:
         for index, (name, family) in enumerate(families.items()):
             if distributed.is_mine(index):
                 seed = derive_seed(config.seed, "held out", name)
-                task = family(Generator().manual_seed(seed))
+                task = sampled(family, Generator().manual_seed(seed), seed)
                 options = {"horizon": config.horizon_max, "horizon_known": False, "validation": config.validation}
                 self.unrolls[index] = begin(task, seed, None, REPLICAS, config.network, device, **options)
         self.adamw = adamw or self._over_tasks(best_adamw)

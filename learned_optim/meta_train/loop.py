@@ -7,6 +7,7 @@ run continues with the same numbers. Processes share the unrolls out among them.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ..network import OptimizerNetwork
-from . import checkpoint, distributed
+from ..weights import load_network
+from . import bar, checkpoint, distributed, stopping
 from .averaging import average
 from .checkpoint import Progress
 from .config import MetaTrainConfig
@@ -30,7 +32,7 @@ from .folder import claimed
 from .handover import hand_over
 from .logs import Log
 from .slots import Slot
-from .tasks import Family
+from .tasks import Family, ModuleTask
 
 WINDOW = 50  # meta-steps that the check for divergence averages over
 
@@ -51,9 +53,10 @@ class MetaTrainResult:
 
 
 def meta_train(
-    families: Mapping[str, Family],
-    config: MetaTrainConfig,
+    families: Mapping[str, Family] | Family | ModuleTask,
+    config: MetaTrainConfig | None = None,
     *,
+    budget: str | float | None = None,
     folder: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
     network: OptimizerNetwork | None = None,
@@ -68,8 +71,10 @@ def meta_train(
     In a process group of `torch.distributed` (under `torchrun`, say), every process calls this with the same arguments.
 
     Args:
-        families: what to train on, by name.
-        config: how.
+        families: what to train on, by name; or one problem, a task or a function that samples it, whose name is "problem".
+        config: how. Without one, the run goes on from the bundled weights, or from `network`, as `MetaTrainConfig()` says.
+        budget: wall time after which the run ends, "30 min", "2 h" or seconds, should it not be through with its meta-steps before; the
+            time before a resume counts. The learning rate falls, and horizons grow, as if it were the last meta-step's.
         folder: where the finished weights and their model card go, and until then the checkpoint and the log (`log.jsonl`); a run that
             finds its checkpoint there resumes from it. No two runs at a time may have the same.
         device: where to run, "cpu" or "cuda".
@@ -77,7 +82,7 @@ def meta_train(
         initial: parameters of the optimizees, laid end to end (N,), to be learned too (Finn et al. 2017, MAML); every unroll starts from
             them, so all tasks must have the same shapes.
         held_out: what to evaluate on every `config.evaluate_every` meta-steps; by default the same families, with other seeds.
-        progress: called after each meta-step with its number and its figures.
+        progress: called after each meta-step with its number and its figures; by default, a terminal shows a bar.
         tensorboard: log to TensorBoard too, in the folder.
         command: how to make the run again, for the model card.
 
@@ -85,7 +90,19 @@ def meta_train(
         ValueError: there is nothing to train on, or the folder holds a run with another configuration or a damaged checkpoint.
         OSError: the folder cannot be written to, or another process has it (BlockingIOError).
         MetaTrainingDivergedError: going on is of no use; the checkpoint stays, and the best weights so far are in the folder.
+        KeyboardInterrupt: Ctrl-C; the meta-step was finished, a checkpoint saved, and the best weights so far are in the folder.
     """
+    if not isinstance(families, Mapping):
+        problem = families
+        families = {"problem": (lambda _: problem) if isinstance(problem, ModuleTask) else problem}
+    if config is None:
+        config, network = MetaTrainConfig(), network or load_network("default")
+    limit = None if budget is None else stopping.seconds(budget)
+
+    def spent(seconds: float) -> float:
+        """The share of the budget that is used up, the same on every process."""
+        return max(distributed.gather({distributed.rank(): seconds / limit}).values()) if limit else 0.0
+
     names = config.families or tuple(families)
     if not names or set(names) - set(families):
         raise ValueError(f"meta_train needs families to train on; config names {list(names)}, and these were handed over: {list(families)}")
@@ -105,7 +122,8 @@ def meta_train(
     }
     if config.unrolls_per_step > (kept := config.unrolls_per_family * len(names)):
         raise ValueError(f"unrolls_per_step is {config.unrolls_per_step}, but only {kept} unrolls are kept going; raise unrolls_per_family")
-    with claimed(folder):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(claimed(folder))
         so_far = Progress()
         if folder is not None and (saved := checkpoint.load(folder, config, device)) is not None:
             set_values(meta_parameters, saved["meta_parameters"])
@@ -121,17 +139,24 @@ def meta_train(
             so_far.adamw = evaluation.adamw
 
         trouble = None
-        with Log(folder, len(so_far.history), tensorboard) as log:
+        with Log(folder, len(so_far.history), tensorboard) as log, stopping.after_a_meta_step() as stop:
+            if progress is None:
+                hidden = None if distributed.rank() == 0 else True
+                progress = stack.enter_context(bar.shown(config.meta_steps, "meta_train", hidden))
+            used = spent(so_far.seconds)
             for meta_step in range(len(so_far.history), config.meta_steps):
+                if used >= 1:
+                    break
                 began, done = time.perf_counter(), meta_step + 1
+                phase = max(meta_step, math.floor(used * config.meta_steps))  # where the schedules are
                 for group in meta_optimizer.param_groups:
-                    group["lr"] = config.learning_rate * schedule(config, meta_step)
+                    group["lr"] = config.learning_rate * schedule(config, phase)
                 meta_losses: list[float] = []
                 for estimator, served in weights.items():
                     places = slots[estimator]
                     turns = [(meta_step * config.unrolls_per_step + turn) % len(places) for turn in range(config.unrolls_per_step)]
                     mine = {turn: places[turn] for turn in turns if distributed.is_mine(turn)}
-                    estimates = {turn: slot.estimate(network, served, start, meta_step) for turn, slot in mine.items()}
+                    estimates = {turn: slot.estimate(network, served, start, phase) for turn, slot in mine.items()}
                     families_of = {turn: places[turn].family for turn in turns}
                     gradient, found = average(estimates, families_of, estimator, served, so_far.log_norms, config)
                     for name, weight in served.items():
@@ -146,8 +171,10 @@ def meta_train(
                 if finite:
                     meta_optimizer.step()
 
+                used = spent(so_far.seconds + time.perf_counter() - began)
+                last = done == config.meta_steps or used >= 1
                 figures = {"meta_loss": so_far.history[-1], "dropped": so_far.dropped}
-                if evaluation and (done % config.evaluate_every == 0 or done == config.meta_steps):
+                if evaluation and (done % config.evaluate_every == 0 or last):
                     so_far.evaluations.append({"meta_step": meta_step, **evaluation(network)})
                     figures["score"] = so_far.evaluations[-1]["score"]
                     if figures["score"] <= min(past["score"] for past in so_far.evaluations):
@@ -155,10 +182,11 @@ def meta_train(
                 figures["seconds"] = time.perf_counter() - began
                 so_far.seconds += figures["seconds"]
                 log.write(meta_step, figures)
-                if progress is not None:
-                    progress(meta_step, figures)
-                if folder is not None and (done % config.checkpoint_every == 0 or done == config.meta_steps):
+                progress(meta_step, figures)
+                if folder is not None and (done % config.checkpoint_every == 0 or last or stop.asked):
                     checkpoint.save(folder, config, meta_parameters, meta_optimizer, slots, so_far)
+                if stop.asked:
+                    break
                 if done % WINDOW == 0 and (trouble := divergence(so_far.history, config)):
                     break
 
@@ -166,6 +194,9 @@ def meta_train(
         network.requires_grad_(False)
         if folder is not None and distributed.rank() == 0:
             hand_over(folder, network, config, names, so_far, command)
+        if stop.asked:
+            where = "nothing is kept without a folder" if folder is None else f"the best weights are in {folder}, and the same call goes on"
+            raise KeyboardInterrupt(f"stopped after {len(so_far.history)} of {config.meta_steps} meta-steps; {where}")
         if trouble:
             raise MetaTrainingDivergedError(trouble)
         return MetaTrainResult(network, so_far.history, so_far.dropped, None if start is None else start.detach(), so_far.evaluations)

@@ -17,7 +17,7 @@ from ..network import OptimizerNetwork
 from .augment import InDtype, Reparametrized, ScaledLoss, Subbatched
 from .config import MetaTrainConfig
 from .estimators import Estimate, Weights, estimator
-from .tasks import Family, Task
+from .tasks import Family, Task, sampled
 from .unroll import Optimizees, Unroll, begin, derive_seed
 
 
@@ -85,8 +85,9 @@ class Slot:
 
     def _sample_task(self) -> Task:
         """A task of the family, in half of the cases through the augmentations that the configuration asks for."""
-        config, generator = self.config, Generator().manual_seed(self.seed("task", self.sampled))
-        task = self.families[self.family](generator)
+        config, seed = self.config, self.seed("task", self.sampled)
+        generator = Generator().manual_seed(seed)
+        task = sampled(self.families[self.family], generator, seed)
         changed, share, precision = torch.rand(3, generator=generator).tolist()
         if changed < 0.5 and config.reparametrize:
             task = Reparametrized(task, generator, config.reparametrize)

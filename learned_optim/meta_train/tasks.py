@@ -13,12 +13,16 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset, IterableDataset
+
+from . import twice
 
 Params = dict[str, Tensor]
 Buffers = dict[str, Tensor]
-Batch = tuple[Tensor, ...]
-Sampler = Callable[[Generator], Batch]
+Batch = tuple[Any, ...] | dict[str, Any]  # of tensors, and what else goes with them: None, strings, numbers, nested ones
+Given = Tensor | Sequence[Any] | Mapping[str, Any]  # what data may hold as a batch; see `as_batch`
+Sampler = Callable[[Generator], tuple[Tensor, ...]]
 
 BATCHES = 256  # how many batches are kept of an iterable
 
@@ -36,7 +40,7 @@ class Task(Protocol):
         ...
 
     def batch(self, generator: Generator) -> Batch:
-        """A training batch: tensors whose shapes never change."""
+        """A training batch. Batches of one shape are trained on side by side, others one after the other."""
         ...
 
     def validation_batch(self, generator: Generator) -> Batch:
@@ -60,8 +64,10 @@ class ModuleTask:
 
     Args:
         build: makes the module with fresh parameters. It may use torch's global generator, which is seeded for the call and restored.
-        data: batches, as a function of a generator that draws one, or as an iterable (a DataLoader, say), of which the first 256 batches
-            are read, once; training then draws from those at random. A batch is a tuple of tensors, or a mapping of them.
+        data: batches, as a function of a generator that draws one, or as an iterable (a DataLoader of any kind, say), of which the first
+            256 batches are read, once; training then draws from those at random. A last, smaller batch is left out, as `drop_last` does.
+            A batch is a tuple or list, whose last entry is the target; a mapping; or a single tensor, alone or in a tuple, which is its
+            own target, as for autoencoders. Entries are tensors, and may be None, strings or anything else that the module takes.
         criterion: loss () of the module's output for `batch[:-1]` against the target `batch[-1]`. For batches that are mappings: of the
             module and the batch.
         validation: data for validation, likewise; `data` by default.
@@ -70,15 +76,15 @@ class ModuleTask:
     weights) is one entry, under its first name. Buffers, such as BatchNorm's running statistics, evolve with each optimizee.
 
     Raises:
-        ValueError: there is nothing to train, or no data.
+        ValueError: there is nothing to train, or the data hold no batch, or what is none.
     """
 
     def __init__(
         self,
         build: Callable[[], nn.Module],
-        data: Sampler | Iterable[Sequence[Tensor] | Mapping[str, Tensor]],
+        data: Callable[[Generator], Given] | Iterable[Given],
         criterion: Callable[..., Tensor],
-        validation: Sampler | Iterable[Sequence[Tensor] | Mapping[str, Tensor]] | None = None,
+        validation: Callable[[Generator], Given] | Iterable[Given] | None = None,
     ) -> None:
         self.build = build
         self.criterion = criterion
@@ -86,24 +92,10 @@ class ModuleTask:
         self.shapes = {name: param.shape for name, param in self.module.named_parameters() if param.requires_grad}
         if not self.shapes:
             raise ValueError("the module has no parameter that requires a gradient, so there is nothing to train")
-        self.keys: tuple[str, ...] | None = None  # of batches that are mappings
-        self.batch = self._sampler(data)
-        self.validation_batch = self.batch if validation is None else self._sampler(validation)
-
-    def _sampler(self, data: Sampler | Iterable[Sequence[Tensor] | Mapping[str, Tensor]]) -> Sampler:
-        if callable(data):
-            return data
-        batches = []
-        for batch in itertools.islice(data, BATCHES):
-            if isinstance(batch, Mapping):
-                self.keys = tuple(batch)
-                batch = list(batch.values())
-            batches.append(tuple(batch))
-        # A last, smaller batch cannot stand beside the others.
-        batches = [batch for batch in batches if [part.shape for part in batch] == [part.shape for part in batches[0]]]
-        if not batches:
-            raise ValueError("the data have no batch; an iterator that was read before is empty, so hand over a list or a DataLoader")
-        return lambda generator: batches[int(torch.randint(len(batches), (), generator=generator))]
+        self.recurrent = twice.prepare(self.module)
+        self.held_out = validation is not None
+        self.batch = _sampler(data)
+        self.validation_batch = self.batch if validation is None else _sampler(validation)
 
     def init(self, generator: Generator) -> tuple[Params, Buffers]:
         with torch.random.fork_rng(devices=[]):
@@ -120,14 +112,53 @@ class ModuleTask:
         def call(*args: Any, **kwargs: Any) -> Any:
             return functional_call(self.module, (params, buffers), args, kwargs, tie_weights=True)
 
-        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-            if self.keys is None:
-                loss = self.criterion(call(*batch[:-1]), batch[-1])
-            else:
-                loss = self.criterion(call, dict(zip(self.keys, batch, strict=True)))
-        if loss.shape != ():
-            raise ValueError(f"the criterion must return a loss of shape (), got {tuple(loss.shape)}; take its mean")
-        return loss, buffers
+        with twice.differentiable(self.recurrent):
+            return self.loss_of(call, batch), buffers
+
+    def loss_of(self, module: Callable[..., Any], batch: Batch) -> Tensor:
+        """The loss () of a module of this kind, with parameters of its own, on a batch."""
+        loss = self.criterion(module, batch) if isinstance(batch, dict) else self.criterion(module(*batch[:-1]), batch[-1])
+        if not isinstance(loss, Tensor) or loss.shape != ():
+            found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"the criterion must return a loss of shape (), got {found}; take its mean")
+        return loss
+
+
+def _sampler(data: Callable[[Generator], Given] | Iterable[Given]) -> Callable[[Generator], Batch]:
+    if callable(data):
+        return lambda generator: as_batch(data(generator))
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise ValueError(f"{type(data).__name__} holds single examples; hand over batches of it: DataLoader(dataset, batch_size=32)")
+    batches = [as_batch(batch) for batch in itertools.islice(data, BATCHES)]
+    if not batches:
+        raise ValueError("the data have no batch; an iterator that was read before is empty, so hand over a list or a DataLoader")
+    # A last, smaller batch is there by chance, and cannot stand beside the others.
+    *others, last = [[leaf.shape for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)] for batch in batches]
+    if others and all(shapes == others[0] for shapes in others) and _numbers(last) < _numbers(others[0]):
+        batches.pop()
+    return lambda generator: batches[int(torch.randint(len(batches), (), generator=generator))]
+
+
+def _numbers(shapes: Sequence[torch.Size]) -> int:
+    return sum(shape.numel() for shape in shapes)
+
+
+def as_batch(given: Given) -> Batch:
+    """What data hold as a batch, in the one form that tasks have it: a dict, or a tuple whose last entry is the target."""
+    if isinstance(given, Tensor):
+        return given, given
+    if isinstance(given, Mapping):
+        return dict(given)
+    if isinstance(given, (tuple, list)) and given:
+        return tuple(given) if len(given) > 1 else (given[0], given[0])
+    raise ValueError(f"a batch must be a tensor, a tuple or list of tensors, or a mapping of them; got {type(given).__name__}")
+
+
+def sampled(family: Family, generator: Generator, seed: int) -> Task:
+    """A task of a family. What the family draws from torch's global generator, a DataLoader's order say, is decided by the seed, too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return family(generator)
 
 
 def draw_seed(generator: Generator) -> int:

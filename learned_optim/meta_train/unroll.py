@@ -6,15 +6,19 @@ Shapes: `R` optimizees (replicas) of one task, trained side by side; `P` perturb
 
 from __future__ import annotations
 
+import itertools
 import math
+import warnings
+import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 from torch.func import vmap
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..config import NetworkConfig
 from ..features import ABSOLUTE_FLOOR, Layout
@@ -27,6 +31,11 @@ Rule = Callable[[Layout, Tensor, State, Tensor], tuple[Tensor, State]]
 # From so many coordinates on, optimizees run one after the other: there is nothing left to win by batching them, and not every module
 # that is large can be vmapped.
 VMAP_LIMIT = 2**21
+
+PLAIN = (str, bytes, int, float)  # parts of a batch that can be compared; replicas share those that are equal
+
+# Tasks that vmap could not batch, by id: they need not be hashable.
+one_by_one: weakref.WeakValueDictionary[int, Task] = weakref.WeakValueDictionary()
 
 
 class Optimizees(NamedTuple):
@@ -66,17 +75,16 @@ class Unroll:
     def advanced(self, optimizees: Optimizees, steps: int) -> Unroll:
         return replace(self, optimizees=optimizees.map(Tensor.detach), step=self.step + steps)
 
-    def batch(self, t: int, validation: bool = False) -> Batch:
-        """The batch of step `t` for each replica; tensors (R, ...)."""
+    def batches(self, t: int, validation: bool = False) -> list[Batch]:
+        """The batch of step `t` for each replica."""
         generator = Generator().manual_seed(derive_seed(self.seed, "validation" if validation else "batch", t))
         draw = self.task.validation_batch if validation else self.task.batch
-        batches = [draw(generator) for _ in range(self.first_loss.numel())]
-        return tuple(torch.stack(parts).to(self.first_loss.device) for parts in zip(*batches, strict=True))
+        return [draw(generator) for _ in range(self.first_loss.numel())]
 
     def measure(self, t: int, optimizees: Optimizees) -> Tensor:
         """The loss that counts in the meta-loss, at step `t`, before the step; (...)."""
-        batch = self.batch(t, self.validation)
-        return losses(self.task, optimizees, batch, derive_seed(self.seed, "measure", t), training=not self.validation)[0]
+        batches = self.batches(t, self.validation)
+        return losses(self.task, optimizees, batches, derive_seed(self.seed, "measure", t), training=not self.validation)[0]
 
     def train_step(self, t: int, optimizees: Optimizees, rule: Rule, create_graph: bool = False) -> tuple[Tensor, Optimizees]:
         """One training step of all optimizees.
@@ -92,7 +100,7 @@ class Unroll:
         with torch.enable_grad():
             differentiable = params.requires_grad
             leaf = params if differentiable else params.detach().requires_grad_()
-            loss, new_buffers = losses(self.task, Optimizees(leaf, state, buffers), self.batch(t), seed)
+            loss, new_buffers = losses(self.task, Optimizees(leaf, state, buffers), self.batches(t), seed)
             (grad,) = torch.autograd.grad(loss.sum(), leaf, create_graph=create_graph, retain_graph=differentiable)
         if self.gradient_noise:
             grad = grad + self.gradient_noise * self._noise(grad, seed)
@@ -135,34 +143,101 @@ def begin(
         return replace(unroll, first_loss=unroll.measure(0, unroll.optimizees))
 
 
-def losses(task: Task, optimizees: Optimizees, batch: Batch, seed: int, training: bool = True) -> tuple[Tensor, Buffers]:
+def losses(task: Task, optimizees: Optimizees, batches: Sequence[Batch], seed: int, training: bool = True) -> tuple[Tensor, Buffers]:
     """Loss of each optimizee, (...), and its buffers after the forward pass.
 
+    Optimizees run side by side where `torch.func.vmap` can batch the task and all batches have the same shapes, and otherwise one after
+    the other, of which a warning tells.
+
     Args:
-        batch: tensors (R, ...); particles share them.
+        batches: one for each of the R replicas; particles share them.
         seed: of dropout and the like.
     """
     params, _, buffers = optimizees
     leading, count = params.shape[:-1], params.shape[:-1].numel()
-    batch = tuple(part.expand(*leading, *part.shape[1:]).flatten(0, len(leading) - 1) for part in batch)
     rows = params.reshape(count, -1)
     flat_buffers = {key: value.flatten(0, len(leading) - 1) for key, value in buffers.items()}
+    batches = [moved(batch, params.device) for batch in batches]
 
     def loss(row: Tensor, buffers: Buffers, batch: Batch) -> tuple[Tensor, Buffers]:
         return task.loss(named(task, row), buffers, batch, training)
 
-    with torch.random.fork_rng(devices=[params.device] if params.is_cuda else []):
-        # Not torch.manual_seed: it tells all kinds of devices, which takes a tenth of a small optimizee's step.
-        torch.default_generator.manual_seed(seed)
-        if params.is_cuda:
-            torch.cuda.manual_seed(seed)
-        if count > 1 and not is_large(optimizees):
-            values, new_buffers = vmap(loss, randomness="different")(rows, flat_buffers, batch)
-        else:
-            each = [loss(*inputs) for inputs in zip(rows, unbind(flat_buffers, count), zip(*batch, strict=True), strict=True)]
+    # A module may differentiate inside its forward pass, so gradients are on in any case; without parameters that want one, that is free.
+    grad = torch.is_grad_enabled()
+    with torch.random.fork_rng(devices=[params.device] if params.is_cuda else []), torch.enable_grad():
+        values, note = None, None
+        new_buffers: Buffers = {}
+        if count > 1 and not is_large(optimizees) and id(task) not in one_by_one:
+            try:
+                leaves, rebuild = side_by_side(batches)
+                leaves = [leaf.expand(*leading, *leaf.shape[1:]).flatten(0, len(leading) - 1) for leaf in leaves]
+                seed_all(seed, params.device)
+                values, new_buffers = vmap(lambda row, buffers, leaves: loss(row, buffers, rebuild(leaves)), randomness="different")(
+                    rows, flat_buffers, leaves
+                )
+            except DifferentShapesError as error:
+                note = str(error)
+            except Exception as error:  # whatever it is: it is the module's own if it is raised again below
+                reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
+                note = f"torch.func.vmap cannot batch this model ({reason}), so its replicas are trained one after the other"
+                one_by_one[id(task)] = task
+        if values is None:
+            seed_all(seed, params.device)
+            each = [loss(*inputs) for inputs in zip(rows, unbind(flat_buffers, count), itertools.cycle(batches), strict=False)]
             values = torch.stack([value for value, _ in each])
             new_buffers = {key: torch.stack([buffers[key] for _, buffers in each]) for key in buffers}
-    return values.reshape(leading), {key: value.unflatten(0, leading) for key, value in new_buffers.items()}
+            if note:
+                warnings.warn(note, stacklevel=1)  # from one place, so that Python shows it once
+    values = values.reshape(leading)
+    return values if grad else values.detach(), {key: value.unflatten(0, leading) for key, value in new_buffers.items()}
+
+
+class DifferentShapesError(ValueError):
+    """Batches of one step that cannot stand side by side."""
+
+
+def side_by_side(batches: Sequence[Batch]) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Batch]]:
+    """The tensors of all batches, each (R, ...), and a function that makes a batch of one's tensors again."""
+    first, structure = tree_flatten(batches[0])
+    rows = [first]
+    for batch in batches[1:]:
+        leaves, other = tree_flatten(batch)
+        if other != structure or not all(map(_alike, first, leaves)):
+            raise DifferentShapesError(
+                "batches of one step differ in shape, or in what they hold beside tensors, so its replicas are trained one after the "
+                "other; pad them to one shape to train side by side"
+            )
+        rows.append(leaves)
+    tensors = [index for index, leaf in enumerate(first) if isinstance(leaf, Tensor)]
+
+    def rebuild(values: Sequence[Tensor]) -> Batch:
+        leaves = list(first)
+        for index, value in zip(tensors, values, strict=True):
+            leaves[index] = value
+        batch: Batch = tree_unflatten(leaves, structure)
+        return batch
+
+    return [torch.stack([row[index] for row in rows]) for index in tensors], rebuild
+
+
+def _alike(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return (one.shape, one.dtype) == (other.shape, other.dtype)
+    return one is other or (isinstance(one, PLAIN) and type(one) is type(other) and one == other)
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """A batch with all that can be moved on a device."""
+    result: Batch = tree_map(lambda part: part.to(device) if hasattr(part, "to") else part, batch)
+    return result
+
+
+def seed_all(seed: int, device: torch.device) -> None:
+    """Seeds torch's global generators, the CPU's and the device's."""
+    # Not torch.manual_seed: it tells all kinds of devices, which takes a tenth of a small optimizee's step.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def is_large(optimizees: Optimizees) -> bool:

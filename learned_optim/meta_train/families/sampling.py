@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
-from ..tasks import Batch, ModuleTask, Sampler
+from ..tasks import ModuleTask, Sampler
 
 Option = TypeVar("Option")
 
@@ -24,7 +24,7 @@ def choose(generator: Generator, options: Sequence[Option]) -> Option:
 def sampler(inputs: Tensor, targets: Tensor, size: int) -> Sampler:
     """Draws batches of `size` examples with replacement."""
 
-    def sample(generator: Generator) -> Batch:
+    def sample(generator: Generator) -> tuple[Tensor, ...]:
         index = torch.randint(len(inputs), (size,), generator=generator)
         return inputs[index], targets[index]
 

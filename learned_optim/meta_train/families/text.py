@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from ..tasks import Batch, ModuleTask, Sampler, Task
+from ..tasks import ModuleTask, Sampler, Task
 from .sampling import VALIDATION, choose
 
 CHARACTERS = 96  # the printable ones of ASCII
@@ -35,7 +35,7 @@ def source_text() -> Tensor:
 def windows(text: Tensor, length: int, size: int) -> Sampler:
     """Draws `size` windows of `length` characters and their successors."""
 
-    def sample(generator: Generator) -> Batch:
+    def sample(generator: Generator) -> tuple[Tensor, ...]:
         index = torch.randint(len(text) - length, (size, 1), generator=generator) + torch.arange(length + 1)
         window = text[index]
         return window[:, :-1], window[:, 1:]
