@@ -88,14 +88,14 @@ def check_parameter(param: Tensor, name: str) -> None:
     # FSDP1 marks its flat parameters, and with use_orig_params=True those that are views of one.
     if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
         raise ValueError(
-            f"{name} belongs to FullyShardedDataParallel (FSDP1), which lays the parameters of a layer end to end in one vector and cuts that "
-            "up, and LearnedOptimizer needs to know which numbers are a matrix. Wrap the model with torch.distributed.fsdp.fully_shard "
-            "(FSDP2) instead (in accelerate and Trainer: fsdp_version 2)."
+            f"{name} belongs to FullyShardedDataParallel (FSDP1), which lays the parameters of a layer end to end in one vector and cuts "
+            "that up, and LearnedOptimizer needs to know which numbers are a matrix. Wrap the model with "
+            "torch.distributed.fsdp.fully_shard (FSDP2) instead (in accelerate and Trainer: fsdp_version 2)."
         )
     if hasattr(param, "ds_id"):
         raise ValueError(
-            f"{name} belongs to DeepSpeed's ZeRO, which lays parameters end to end in one vector and cuts that up, and LearnedOptimizer needs "
-            "to know which numbers are a matrix. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead."
+            f"{name} belongs to DeepSpeed's ZeRO, which lays parameters end to end in one vector and cuts that up, and LearnedOptimizer "
+            "needs to know which numbers are a matrix. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead."
         )
     if sharding.is_sharded(param) and (problem := sharding.trouble(param)):
         raise ValueError(f"LearnedOptimizer cannot train {name} of shape {tuple(param.shape)}, a DTensor: it {problem}")
@@ -138,8 +138,9 @@ def check_format(param: Tensor, name: str, config: NetworkConfig) -> None:
     """
     if sharding.is_sharded(param) and config.lstm_format == "int8":
         raise RuntimeError(
-            f"{name} is sharded, and these weights keep their state in int8, of which {BLOCK} neighbours share a scale: parts would cut "
-            "through them, and a checkpoint could not be cut in another way. Use pretrained='default', whose state is sharded with the model."
+            f"{name} is sharded, and these weights keep their state in int8, of which {BLOCK} neighbours share a scale: parts would "
+            "cut through them, and a checkpoint could not be cut in another way. Use pretrained='default', whose state is sharded with the "
+            "model."
         )
 
 
@@ -236,8 +237,8 @@ def fitted(param: Tensor, name: str, state: Any, config: NetworkConfig, controls
             if not sharded or not sharding.is_sharded(value):
                 kind = "sharded" if sharded else "a plain tensor"
                 problem = f"{what} is a {type(value).__name__}, and the parameter {kind}"
-            elif key == "control" or (value.device_mesh, tuple(value.placements)) != (param.device_mesh, sharding.behind(param)):
-                problem = f"{what} is sharded otherwise than the parameter, by {value.placements} on {value.device_mesh}"
+            elif key == "control" or not sharding.is_behind(value, param):
+                problem = f"{what} is sharded otherwise than the parameter"
         if problem is None and (value.is_complex() or value.dtype == torch.bool or (dtype.is_floating_point > value.is_floating_point())):
             problem = f"{what} has the dtype {value.dtype}, which {dtype} cannot be restored from"
         if problem is not None:

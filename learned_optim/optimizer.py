@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import numbers
 import os
@@ -56,10 +55,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
             its tensor out of it: parameter and state stay as they are, the others move on, `skipped` counts it, and the first time there is
             a warning (not on a GPU, which would have to be waited for). True raises before anything moves, as in
             `torch.nn.utils.clip_grad_norm_`; it waits for GPUs.
-        parts_group: the processes that have the model's other parameters, where each of them has an optimizer for some whole parameters of
-            one model, as with `torch.distributed.optim.ZeroRedundancyOptimizer` and the stages of a pipeline. They agree at each step on the
-            number of matrices and on means over all tensors, so all must step together. Neither DistributedDataParallel nor sharded
-            parameters (FSDP2, DTensor) need it.
+        parts_group: the processes that have the model's other parameters, where each of them has an optimizer for some whole parameters
+            of one model, as with `torch.distributed.optim.ZeroRedundancyOptimizer` and the stages of a pipeline. They agree at each step
+            on the number of matrices and on means over all tensors, so all must step together. Neither DistributedDataParallel nor
+            sharded parameters (FSDP2, DTensor) need it.
         revision: branch, tag or commit of a Hub repository.
         kernel: what runs the rule: "reference", PyTorch operations on any device; "compiled", the C code that comes with the package, on a
             CPU, and PyTorch operations elsewhere; "triton", Triton kernels on CUDA devices, which orthogonalise matrices in bfloat16; or
@@ -137,7 +136,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 # What is frozen may be of any kind, as the integers of a quantised model, unless it gets a gradient one day.
                 if param.requires_grad:
                     checks.check_parameter(param, self._name(param))
-        except (ValueError, TypeError):
+                    checks.check_format(param, self._name(param), self.network.config)
+        except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             raise
         self._given.append([param.ndim for param in group["params"]])
@@ -271,12 +271,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _sharded_layout(self, params: Sequence[Tensor], device: torch.device, *of_groups: tuple[Any, ...]) -> sharding.ShardedLayout:
         shards = tuple([sharding.shards_of(param) if sharding.is_sharded(param) else None for param in params])
-        key = tuple([param.shape for param in params]), shards, device, *of_groups
+        shapes = tuple([param.shape for param in params])
+        key = shapes, shards, device, *of_groups
         if key not in self._layouts:
             while len(self._layouts) >= MOST_LAYOUTS:
                 del self._layouts[next(iter(self._layouts))]
             stacked, matrices = of_groups or ((), ())
-            self._layouts[key] = sharding.ShardedLayout(*key[:3], stacked, matrices, self._parts)
+            self._layouts[key] = sharding.ShardedLayout(shapes, shards, device, stacked, matrices, self._parts)
         return self._layouts[key]
 
     def _check_finite(self, work: Iterable[tuple[torch.device, Callable[..., None], tuple[Any, ...]]]) -> None:

@@ -22,7 +22,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,9 @@ from .storage import scatter_bits
 
 if TYPE_CHECKING:  # importing these takes as long as the whole package, and who shards a model has done so
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Placement
+    from torch.distributed.tensor import Placement
+
+Item = TypeVar("Item")
 
 
 class Region(NamedTuple):
@@ -109,16 +111,17 @@ def is_sharded_type(kind: type) -> bool:
     return hasattr(kind, "device_mesh")
 
 
-def shards_of(param: DTensor) -> Shards:
+def shards_of(param: Any) -> Shards:
     return Shards(param.device_mesh, tuple(param.placements), param.shape)
 
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a DTensor, the same object each time and with its memory; any other tensor itself."""
-    return tensor._local_tensor if is_sharded(tensor) else tensor
+    sharded: Any = tensor
+    return sharded._local_tensor if is_sharded(tensor) else tensor
 
 
-def like(param: DTensor, part: Tensor, copies: int) -> DTensor:
+def like(param: Any, part: Tensor, copies: int) -> Tensor:
     """Parts (copies, *local shape) as one tensor (copies, *shape) that is sharded like a parameter."""
     from torch.distributed.tensor import DTensor
 
@@ -127,7 +130,7 @@ def like(param: DTensor, part: Tensor, copies: int) -> DTensor:
     return DTensor.from_local(part, param.device_mesh, behind(param), run_check=False, shape=shape, stride=strides)
 
 
-def behind(param: DTensor) -> tuple[Placement, ...]:
+def behind(param: Any) -> tuple[Placement, ...]:
     """A parameter's placements with one more dimension in front of the tensor."""
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor.placement_types import _StridedShard
@@ -140,23 +143,30 @@ def behind(param: DTensor) -> tuple[Placement, ...]:
     return tuple(map(moved, param.placements))
 
 
-def part_of(value: Tensor, param: DTensor) -> Tensor:
+def part_of(value: Tensor, param: Any) -> Tensor:
     """This process's part of state (copies, *shape) that is sharded like a parameter, or whole."""
     if is_sharded(value):
         return local(value)
-    return value[(slice(None), *shards_of(param).region().slices)]
+    slices = (slice(None), *shards_of(param).region().slices)
+    return value[slices]
 
 
-def gradient_of(grad: DTensor, param: DTensor) -> Tensor:
+def gradient_of(grad: Any, param: Any) -> Tensor:
     """This process's part of a gradient, cut up like its parameter. Where each process has a summand, as of the weights of a norm in
     sequence parallelism, all are added up here."""
     if grad.placements != param.placements or grad.device_mesh != param.device_mesh:
         grad = grad.redistribute(param.device_mesh, param.placements)
-    part = grad._local_tensor
-    return part.wait() if hasattr(part, "trigger_wait") else part  # that of a collective which runs on
+    part: Any = grad._local_tensor
+    found: Tensor = part.wait() if hasattr(part, "trigger_wait") else part  # that of a collective which runs on
+    return found
 
 
-def trouble(param: DTensor) -> str | None:
+def is_behind(value: Any, param: Any) -> bool:
+    """Whether state (copies, *shape) is sharded like a parameter."""
+    return value.device_mesh == param.device_mesh and tuple(value.placements) == behind(param)
+
+
+def trouble(param: Any) -> str | None:
     """Why a DTensor's parts cannot be trained, or None."""
     shards = shards_of(param)
     if any(placement.is_partial() for placement in shards.placements):
@@ -166,7 +176,8 @@ def trouble(param: DTensor) -> str | None:
     boxes = [shards.region(place) for place in itertools.product(*map(range, shards.mesh.shape))]
     distinct = set(boxes)
     if tuple(param._local_tensor.shape) != shards.region().shape:
-        return f"holds a part of shape {tuple(param._local_tensor.shape)}, where its placements {shards.placements} say {shards.region().shape}"
+        shape = tuple(param._local_tensor.shape)
+        return f"holds a part of shape {shape}, where its placements {shards.placements} say {shards.region().shape}"
     strided = any(hasattr(placement, "split_factor") for placement in shards.placements)
     even = len({box.shape for box in boxes}) == 1 and all(
         begin % size == 0 for box in distinct for begin, size in zip(box.offset, box.shape, strict=True) if size
@@ -176,12 +187,87 @@ def trouble(param: DTensor) -> str | None:
     return None
 
 
-class Member(NamedTuple):
-    """A matrix that some processes share."""
+Origin = tuple[int, ...]
+Traffic = list[list[tuple[int, Origin]]]  # for each process along a dimension of the mesh, parts of matrices
 
-    index: int
-    shards: Shards
-    owner: tuple[int, ...]  # which of them orthogonalises it: coordinates along the dimensions of the mesh that it is cut along
+
+class Exchange:
+    """Matrices that are cut along the same dimensions of a mesh, on their way to the processes that orthogonalise them and back.
+
+    They travel along one dimension after the other. A part is known by its matrix's index and by its origin, the coordinates, along those
+    dimensions, of the process that it comes from. All know where all others' parts lie, so nothing but numbers travels.
+
+    Args:
+        shards: of each matrix, by index.
+        costs: what it costs to orthogonalise each.
+    """
+
+    def __init__(self, shards: dict[int, Shards], costs: dict[int, int]) -> None:
+        self.shards = shards
+        first = next(iter(shards.values()))
+        self.mesh, self.dims = first.mesh, first.dims
+        place = self.mesh.get_coordinate()
+        assert place is not None
+        self.mine = tuple(place[dim] for dim in self.dims)
+        self.origins = list(itertools.product(*(range(self.mesh.shape[dim]) for dim in self.dims)))
+        # Who orthogonalises which: the costliest first, each to who has least to do.
+        load = dict.fromkeys(self.origins, 0)
+        owners: dict[int, Origin] = {}
+        for k in sorted(shards, key=lambda k: (-costs[k], k)):
+            owners[k] = min(self.origins, key=lambda origin: (load[origin], origin))
+            load[owners[k]] += costs[k]
+        self.owned = [k for k in shards if owners[k] == self.mine]
+        self.boxes: dict[tuple[int, Origin], Region] = {}
+        for k, shard in shards.items():
+            for origin in self.origins:
+                coordinate = list(place)
+                for dim, value in zip(self.dims, origin, strict=True):
+                    coordinate[dim] = value
+                self.boxes[k, origin] = shard.region(coordinate)
+        # For each dimension, which parts go to each process along it and which come from each.
+        self.stages: list[tuple[int, Traffic, Traffic]] = []
+        for i, dim in enumerate(self.dims):
+            passed = list(itertools.product(*(range(self.mesh.shape[before]) for before in self.dims[:i])))
+            held = [k for k in shards if owners[k][:i] == self.mine[:i]]
+            peers = range(self.mesh.shape[dim])
+            out = [[(k, (*before, *self.mine[i:])) for k in held if owners[k][i] == peer for before in passed] for peer in peers]
+            kept = [k for k in held if owners[k][i] == self.mine[i]]
+            into = [[(k, (*before, peer, *self.mine[i + 1 :])) for k in kept for before in passed] for peer in peers]
+            self.stages.append((dim, out, into))
+
+    def collect(self, directions: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The whole matrices that this process orthogonalises, by index, (count,), of the parts of all tensors."""
+        parts = {(k, self.mine): directions[k] for k in self.shards}
+        for dim, out, into in self.stages:
+            parts = self._send(dim, parts, out, into, directions[0])
+        whole = {}
+        for k in self.owned:
+            matrix = directions[0].new_empty(self.shards[k].shape)
+            for origin in self.origins:
+                box = self.boxes[k, origin]
+                matrix[box.slices] = parts[k, origin].view(box.shape)
+            whole[k] = matrix.view(-1)
+        return whole
+
+    def hand_out(self, whole: dict[int, Tensor], like: Tensor) -> dict[int, Tensor]:
+        """The way back: what this process holds of each matrix, (n,)."""
+        matrices = {k: whole[k].to(like.dtype).view(self.shards[k].shape) for k in self.owned}
+        parts = {(k, origin): matrices[k][self.boxes[k, origin].slices] for k in self.owned for origin in self.origins}
+        for dim, into, out in reversed(self.stages):
+            parts = self._send(dim, parts, out, into, like)
+        return {k: parts[k, self.mine] for k in self.shards}
+
+    def _send(
+        self, dim: int, parts: dict[tuple[int, Origin], Tensor], out: Traffic, into: Traffic, like: Tensor
+    ) -> dict[tuple[int, Origin], Tensor]:
+        """Sends parts to the processes along a dimension and gives those that came."""
+        sent = [parts[key].reshape(-1) for peer in out for key in peer]
+        outgoing = torch.cat(sent) if sent else like.new_empty(0)
+        given, taken = ([[self.boxes[key].size for key in peer] for peer in peers] for peers in (out, into))
+        incoming = like.new_empty(sum(map(sum, taken)))
+        dist.all_to_all_single(incoming, outgoing, list(map(sum, taken)), list(map(sum, given)), group=self.mesh.get_group(dim))
+        keys = list(itertools.chain.from_iterable(into))
+        return dict(zip(keys, incoming.split(list(itertools.chain.from_iterable(taken))), strict=True)) if keys else {}
 
 
 class Parts:
@@ -255,16 +341,18 @@ class ShardedLayout(Layout):
         # Which tensors are summed over which dimension of which mesh; meshes that share a group are one here.
         found: dict[Any, tuple[DeviceMesh, int, list[int]]] = {}
         for k, shard in enumerate(shards):
-            for dim in shard.dims if shard is not None else ():
+            if shard is None:
+                continue
+            for dim in shard.dims:
                 found.setdefault(shard.mesh.get_group(dim).group_name, (shard.mesh, dim, []))[-1].append(k)
         self.sums = [(mesh, dim, members if len(members) < len(shapes) else None) for mesh, dim, members in found.values()]
 
     def of_some(self, members: Sequence[int]) -> ShardedLayout:
-        shapes, shards, stacked, matrices = (
-            tuple(each[k] for k in members) for each in (self.shapes, self.shards, self.stacked, self.matrices)
-        )
-        some = ShardedLayout(shapes, shards, self.device, stacked, matrices, self.parts)
-        return ShardedLayout(shapes, shards, self.device, stacked, matrices, self.parts, self.here - some.here)
+        def of(each: Sequence[Item]) -> tuple[Item, ...]:
+            return tuple(each[k] for k in members)
+
+        arguments = of(self.shapes), of(self.shards), self.device, of(self.stacked), of(self.matrices), self.parts
+        return ShardedLayout(*arguments, self.here - ShardedLayout(*arguments).here)
 
     def total(self, sums: Tensor) -> Tensor:
         """Sums over whole tensors, of sums over what is here; (..., K)."""
@@ -316,23 +404,14 @@ class ShardedLayout(Layout):
     # Matrices
 
     @functools.cached_property
-    def members(self) -> list[list[Member]]:
-        """The matrices that are cut up, by the meshes and dimensions that they are cut along, and who orthogonalises which."""
-        groups: dict[tuple[Any, ...], list[int]] = {}
-        for k, (shard, matrix) in enumerate(zip(self.shards, self.is_matrix, strict=True)):
-            if matrix and shard is not None and shard.dims:
-                groups.setdefault((shard.mesh, shard.dims), []).append(k)
-        found = []
-        for (mesh, dims), indices in groups.items():
-            owners = list(itertools.product(*(range(mesh.shape[dim]) for dim in dims)))
-            load = dict.fromkeys(owners, 0)
-            of = {}
-            # The costliest first, each to who has least to do.
-            for k in sorted(indices, key=lambda k: (-self.counts[k] * min(self.fans[k]), k)):
-                of[k] = min(owners, key=lambda owner: (load[owner], owner))
-                load[of[k]] += self.counts[k] * min(self.fans[k])
-            found.append([Member(k, shard, of[k]) for k in indices if (shard := self.shards[k]) is not None])
-        return found
+    def exchanges(self) -> list[Exchange]:
+        """The matrices that are cut up, by meshes and the dimensions that they are cut along."""
+        groups: dict[tuple[Any, ...], dict[int, Shards]] = {}
+        for k, shard in enumerate(self.shards):
+            if shard is not None and self._is_cut(k):
+                groups.setdefault((shard.mesh, shard.dims), {})[k] = shard
+        costs = {k: self.counts[k] * min(self.fans[k]) for k in range(len(self.shards))}
+        return [Exchange(members, costs) for members in groups.values()]
 
     def on_whole_matrices(
         self, directions: Sequence[Tensor], function: Callable[[Sequence[Tensor], Layout], dict[int, Tensor]]
@@ -347,114 +426,19 @@ class ShardedLayout(Layout):
             the results of matrices by index, (n,).
         """
         whole = {k: directions[k] for k, matrix in enumerate(self.is_matrix) if matrix and not self._is_cut(k)}
-        for group in self.members:
-            whole |= _collect(group, directions)
+        for exchange in self.exchanges:
+            whole |= exchange.collect(directions)
         indices = list(whole)
-        counts = tuple(self.matrices[k] or max(1, self.everywhere) for k in indices)
         shapes, stacked = tuple(self.shapes[k] for k in indices), tuple(self.stacked[k] for k in indices)
-        done = function(list(whole.values()), Layout.of(shapes, self.device, stacked, counts)) if indices else {}
+        numbers = tuple(self.matrices[k] or max(1, self.everywhere) for k in indices)
+        done = function(list(whole.values()), Layout.of(shapes, self.device, stacked, numbers)) if indices else {}
         results = {indices[place]: result for place, result in done.items()}
         found = {k: result for k, result in results.items() if not self._is_cut(k)}
-        for group in self.members:
-            found |= _hand_out(group, {k: result.to(directions[k].dtype) for k, result in results.items()}, directions)
+        for exchange in self.exchanges:
+            found |= exchange.hand_out(results, directions[0])
         return found
 
     def _is_cut(self, k: int) -> bool:
+        """Whether a tensor is a matrix of which other processes hold parts."""
         shard = self.shards[k]
-        return shard is not None and bool(shard.dims)
-
-
-# A matrix travels along one dimension of the mesh after the other. A part is known by its index and by the coordinates, along the dimensions
-# that it is cut along, of the process that it comes from. All know where all others' parts lie, so nothing but numbers travels.
-
-Origin = tuple[int, ...]
-
-
-def _routes(group: list[Member]) -> tuple[DeviceMesh, tuple[int, ...], list[int]]:
-    mesh, dims = group[0].shards.mesh, group[0].shards.dims
-    place = mesh.get_coordinate()
-    assert place is not None
-    return mesh, dims, list(place)
-
-
-def _box(member: Member, dims: tuple[int, ...], place: list[int], origin: Origin) -> Region:
-    coordinate = list(place)
-    for dim, value in zip(dims, origin, strict=True):
-        coordinate[dim] = value
-    return member.shards.region(coordinate)
-
-
-def _stages(group: list[Member]) -> list[tuple[list[list[tuple[Member, Origin]]], list[list[tuple[Member, Origin]]]]]:
-    """For each dimension, which parts go to each process along it and which come from each."""
-    mesh, dims, place = _routes(group)
-    mine = tuple(place[dim] for dim in dims)
-    stages = []
-    for i, dim in enumerate(dims):
-        passed = list(itertools.product(*(range(mesh.shape[before]) for before in dims[:i])))
-        held = [member for member in group if member.owner[:i] == mine[:i]]
-        peers = range(mesh.shape[dim])
-        out = [[(member, (*before, *mine[i:])) for member in held if member.owner[i] == peer for before in passed] for peer in peers]
-        to_me = [member for member in held if member.owner[i] == mine[i]]
-        into = [[(member, (*before, peer, *mine[i + 1 :])) for member in to_me for before in passed] for peer in peers]
-        stages.append((out, into))
-    return stages
-
-
-def _exchange(
-    parts: dict[tuple[int, Origin], Tensor],
-    out: list[list[tuple[Member, Origin]]],
-    into: list[list[tuple[Member, Origin]]],
-    size: Callable[[Member, Origin], int],
-    like: Tensor,
-    group: dist.ProcessGroup,
-) -> dict[tuple[int, Origin], Tensor]:
-    """Sends parts to the processes of a group and gives those that came."""
-    sent = [parts[member.index, origin].reshape(-1) for peer in out for member, origin in peer]
-    outgoing = torch.cat(sent) if sent else like.new_empty(0)
-    given = [sum(parts[member.index, origin].numel() for member, origin in peer) for peer in out]
-    sizes = [[size(*item) for item in peer] for peer in into]
-    incoming = like.new_empty(sum(map(sum, sizes)))
-    dist.all_to_all_single(incoming, outgoing, list(map(sum, sizes)), given, group=group)
-    keys = [(member.index, origin) for peer in into for member, origin in peer]
-    return dict(zip(keys, incoming.split(list(itertools.chain.from_iterable(sizes))), strict=True)) if keys else {}
-
-
-def _collect(group: list[Member], directions: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The whole matrices that this process orthogonalises, by index, (count,)."""
-    mesh, dims, place = _routes(group)
-    mine = tuple(place[dim] for dim in dims)
-    parts = {(member.index, mine): directions[member.index] for member in group}
-
-    def size(member: Member, origin: Origin) -> int:
-        return _box(member, dims, place, origin).size
-
-    for dim, (out, into) in zip(dims, _stages(group), strict=True):
-        parts = _exchange(parts, out, into, size, directions[0], mesh.get_group(dim))
-    whole = {}
-    for member in group:
-        if member.owner == mine:
-            matrix = directions[0].new_empty(member.shards.shape)
-            for origin in itertools.product(*(range(mesh.shape[dim]) for dim in dims)):
-                box = _box(member, dims, place, origin)
-                matrix[box.slices] = parts[member.index, origin].view(box.shape)
-            whole[member.index] = matrix.view(-1)
-    return whole
-
-
-def _hand_out(group: list[Member], whole: dict[int, Tensor], directions: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The way back: what this process holds of each matrix, (n,)."""
-    mesh, dims, place = _routes(group)
-    mine = tuple(place[dim] for dim in dims)
-    parts: dict[tuple[int, Origin], Tensor] = {}
-    for member in group:
-        if member.owner == mine:
-            for origin in itertools.product(*(range(mesh.shape[dim]) for dim in dims)):
-                box = _box(member, dims, place, origin)
-                parts[member.index, origin] = whole[member.index].view(member.shards.shape)[box.slices]
-
-    def size(member: Member, origin: Origin) -> int:
-        return _box(member, dims, place, origin).size
-
-    for dim, (into, out) in reversed(list(zip(dims, _stages(group), strict=True))):
-        parts = _exchange(parts, out, into, size, directions[0], mesh.get_group(dim))
-    return {member.index: parts[member.index, mine] for member in group}
+        return self.is_matrix[k] and shard is not None and bool(shard.dims)

@@ -36,8 +36,8 @@ from . import scalars
 BLOCK = 2**14  # coordinates that a thread takes at once
 INTERFACE, MAX_UNITS = 12, 8  # as in the C file
 
-# A row of the table of tensors has the size, three numbers of where its coordinates lie in the whole tensor, the parameter, the gradient, the
-# direction and these pieces of state, the last one of int8.
+# A row of the table of tensors has the size, three numbers of where its coordinates lie in the whole tensor, the parameter, the gradient,
+# the direction and these pieces of state, the last one of int8.
 KEYS = ("control", "moments", "lstm", "lstm_scale")
 COLUMNS = 7 + len(KEYS)
 
