@@ -11,6 +11,7 @@ import numbers
 import operator
 from collections.abc import Callable, Sequence
 from operator import itemgetter
+from types import FrameType
 from typing import Any
 
 import torch
@@ -41,6 +42,21 @@ def check_keys(group: dict[str, Any]) -> None:
         raise ValueError(
             f"LearnedOptimizer does not know the group option{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}, and would ignore what "
             f"is meant by it; leave it out. A group has {', '.join(OPTIONS[:-1])}."
+        )
+
+
+def check_caller(frame: FrameType, parts_group: object) -> None:
+    """Refuses to be one of the parts of ZeroRedundancyOptimizer without knowing it: nothing else shows that the parameters of an optimizer
+    are not the whole model, and steps would be longer without a word.
+
+    Args:
+        frame: of what builds the optimizer.
+    """
+    if parts_group is None and frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
+        raise ValueError(
+            "ZeroRedundancyOptimizer gives each process a part of the model, and LearnedOptimizer must know of it: give it "
+            "functools.partial(LearnedOptimizer, parts_group=torch.distributed.group.WORLD, ...) as optimizer_class, with all other "
+            "arguments in there too, or shard the model with torch.distributed.fsdp.fully_shard (FSDP2)."
         )
 
 

@@ -6,6 +6,7 @@ import copy
 import math
 import numbers
 import os
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -106,6 +107,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self.error_if_nonfinite = error_if_nonfinite
         self._skipped, self._warned = 0, False  # tensors before this object was a copy; whether the user knows of them
         self._ledgers: dict[torch.device, Ledger] = {}
+        checks.check_caller(sys._getframe(1), parts_group)
         self._parts = None if parts_group is None else sharding.Parts(parts_group)
         self._layouts: dict[Any, sharding.ShardedLayout] = {}  # of the last steps; not those of all optimizers, as they hold meshes
         self._given: list[list[int]] = []  # dimensions of each group's parameters

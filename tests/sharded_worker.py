@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -25,7 +28,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
@@ -181,7 +183,7 @@ def fully_sharded_reference(folder: Path) -> None:
 
 
 def fully_sharded_images(folder: Path) -> None:
-    compare(Images)
+    compare(Images, 2e-4)  # inputs that are seldom seen have small gradients; DistributedDataParallel differs by as much
 
 
 def fully_sharded_adapters(folder: Path) -> None:
@@ -235,15 +237,17 @@ def distributed_data_parallel(folder: Path) -> None:
 
 
 def zero_redundancy(folder: Path) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns when it is imported
+
     for kind in (Text, Images):  # many matrices and two, which move further
         for kernel in ("auto", "reference"):
             alone, model = make(kind), nn.parallel.DistributedDataParallel(make(kind))
             train(alone, LearnedOptimizer(alone.parameters(), exact()))
-            optimizer = ZeroRedundancyOptimizer(
-                model.parameters(), LearnedOptimizer, pretrained=exact(), kernel=kernel, parts_group=dist.group.WORLD
-            )
-            train(model, optimizer, mine())
-            assert_close(model, alone)
+            ours = functools.partial(LearnedOptimizer, pretrained=exact(), kernel=kernel, parts_group=dist.group.WORLD)
+            train(model, ZeroRedundancyOptimizer(model.parameters(), ours), mine())
+            assert_close(model, alone, 2e-4 if kind is Images else 3e-6)
+    with pytest.raises(ValueError, match="parts_group"):
+        ZeroRedundancyOptimizer(model.parameters(), LearnedOptimizer)
 
 
 def parts_without_gradients(folder: Path) -> None:
@@ -261,8 +265,6 @@ def parts_without_gradients(folder: Path) -> None:
 
     train(model, optimizer, steps=range(2), between=spoil)
     before = [param.detach().clone() for param in params]
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         train(model, optimizer, steps=range(2, 3), between=spoil)
@@ -317,8 +319,6 @@ def not_finite(folder: Path) -> None:
         if dist.get_rank() == 0:
             local(matrix.grad)[0, 0] = float("inf")
 
-    import warnings
-
     before = whole(matrix)
     others = whole(model.head.weight)
     with warnings.catch_warnings():
@@ -328,12 +328,8 @@ def not_finite(folder: Path) -> None:
     assert not torch.equal(whole(model.head.weight), others)
     assert optimizer.skipped == 1
     optimizer.error_if_nonfinite = True
-    try:
+    with pytest.raises(RuntimeError, match="not finite"):
         train(model, optimizer, mine(), range(1), spoil)
-    except RuntimeError as error:
-        assert "not finite" in str(error)
-    else:
-        raise AssertionError("a process went on")
 
 
 def sharded_pair() -> tuple[nn.Module, LearnedOptimizer]:
@@ -390,8 +386,8 @@ def load_checkpoint(folder: Path) -> None:
 
 def load_full(folder: Path) -> None:
     """A file of one process's state, which rank 0 reads, or everyone."""
-    content = torch.load(folder / "full.pt", weights_only=True)
     for broadcast in (True, False):
+        content = torch.load(folder / "full.pt", weights_only=True)
         model, optimizer = sharded_pair()
         here = content if dist.get_rank() == 0 or not broadcast else {"model": {}, "optimizer": {}}
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
@@ -438,5 +434,4 @@ if __name__ == "__main__":
             except Exception:
                 outcome = traceback.format_exc()
             (folder / f"{name}.{dist.get_rank()}.json").write_text(json.dumps(outcome))
-            if outcome:
-                break  # the other processes are elsewhere by now
+            dist.barrier()  # does not return where another process is elsewhere by now
