@@ -11,11 +11,13 @@ import numbers
 import operator
 from collections.abc import Callable, Sequence
 from operator import itemgetter
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import sharding
 from .config import NetworkConfig
 from .features import Layout
 from .storage import BLOCK, DTYPES, stored
@@ -40,6 +42,21 @@ def check_keys(group: dict[str, Any]) -> None:
         raise ValueError(
             f"LearnedOptimizer does not know the group option{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}, and would ignore what "
             f"is meant by it; leave it out. A group has {', '.join(OPTIONS[:-1])}."
+        )
+
+
+def check_caller(frame: FrameType, parts_group: object) -> None:
+    """Refuses to be one of the parts of ZeroRedundancyOptimizer without knowing it: nothing else shows that the parameters of an optimizer
+    are not the whole model, and steps would be longer without a word.
+
+    Args:
+        frame: of what builds the optimizer.
+    """
+    if parts_group is None and frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
+        raise ValueError(
+            "ZeroRedundancyOptimizer gives each process a part of the model, and LearnedOptimizer must know of it: give it "
+            "functools.partial(LearnedOptimizer, parts_group=torch.distributed.group.WORLD, ...) as optimizer_class, with all other "
+            "arguments in there too, or shard the model with torch.distributed.fsdp.fully_shard (FSDP2)."
         )
 
 
@@ -84,6 +101,20 @@ def check_parameter(param: Tensor, name: str) -> None:
     Raises:
         ValueError: with the parameter's name and the reason.
     """
+    # FSDP1 marks its flat parameters, and with use_orig_params=True those that are views of one.
+    if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{name} belongs to FullyShardedDataParallel (FSDP1), which lays the parameters of a layer end to end in one vector and cuts "
+            "that up, and LearnedOptimizer needs to know which numbers are a matrix. Wrap the model with "
+            "torch.distributed.fsdp.fully_shard (FSDP2) instead (in accelerate and Trainer: fsdp_version 2)."
+        )
+    if hasattr(param, "ds_id"):
+        raise ValueError(
+            f"{name} belongs to DeepSpeed's ZeRO, which lays parameters end to end in one vector and cuts that up, and LearnedOptimizer "
+            "needs to know which numbers are a matrix. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead."
+        )
+    if sharding.is_sharded(param) and (problem := sharding.trouble(param)):
+        raise ValueError(f"LearnedOptimizer cannot train {name} of shape {tuple(param.shape)}, a DTensor: it {problem}")
     if param.dtype not in PARAMETER_DTYPES:
         raise ValueError(
             f"LearnedOptimizer trains real floating-point parameters, got one of dtype {param.dtype} and shape {tuple(param.shape)}, "
@@ -103,14 +134,11 @@ def check_place(param: Tensor, name: str) -> None:
     Raises:
         RuntimeError: with the parameter's name and the reason.
     """
-    if hasattr(param, "device_mesh"):  # a DTensor; importing its class would cost more than the whole package
+    part = sharding.local(param)
+    if not is_plain(part):
         raise RuntimeError(
-            f"LearnedOptimizer does not support sharded parameters (DTensor, FSDP2) yet, and got one of shape {tuple(param.shape)}, {name}."
-            " Train with DistributedDataParallel instead."
-        )
-    if not is_plain(param):
-        raise RuntimeError(
-            f"LearnedOptimizer trains plain tensors, and {name} is a {type(param).__name__}, which keeps its numbers elsewhere"
+            f"LearnedOptimizer trains plain tensors and DTensors of them, and {name} is a {type(part).__name__}, which keeps its numbers "
+            "elsewhere"
         )
     try:
         check_parameter(param, name)
@@ -118,11 +146,42 @@ def check_place(param: Tensor, name: str) -> None:
         raise RuntimeError(str(error)) from None
 
 
-def usable_gradient(grad: Tensor, name: str) -> Tensor:
-    """A gradient that is no plain dense tensor as one.
+def check_format(param: Tensor, name: str, config: NetworkConfig) -> None:
+    """Refuses a sharded parameter where the state's format does not shard.
 
     Raises:
-        RuntimeError: it is sparse, sharded or of a class that keeps its numbers elsewhere.
+        RuntimeError: with the parameter's name and the reason.
+    """
+    if sharding.is_sharded(param) and config.lstm_format == "int8":
+        raise RuntimeError(
+            f"{name} is sharded, and these weights keep their state in int8, of which {BLOCK} neighbours share a scale: parts would "
+            "cut through them, and a checkpoint could not be cut in another way. Use pretrained='default', whose state is sharded with the "
+            "model."
+        )
+
+
+def check_flattened(group: dict[str, Any], given: list[int], name: str) -> None:
+    """Refuses a group whose parameters DeepSpeed's ZeRO has replaced by one vector since it was added.
+
+    Args:
+        given: how many dimensions each parameter had then.
+
+    Raises:
+        RuntimeError: with the reason.
+    """
+    params = group["params"]
+    if len(params) == 1 and params[0].ndim == 1 and (len(given) > 1 or given[0] > 1):
+        raise RuntimeError(
+            f"{name} is one vector in place of the {len(given)} parameters that its group was given, as DeepSpeed's ZeRO makes them. "
+            "LearnedOptimizer needs to know which numbers are a matrix. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2)."
+        )
+
+
+def usable_gradient(grad: Tensor, param: Tensor, name: str) -> Tensor:
+    """A gradient that is no plain dense tensor as one; of a sharded parameter this process's part, in fp32 or what else it is in.
+
+    Raises:
+        RuntimeError: it is sparse, of a class that keeps its numbers elsewhere, or sharded where the parameter is not.
     """
     check = f"and {name} of shape {tuple(grad.shape)} has one"
     if grad.is_sparse or grad.layout is not torch.strided:
@@ -130,8 +189,10 @@ def usable_gradient(grad: Tensor, name: str) -> Tensor:
             f"LearnedOptimizer does not support sparse gradients, {check} of layout {grad.layout}. "
             "Build its embedding with sparse=False, or give it to torch.optim.SparseAdam."
         )
-    if hasattr(grad, "device_mesh"):
-        check_place(grad, name)
+    if sharding.is_sharded(grad):
+        if not sharding.is_sharded(param):
+            raise RuntimeError(f"LearnedOptimizer takes sharded gradients of sharded parameters only, {check}")
+        grad = sharding.gradient_of(grad, param)
     if not is_plain(grad):
         raise RuntimeError(f"LearnedOptimizer reads plain gradients, {check} of class {type(grad).__name__}")
     grad = grad.detach().as_subclass(Tensor).resolve_neg()
@@ -179,6 +240,7 @@ def fitted(param: Tensor, name: str, state: Any, config: NetworkConfig, controls
     if not isinstance(state, dict):
         raise ValueError(f"the state of {name} is no dictionary but {state!r:.80}")
     pieces = expected(param, config, controls)
+    sharded = sharding.is_sharded(param)
     if missing := [key for key in pieces if key not in state]:
         raise ValueError(f"the state of {name} lacks {', '.join(missing)}; it has {', '.join(map(str, state)) or 'nothing'}")
     found = {}
@@ -187,13 +249,20 @@ def fitted(param: Tensor, name: str, state: Any, config: NetworkConfig, controls
         problem = trouble(value, shape, name, key)
         if problem is None and value.is_meta:
             problem = f"{what} is on the device meta, which holds no numbers"
-        if problem is None and is_plain(param) and not is_plain(value):
-            problem = f"{what} is a {type(value).__name__}, and the parameter a plain tensor"
+        if problem is None and not is_plain(value):
+            if not sharded or not sharding.is_sharded(value):
+                kind = "sharded" if sharded else "a plain tensor"
+                problem = f"{what} is a {type(value).__name__}, and the parameter {kind}"
+            elif key == "control" or not sharding.is_behind(value, param):
+                problem = f"{what} is sharded otherwise than the parameter"
         if problem is None and (value.is_complex() or value.dtype == torch.bool or (dtype.is_floating_point > value.is_floating_point())):
             problem = f"{what} has the dtype {value.dtype}, which {dtype} cannot be restored from"
         if problem is not None:
             raise ValueError(f"{problem}. Load the checkpoint of this model, or start without its optimizer state.")
-        value = value.detach().resolve_neg()
+        value = value.detach()
+        if sharded and key != "control":
+            value = sharding.part_of(value, param)
+        value = value.resolve_neg()
         if dtype == torch.int8 and value.dtype != dtype:
             levels = value.double().round()
             if not (levels == value).all() or (levels.abs() > -torch.iinfo(dtype).min).any():
@@ -205,6 +274,8 @@ def fitted(param: Tensor, name: str, state: Any, config: NetworkConfig, controls
         found[key] = copied
     if (found["control"][:1] < 0).any() or (found["moments"][1:] < 0).any():
         raise ValueError(f"the state of {name} holds a negative clock or second moment, which none ever is")
+    if sharded:
+        return {key: value if key == "control" else sharding.like(param, value, len(value)) for key, value in found.items()}
     return found
 
 

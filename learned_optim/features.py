@@ -54,6 +54,7 @@ class Layout:
         self.shapes, self.device = shapes, device
         self.stacked, self.matrices = stacked or (False,) * len(shapes), matrices or (None,) * len(shapes)
         self.sizes = [shape.numel() for shape in shapes]
+        self.counts = self.sizes  # of whole tensors, of which a process may hold parts, see `learned_optim.sharding`
         self.fans = [(shape[0], math.prod(shape[1:])) if len(shape) > 1 else (shape.numel(), 1) for shape in shapes]
         # How many matrices a tensor is a stack of; none where it is not stacked.
         self.stacks: list[tuple[int, ...]] = [()] * len(shapes)
@@ -110,6 +111,18 @@ class Layout:
     def mean(self, values: Tensor) -> Tensor:
         """Mean over each tensor: (..., N) -> (..., K)."""
         return torch.stack([part.mean(-1) for part in values.split(self.sizes, -1)], -1)
+
+    def means(self, values: Sequence[Tensor]) -> Tensor:
+        """`mean` of several, (len(values), ..., K)."""
+        return torch.stack([self.mean(each) for each in values])
+
+    def mean_squares(self, values: Sequence[Tensor], members: Sequence[int]) -> list[Tensor]:
+        """Of some tensors, each (..., 1), of all of them, each (..., n)."""
+        return [values[k].square().mean(-1, keepdim=True) for k in members]
+
+    def places(self, k: int) -> Tensor:
+        """Which coordinates of a tensor are here, (n,)."""
+        return torch.arange(self.sizes[k], device=self.device)
 
     def sketch(self, values: Tensor) -> Tensor:
         """A count sketch of each tensor (Charikar et al. 2002, "Finding frequent items in data streams"): (..., N) -> (BUCKETS, ..., K).

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import numbers
 import os
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -15,18 +15,20 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
-from . import checks
+from . import checks, sharding
 from .checks import Ledger
 from .config import NetworkConfig
 from .features import Layout
 from .kernels import cpu
 from .network import OptimizerNetwork
-from .rule import ADAMW_UPDATE_RMS, CONTROL, State, update
+from .rule import ADAMW_UPDATE_RMS, CONTROL, State, sit_out, update
 from .storage import load, random_bits, store, stored, zeros
 from .weights import fingerprint, load_network
 
+MOST_LAYOUTS = 4  # that are kept, as by `Layout.of`
 KERNELS = ("auto", "reference", "compiled", "triton")
 
 
@@ -55,6 +57,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
             its tensor out of it: parameter and state stay as they are, the others move on, `skipped` counts it, and the first time there is
             a warning (not on a GPU, which would have to be waited for). True raises before anything moves, as in
             `torch.nn.utils.clip_grad_norm_`; it waits for GPUs.
+        parts_group: the processes that have the model's other parameters, where each of them has an optimizer for some whole parameters
+            of one model, as with `torch.distributed.optim.ZeroRedundancyOptimizer` and the stages of a pipeline. They agree at each step
+            on the number of matrices and on means over all tensors, so all must step together. Neither DistributedDataParallel nor
+            sharded parameters (FSDP2, DTensor) need it.
         revision: branch, tag or commit of a Hub repository.
         kernel: what runs the rule: "reference", PyTorch operations on any device; "compiled", the C code that comes with the package, on a
             CPU, and PyTorch operations elsewhere; "triton", Triton kernels on CUDA devices, which orthogonalise matrices in bfloat16; or
@@ -86,6 +92,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         error_if_nonfinite: bool = False,
         revision: str | None = None,
         kernel: str = "auto",
+        parts_group: ProcessGroup | None = None,
     ) -> None:
         if isinstance(pretrained, numbers.Number | Tensor):
             raise TypeError(
@@ -102,6 +109,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._skipped, self._warned = 0, False  # tensors before this object was a copy; whether the user knows of them
         self._ledgers: dict[torch.device, Ledger] = {}
         self._networks: dict[torch.device, OptimizerNetwork] = {}  # copies of the network on devices where it is not
+        checks.check_caller(sys._getframe(1), parts_group)
+        self._parts = None if parts_group is None else sharding.Parts(parts_group)
+        self._layouts: dict[Any, sharding.ShardedLayout] = {}  # of the last steps; not those of all optimizers, as they hold meshes
+        self._given: list[list[int]] = []  # dimensions of each group's parameters
         defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "weights": fingerprint(self.network)}
         super().__init__(params, defaults | {"maximize": False, "matrices": matrices, "stacked": False})
         # OneCycleLR and CyclicLR want to cycle some momentum, unless told otherwise, of an optimizer that has one. The rule's is not theirs
@@ -129,9 +140,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 # What is frozen may be of any kind, as the integers of a quantised model, unless it gets a gradient one day.
                 if param.requires_grad:
                     checks.check_parameter(param, self._name(param))
-        except (ValueError, TypeError):
+                    checks.check_format(param, self._name(param), self.network.config)
+        except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             raise
+        self._given.append([param.ndim for param in group["params"]])
 
     @property
     def skipped(self) -> int:
@@ -142,7 +155,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """How messages call a parameter."""
         for i, group in enumerate(self.param_groups):
             for k, member in enumerate(group["params"]):
-                if member is param:
+                if member is param or sharding.local(member) is param:
                     names = group.get("param_names")
                     return f"parameter {names[k]!r}" if names else f"parameter {k} of group {i}"
         return "a parameter"
@@ -180,7 +193,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 if grad is None:
                     continue
                 if type(grad) is not Tensor or grad.layout is not torch.strided or grad.is_neg() or grad._is_zerotensor():
-                    grad = checks.usable_gradient(grad, self._name(param))
+                    grad = checks.usable_gradient(grad, param, self._name(param))
                 by_device[param.device][id(param)] = param, -grad if maximize else grad, group
         if not by_device:
             warnings.warn(
@@ -190,7 +203,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             )
         work = [self._prepare(device, members.values()) for device, members in by_device.items()]
         if self.error_if_nonfinite:
-            self._check_finite(itertools.chain.from_iterable(members.values() for members in by_device.values()))
+            self._check_finite(filter(None, work))
+        if self._parts is not None and not any(work):
+            sit_out(sharding.ShardedLayout((), (), self.param_groups[0]["params"][0].device, parts=self._parts))
         for device, step, arguments in filter(None, work):
             with torch.autocast(device.type, enabled=False):
                 step(self._network_on(device), *arguments)
@@ -224,10 +239,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 groups.append(group)
         for param, _ in fresh:
             checks.check_place(param, self._name(param))
+            checks.check_format(param, self._name(param), self.network.config)
+        if fresh:
+            for group, given in zip(self.param_groups, self._given, strict=False):
+                checks.check_flattened(group, given, f"parameter group with {len(given)} parameters")
         for param, state in fresh:
             state.update(init_state(param, self.network.config))
         if not params:
             return None
+        whole = params
+        if self._parts is not None or any(map(sharding.is_sharded_type, set(map(type, params)))):
+            params = [sharding.local(param) for param in params]
+            states = [{key: sharding.local(value) for key, value in state.items() if isinstance(value, Tensor)} for state in states]
         shapes = tuple([param.shape for param in params])
         if tuple([grad.shape for grad in grads]) != shapes:
             raise RuntimeError(
@@ -237,14 +260,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         of_groups: tuple[tuple[Any, ...], ...] = ()
         if any(group["stacked"] or group["matrices"] is not None for group in self.param_groups):
             of_groups = tuple(tuple(group[key] for group in groups) for key in ("stacked", "matrices"))
-        layout = Layout.of(shapes, device, *of_groups)
+        layout = Layout.of(shapes, device, *of_groups) if whole is params else self._sharded_layout(whole, device, *of_groups)
         if device not in self._ledgers:
             self._ledgers[device] = Ledger(device, self.network.config, CONTROL, self._name)
         ledger = self._ledgers[device]
         ledger.check(layout, params, states)
         horizons = layout.per_tensor([group["total_steps"] or math.inf for group in groups])
         rates, decays = ([group[key] for group in groups] for key in ("lr", "weight_decay"))
-        step = _step_function(self._choose_kernel(device, stacklevel=8))
+        kernel = self._choose_kernel(device, stacklevel=8)
+        if isinstance(layout, sharding.ShardedLayout) and (kernel == "triton" or layout.runs is None):
+            kernel = "reference"  # the other kernels do not know where in their tensors the coordinates of these parts lie
+        step = _step_function(kernel)
         return device, step, (layout, params, grads, states, horizons, rates, decays, ledger)
 
     def _network_on(self, device: torch.device) -> OptimizerNetwork:
@@ -256,8 +282,27 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._networks[device] = copy.deepcopy(self.network).to(device)
         return self._networks[device]
 
-    def _check_finite(self, members: Iterable[tuple[Tensor, Tensor, dict[str, Any]]]) -> None:
-        if found := [self._name(param) for param, grad, _ in members if not checks.is_finite(grad)]:
+    def _sharded_layout(self, params: Sequence[Tensor], device: torch.device, *of_groups: tuple[Any, ...]) -> sharding.ShardedLayout:
+        shards = tuple([sharding.shards_of(param) if sharding.is_sharded(param) else None for param in params])
+        shapes = tuple([param.shape for param in params])
+        key = shapes, shards, device, *of_groups
+        if key not in self._layouts:
+            while len(self._layouts) >= MOST_LAYOUTS:
+                del self._layouts[next(iter(self._layouts))]
+            stacked, matrices = of_groups or ((), ())
+            self._layouts[key] = sharding.ShardedLayout(shapes, shards, device, stacked, matrices, self._parts)
+        return self._layouts[key]
+
+    def _check_finite(self, work: Iterable[tuple[torch.device, Callable[..., None], tuple[Any, ...]]]) -> None:
+        found = []
+        for device, _, (layout, params, grads, *_) in work:
+            broken = torch.tensor([not checks.is_finite(grad) for grad in grads], dtype=torch.float32, device=device)
+            if isinstance(layout, sharding.ShardedLayout):  # what one process finds all must know of, or they would wait for it
+                broken = layout.total(broken)
+            found += [self._name(param) for param, bad in zip(params, broken.tolist(), strict=True) if bad]
+        if self._parts is not None and self._parts.any(bool(found), self.param_groups[0]["params"][0].device) and not found:
+            found = ["a parameter of another process"]
+        if found:
             raise RuntimeError(
                 f"the gradient of {', '.join(found)} is not finite, or its square is not. Nothing was changed. With "
                 "error_if_nonfinite=False, the default, the step leaves such parameters out."
@@ -283,7 +328,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Where a copy wakes up, other kernels may run.
         own = {"network": self.network, "kernel": self.kernel, "kernels": {}, "error_if_nonfinite": self.error_if_nonfinite}
-        return {**super().__getstate__(), **own, "_skipped": self.skipped, "_ledgers": {}, "_networks": {}, "_warned": self._warned}
+        own |= {"_parts": self._parts, "_layouts": {}, "_given": self._given, "_networks": {}}
+        return {**super().__getstate__(), **own, "_skipped": self.skipped, "_ledgers": {}, "_warned": self._warned}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -366,7 +412,9 @@ def init_state(param: Tensor, config: NetworkConfig) -> State:
     """
     state = {"control": torch.zeros(CONTROL, dtype=torch.float32, device=param.device)}
     for key, tensor in stored(config).items():
-        state[key], scales = zeros(param, sum(tensor.counts), tensor.fmt)
+        count = sum(tensor.counts)
+        values, scales = zeros(sharding.local(param), count, tensor.fmt)
+        state[key] = sharding.like(param, values, count) if sharding.is_sharded(param) else values
         if scales is not None:
             state[f"{key}_scale"] = scales
     return state
@@ -402,8 +450,7 @@ def reference_step(
         rows = [load(state[key].view(sum(tensor.counts), -1), state.get(f"{key}_scale")) for state in states]
         joined |= tensor.split(torch.cat(rows, -1))
     grad = torch.cat([grad.reshape(-1).float() for grad in grads])
-    means = [layout.mean(part) for part in (grad.square(), joined["momentum"].square(), joined["second_moment"])]
-    finite = torch.stack(means).isfinite().all(0)
+    finite = layout.means([grad.square(), joined["momentum"].square(), joined["second_moment"]]).isfinite().all(0)
     ledger.skipped += len(params) - finite.sum()
     undo: list[tuple[Tensor, Tensor, Tensor]] = []
     if not may_wait(layout.device):
@@ -416,19 +463,23 @@ def reference_step(
             some: Any = ([each[k] for k in chosen] for each in (params, grads, states, lr, weight_decay))
             params, grads, states, lr, weight_decay = some
             reference_step(network, layout.of_some(chosen), params, grads, states, total_steps[chosen], lr, weight_decay, ledger)
+        else:
+            sit_out(layout)
         return
     change, new = update(network, layout, grad, joined, total_steps)
 
-    bits = [random_bits(size, state["control"][0]) for size, state in zip(layout.sizes, states, strict=True)]
+    bits = [random_bits(layout.places(k), state["control"][0]) for k, state in enumerate(states)]
     for key, tensor in tensors.items():
         half = [place % 2 for place, count in enumerate(tensor.counts) for _ in range(count)]  # of the bits that round each number
         for rows, state, halves in zip(tensor.join(new).split(layout.sizes, -1), states, bits, strict=True):
             store(rows, halves[half], state[key].view(len(half), -1), state.get(f"{key}_scale"))
     for control, state in zip(new["control"].unbind(-1), states, strict=True):
         state["control"].copy_(control)
-    for param, part, rate, decay in zip(params, change.split(layout.sizes), lr, weight_decay, strict=True):
-        if decay != 0:
-            part = part - decay * (part.square().mean().sqrt() / ADAMW_UPDATE_RMS) * param.reshape(-1)
+    parts = list(change.split(layout.sizes))
+    if decayed := [k for k, decay in enumerate(weight_decay) if decay != 0]:
+        for k, square in zip(decayed, layout.mean_squares(parts, decayed), strict=True):
+            parts[k] = parts[k] - weight_decay[k] * (square.sqrt() / ADAMW_UPDATE_RMS) * params[k].reshape(-1)
+    for param, part, rate in zip(params, parts, lr, strict=True):
         param.add_((part * rate).view(param.shape))
     for fine, value, before in undo:
         value.copy_(torch.where(fine, value, before))

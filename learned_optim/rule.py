@@ -55,6 +55,7 @@ from torch.utils.checkpoint import checkpoint
 from .config import NetworkConfig
 from .features import ABSOLUTE_FLOOR, BUCKETS, Block, Layout, coordinate_features, cosine
 from .network import OptimizerNetwork
+from .sharding import ShardedLayout
 
 State = dict[str, Tensor]
 
@@ -151,12 +152,10 @@ def update(
     # 1. Moments
     momentum = torch.lerp(grad, state["momentum"], config.momentum)
     second_moment = torch.lerp(grad.square(), state["second_moment"], config.second_moment)
-    products = torch.stack([layout.mean(part) for part in (grad.square(), state["momentum"].square(), grad * state["momentum"])])
+    means = layout.means([grad.square(), state["momentum"].square(), grad * state["momentum"], second_moment])
 
     # 2. Step size
-    control = Control.of(state["control"])
-    clock = Clock.after(control.step, layout.mean(second_moment), config)
-    step_size, steady, inertia, control = step_sizes(network, clock, products, control, total_steps)
+    clock, step_size, steady, inertia, control = decide(network, layout, means, Control.of(state["control"]), total_steps)
 
     # 3. Direction
     def direct(
@@ -202,6 +201,31 @@ class Clock(NamedTuple):
         share, portion = (1 - config.second_moment) / correction2, (1 / age).clamp(min=1 / DRIFT_STEPS)
         kept = (1 - portion) * (1 - share).clamp(min=EPSILON).rsqrt()
         return Clock(started, step, correction1, correction2, mean / correction2, share, portion, kept)
+
+
+def decide(
+    network: OptimizerNetwork, layout: Layout, means: Tensor, control: Control, total_steps: Tensor
+) -> tuple[Clock, Tensor, Tensor, Tensor, Control]:
+    """The clock, and what `step_sizes` makes of it; with the tensors that other processes have, where the layout has such.
+
+    Args:
+        means: those of `step_sizes` and of the new second moment, (4, ..., K).
+    """
+    if not isinstance(layout, ShardedLayout) or layout.parts is None:
+        clock = Clock.after(control.step, means[3], network.config)
+        return clock, *step_sizes(network, clock, means[:3], control, total_steps)
+    rows, mine = layout.with_others(torch.cat([means, total_steps[None], control.rows()]))
+    control = Control.of(rows[5:])
+    clock = Clock.after(control.step, rows[3], network.config)
+    *sizes, control = step_sizes(network, clock, rows[:3], control, rows[4])
+    step_size, steady, inertia = (each[..., mine] for each in sizes)
+    return Clock(*(each[..., mine] for each in clock)), step_size, steady, inertia, Control(*(each[..., mine] for each in control))
+
+
+def sit_out(layout: Layout) -> None:
+    """What `decide` exchanges with other processes, where there is nothing to decide here and they would wait."""
+    if isinstance(layout, ShardedLayout) and layout.parts is not None:
+        layout.with_others(torch.empty(5 + CONTROL, 0, device=layout.device))
 
 
 def step_sizes(
@@ -304,7 +328,7 @@ def blockwise(function: Callable[..., tuple[Tensor, ...]], layout: Layout, tenso
     """
     total = tensors[0].numel()
     size = min(max(BLOCK, total // 64), LARGE_BLOCK)
-    blocks = layout.blocks(max(1, size * sum(layout.sizes) // total))
+    blocks = layout.blocks(max(1, size * sum(layout.sizes) // max(1, total)))
     if len(blocks) == 1:
         return list(function(blocks[0], *tensors))
     if torch.is_grad_enabled():
@@ -320,9 +344,9 @@ def normalize(
 ) -> list[Tensor]:
     """Each tensor's direction (..., n) with the length that its shape calls for (step 4 of the method)."""
     matrices = orthogonalize_all(directions, layout, network.config, matrix_dtype)
-    vectors = {
-        k: part * vector_scale(network, part.square().mean(-1, keepdim=True)) for k, part in enumerate(directions) if k not in matrices
-    }
+    others = [k for k in range(len(directions)) if k not in matrices]
+    squares = layout.mean_squares(directions, others)
+    vectors = {k: directions[k] * vector_scale(network, square) for k, square in zip(others, squares, strict=True)}
     return [part for _, part in sorted((matrices | vectors).items())]
 
 
@@ -341,6 +365,10 @@ def orthogonalize_all(
 ) -> dict[int, Tensor]:
     """The directions (..., n) of matrices, by index, orthogonalised and with the spectral norms of step 4; `dtype` as in
     `orthogonalize`."""
+    if isinstance(layout, ShardedLayout):
+        if not any(is_orthogonal(layout, config)):
+            return {}
+        return layout.on_whole_matrices(directions, lambda parts, whole: orthogonalize_all(parts, whole, config, dtype))
     found: dict[int, Tensor] = {}
     groups: dict[tuple[tuple[int, ...], int | None], list[int]] = {}  # matrices of one shape are orthogonalised together
     for k, orthogonal in enumerate(is_orthogonal(layout, config)):

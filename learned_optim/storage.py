@@ -62,7 +62,7 @@ def stored(config: NetworkConfig) -> dict[str, Stored]:
 def zeros(param: Tensor, count: int, fmt: str) -> tuple[Tensor, Tensor | None]:
     """Zeros for each coordinate of a parameter in a format, (C, *shape), and their scales, (C, B), where the format has some.
 
-    They are made by `zeros_like`, so that they are placed and sharded like the parameter.
+    They are made by `zeros_like`, so that they are placed like the parameter.
     """
     values = torch.stack([torch.zeros_like(param, dtype=DTYPES[fmt], memory_format=torch.contiguous_format)] * count)
     scales = values.new_zeros(count, -(-param.numel() // BLOCK), dtype=torch.float32) if fmt == "int8" else None
@@ -99,9 +99,10 @@ def store(new: Tensor, bits: Tensor, values: Tensor, scales: Tensor | None) -> N
         values.copy_(new)
 
 
-def random_bits(count: int, step: Tensor) -> Tensor:
-    """Two independent random integers below 2^16 for each coordinate, (2, n): a hash of it and of the tensor's clock `step`, ()."""
-    x = scatter_bits(torch.arange(count, device=step.device) * 0x9E3779B1 + step.long() * 0x85EBCA6B)
+def random_bits(places: Tensor, step: Tensor) -> Tensor:
+    """Two independent random integers below 2^16 for each coordinate, (2, n): a hash of its place in the tensor, (n,), and of the tensor's
+    clock `step`, ()."""
+    x = scatter_bits(places * 0x9E3779B1 + step.long() * 0x85EBCA6B)
     return torch.stack([x & 0xFFFF, x >> 16])
 
 

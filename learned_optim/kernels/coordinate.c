@@ -35,6 +35,9 @@ static const float RELATIVE_FLOOR = 1e-8f, ABSOLUTE_FLOOR = 1e-20f, GRADIENT_BOU
 /* Every field has 8 bytes, so that the caller may fill the table with integers. */
 typedef struct {
     int64_t size;
+    /* Where coordinates lie in the whole tensor, of which this may be a part: in stretches of `width`, the first one at `first`, each
+     * `pitch` after the last. */
+    int64_t first, width, pitch;
     float *param; /* none where it is not fp32 or has gaps */
     const float *grad;
     float *direction;
@@ -155,7 +158,7 @@ INLINE Ratio tanh_ratio(float x) {
 
 /* The number of this file's interface, for the caller to check that it was written for it. Raise it with each change of a struct,
  * or of what a pass is given. */
-int64_t interface(void) { return 11; }
+int64_t interface(void) { return 12; }
 
 /* What each of `count` tensors has once, into rows for torch to compute with, and back. */
 void gather(const Tensor *tensors, int64_t count, float *rows) {
@@ -177,11 +180,19 @@ INLINE uint32_t scatter_bits(uint32_t x) {
     return x ^ (x >> 16);
 }
 
-/* Random bits for the coordinates of a chunk: see `random_bits` in `learned_optim/storage.py`. */
-INLINE void random_bits(uint32_t *restrict bits, int64_t begin, float step) {
-    const uint32_t first = (uint32_t)begin * 0x9e3779b1u + (uint32_t)(int64_t)step * 0x85ebca6bu;
+/* The place in the whole tensor of a coordinate. */
+INLINE int64_t place_of(const Tensor *tensor, int64_t j) { return tensor->first + j / tensor->width * tensor->pitch + j % tensor->width; }
+
+/* Random bits for the `n` coordinates of a chunk: see `random_bits` in `learned_optim/storage.py`. */
+INLINE void random_bits(uint32_t *restrict bits, const Tensor *tensor, int64_t begin, int64_t n, float step) {
+    const uint32_t of_step = (uint32_t)(int64_t)step * 0x85ebca6bu;
+    for (int64_t done = 0; done < n;) { /* mostly once: stretches are seldom shorter than a chunk */
+        const int64_t left = tensor->width - (begin + done) % tensor->width;
+        const uint32_t first = (uint32_t)place_of(tensor, begin + done) * 0x9e3779b1u + of_step, count = left < n - done ? left : n - done;
 #pragma omp simd
-    for (uint32_t j = 0; j < CHUNK; j++) bits[j] = scatter_bits(first + j * 0x9e3779b1u);
+        for (uint32_t j = 0; j < count; j++) bits[done + j] = scatter_bits(first + j * 0x9e3779b1u);
+        done += count;
+    }
 }
 
 /* Where to compute with what is stored from `begin` on: right there if it is fp32, else in `scratch`. */
@@ -317,7 +328,7 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
     load(moment_format, tensor->moments, 0, size + begin, n, second_moment);
     load(format, tensor->lstm, tensor->lstm_scale + 2 * UNITS * chunks + chunk, 2 * UNITS * size + begin, n, s->drift);
     __builtin_prefetch(next.tensor->control + STEP);
-    if (format != FLOAT32 || moment_format != FLOAT32) random_bits(s->bits, begin, tensor->control[STEP]);
+    if (format != FLOAT32 || moment_format != FLOAT32) random_bits(s->bits, tensor, begin, n, tensor->control[STEP]);
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) {
         float g = grad[j], m = momentum[j], v = second_moment[j];
@@ -458,9 +469,18 @@ EACH_CPU void apply(Job *job, const float *factors) {
             const Next next = after(job, block, begin);
             prefetch(FLOAT32, next.tensor->direction, 0, next);
             if (next.tensor->param) prefetch(FLOAT32, next.tensor->param, 0, next);
+            if (tensor->width < tensor->size || tensor->first % BUCKETS) { /* a part that does not begin with the first bucket */
+                for (int64_t j = begin; j < end; j++) {
+                    const int64_t place = place_of(tensor, j), bucket = place % BUCKETS;
+                    const float sign = scatter_bits((uint32_t)(place / BUCKETS) * 0x9e3779b1u) & 1 ? 1.0f : -1.0f;
+                    buckets[bucket] += sign * direction[j];
+                    squares[bucket] += direction[j] * direction[j];
+                }
+            } else {
+                const int64_t offset = tensor->first / BUCKETS;
 #pragma omp simd
             for (uint32_t row = 0; row < ROWS; row++)
-                signs[row] = scatter_bits((uint32_t)(begin / BUCKETS + row) * 0x9e3779b1u) & 1 ? 1.0f : -1.0f;
+                signs[row] = scatter_bits((uint32_t)(offset + begin / BUCKETS + row) * 0x9e3779b1u) & 1 ? 1.0f : -1.0f;
             int64_t row = 0, first = begin;
             for (; first + BUCKETS <= end; row++, first += BUCKETS) {
 #pragma omp simd
@@ -472,6 +492,7 @@ EACH_CPU void apply(Job *job, const float *factors) {
             for (int64_t j = 0; first + j < end; j++) {
                 buckets[j] += signs[row] * direction[first + j];
                 squares[j] += direction[first + j] * direction[first + j];
+            }
             }
             if (!param) continue;
 #pragma omp simd

@@ -29,15 +29,17 @@ from ..checks import Ledger
 from ..config import FORMATS
 from ..features import BUCKETS, Layout
 from ..network import OptimizerNetwork
-from ..rule import ADAMW_UPDATE_RMS, CONTROL, Clock, Control, State, follow, is_orthogonal, orthogonalize_all, step_sizes, vector_scale
+from ..rule import ADAMW_UPDATE_RMS, CONTROL, Control, State, decide, follow, is_orthogonal, orthogonalize_all, sit_out, vector_scale
+from ..sharding import Run, ShardedLayout
 from . import scalars
 
 BLOCK = 2**14  # coordinates that a thread takes at once
-INTERFACE, MAX_UNITS = 11, 8  # as in the C file
+INTERFACE, MAX_UNITS = 12, 8  # as in the C file
 
-# A row of the table of tensors has the size, the parameter, the gradient, the direction and these pieces of state, the last one of int8.
+# A row of the table of tensors has the size, three numbers of where its coordinates lie in the whole tensor, the parameter, the gradient,
+# the direction and these pieces of state, the last one of int8.
 KEYS = ("control", "moments", "lstm", "lstm_scale")
-COLUMNS = 4 + len(KEYS)
+COLUMNS = 7 + len(KEYS)
 
 
 class Job(ctypes.Structure):
@@ -94,10 +96,12 @@ def pool(workers: int) -> ThreadPoolExecutor:
 
 
 @functools.lru_cache(maxsize=4)
-def blocks(layout: Layout) -> tuple[Tensor, Tensor]:
-    """(tensor, begin, end) of each block, (count, 3), and the tensors' sizes, (K,)."""
+def blocks(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """(tensor, begin, end) of each block, (count, 3); the tensors' sizes and where they lie in whole ones, (K, 4); sizes of those, (K,)."""
     table = [(k, begin, min(begin + BLOCK, size)) for k, size in enumerate(layout.sizes) for begin in range(0, size, BLOCK)]
-    return torch.tensor(table), torch.tensor(layout.sizes)
+    runs = layout.runs or [] if isinstance(layout, ShardedLayout) else [Run(0, size, size) for size in layout.sizes]
+    places = [(size, *run) for size, run in zip(layout.sizes, runs, strict=True)]
+    return torch.tensor(table, dtype=torch.int64).view(-1, 3), torch.tensor(places), torch.tensor(layout.counts)
 
 
 def addresses(tensors: Iterable[Tensor]) -> list[int]:
@@ -130,19 +134,21 @@ class Passes:
         formats: Sequence[str],
         ledger: Ledger | None,
     ) -> None:
-        self.blocks, self.sizes = blocks(layout)
+        self.layout = layout
+        self.blocks, places, self.counts = blocks(layout)
+        sizes = places[:, 0]
         self.formats = [FORMATS.index(fmt) for fmt in formats]
         kept = itemgetter(*(KEYS if "int8" in formats else KEYS[:-1]))
-        places = addresses(itertools.chain.from_iterable(map(kept, states)))
+        found = addresses(itertools.chain.from_iterable(map(kept, states)))
         if ledger is not None:
-            ledger.check_places(places, params, states)
-        stored = column(places).view(len(states), -1)
+            ledger.check_places(found, params, states)
+        stored = column(found).view(len(states), -1)
         self.table = torch.zeros(len(states), COLUMNS, dtype=torch.int64)
-        self.table[:, 0] = self.sizes
-        self.table[:, 1] = column(addresses(params)) * torch.frombuffer(bytearray(fused), dtype=torch.uint8)
-        self.table[:, 2] = column(addresses(grads))
-        self.table[:, 3] = directions.data_ptr() + 4 * (self.sizes.cumsum(0) - self.sizes)
-        self.table[:, 4 : 4 + stored.shape[1]] = stored
+        self.table[:, :4] = places
+        self.table[:, 4] = column(addresses(params)) * torch.frombuffer(bytearray(fused), dtype=torch.uint8)
+        self.table[:, 5] = column(addresses(grads))
+        self.table[:, 6] = directions.data_ptr() + 4 * (sizes.cumsum(0) - sizes)
+        self.table[:, 7 : 7 + stored.shape[1]] = stored
         # A thread needs some 30 microseconds to wake up, in which another has done four blocks.
         self.workers = min(torch.get_num_threads(), len(self.blocks) // 4) - 1
 
@@ -156,7 +162,9 @@ class Passes:
         for other in others:
             other.result()
         totals = torch.zeros(len(self.table), columns, dtype=torch.float64).index_add_(0, self.blocks[:, 0], sums)
-        return (totals / self.table[:, :1]).float().T
+        if isinstance(self.layout, ShardedLayout):
+            totals = self.layout.total(totals.T).T
+        return (totals / self.counts[:, None]).float().T
 
     def control(self, name: str, rows: Tensor) -> None:
         """Runs "gather" or "scatter" on what tensors have once, (CONTROL, K)."""
@@ -195,10 +203,10 @@ def step(
                 some: Any = ([each[k] for k in chosen] for each in (params, flat, states, lr, weight_decay))
                 params, flat, states, lr, weight_decay = some
                 step(network, layout.of_some(chosen), params, flat, states, total_steps[chosen], lr, weight_decay, ledger)
+            else:
+                sit_out(layout)
             return
-    *products, second_moment = means
-    clock = Clock.after(control.step, second_moment, config)
-    step_size, steady, inertia, control = step_sizes(network, clock, torch.stack(products), control, total_steps)
+    clock, step_size, steady, inertia, control = decide(network, layout, means, control, total_steps)
     constants = scalars(clock, steady, inertia)
     decays = config.momentum, config.second_moment
     weights = [weight.data_ptr() for weight in (lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out)]
@@ -209,12 +217,14 @@ def step(
         parts = directions.split(layout.sizes)
         for k, matrix in orthogonalize_all(parts, layout, config, matrix_dtype()).items():
             parts[k].copy_(matrix)
-            gain[k], mean_square[k] = 1.0, parts[k].square().mean() if weight_decay[k] else 0.0
+            gain[k], mean_square[k] = 1.0, 0.0
+        if decayed := [k for k, matrix in enumerate(orthogonal) if matrix and weight_decay[k]]:
+            mean_square[decayed] = torch.cat(layout.mean_squares(parts, decayed))
     scale, rate = step_size * gain, layout.per_tensor(lr)
     shrink = rate * layout.per_tensor(weight_decay) * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
     factors = torch.stack([shrink, -rate * scale], -1)
     *sketch, mean_square = passes.run("apply", BUCKETS + 1, factors.data_ptr())
-    control = follow(control, clock, torch.stack(sketch) * gain * passes.sizes.float().sqrt(), mean_square * gain.square())
+    control = follow(control, clock, torch.stack(sketch) * gain * passes.counts.float().sqrt(), mean_square * gain.square())
     passes.control("scatter", control.rows())
     if not all(fused):
         for param, fuse, part, (share, factor) in zip(params, fused, directions.split(layout.sizes), factors.tolist(), strict=True):
