@@ -39,20 +39,28 @@ class Layout:
     """Where each tensor lies among the coordinates, and what its shape says about it.
 
     Torch keeps a layer's outputs in the first dimension: a weight of shape (fan_out, ...) is a matrix fan_out x fan_in, convolution kernels
-    flattened. A vector has a fan-in of 1. A *matrix* is what has both fans above 1. Where a tensor is *stacked*, such as the weights of
-    experts (..., fan_out, fan_in), each of its last two dimensions' matrices is one of its own.
+    flattened. A vector has a fan-in of 1. A *matrix* is what has both fans above 1 and is no table. Where a tensor is *stacked*, such as the weights of
+    experts (..., fan_out, fan_in), each of its last two dimensions' matrices is one of its own. A *table* has a row for each of many words,
+    most of which have no gradient in a step.
 
     Args:
         stacked: which tensors are; none where it is empty.
         matrices: how many matrices the model of each tensor has, which may be more than are here; None for as many as are here, and for all
             tensors where it is empty.
+        tables: which tensors are tables; none where it is empty.
     """
 
     def __init__(
-        self, shapes: tuple[torch.Size, ...], device: torch.device, stacked: tuple[bool, ...] = (), matrices: tuple[int | None, ...] = ()
+        self,
+        shapes: tuple[torch.Size, ...],
+        device: torch.device,
+        stacked: tuple[bool, ...] = (),
+        matrices: tuple[int | None, ...] = (),
+        tables: tuple[bool, ...] = (),
     ) -> None:
         self.shapes, self.device = shapes, device
         self.stacked, self.matrices = stacked or (False,) * len(shapes), matrices or (None,) * len(shapes)
+        self.tables = tables or (False,) * len(shapes)
         self.sizes = [shape.numel() for shape in shapes]
         self.counts = self.sizes  # of whole tensors, of which a process may hold parts, see `learned_optim.sharding`
         self.fans = [(shape[0], math.prod(shape[1:])) if len(shape) > 1 else (shape.numel(), 1) for shape in shapes]
@@ -61,21 +69,25 @@ class Layout:
         for k, shape in enumerate(shapes):
             if self.stacked[k] and len(shape) > 2:
                 self.fans[k], self.stacks[k] = (shape[-2], shape[-1]), (math.prod(shape[:-2]),)
-        self.is_matrix = [min(fans) > 1 for fans in self.fans]
+        self.is_matrix = [min(fans) > 1 and not table for fans, table in zip(self.fans, self.tables, strict=True)]
 
     @staticmethod
     @functools.lru_cache(maxsize=LAYOUTS)
     def of(
-        shapes: tuple[torch.Size, ...], device: torch.device, stacked: tuple[bool, ...] = (), matrices: tuple[int | None, ...] = ()
+        shapes: tuple[torch.Size, ...],
+        device: torch.device,
+        stacked: tuple[bool, ...] = (),
+        matrices: tuple[int | None, ...] = (),
+        tables: tuple[bool, ...] = (),
     ) -> Layout:
         """The layout of these tensors; the same object each time."""
-        return Layout(shapes, device, stacked, matrices)
+        return Layout(shapes, device, stacked, matrices, tables)
 
     def of_some(self, members: Sequence[int]) -> Layout:
         """The layout of some of the tensors, which goes on counting the matrices of all."""
         total = sum(math.prod(stack) for stack, matrix in zip(self.stacks, self.is_matrix, strict=True) if matrix)
-        shapes, stacked = (tuple(each[k] for k in members) for each in (self.shapes, self.stacked))
-        return Layout.of(shapes, self.device, stacked, tuple(self.matrices[k] or max(1, total) for k in members))
+        shapes, stacked, tables = (tuple(each[k] for k in members) for each in (self.shapes, self.stacked, self.tables))
+        return Layout.of(shapes, self.device, stacked, tuple(self.matrices[k] or max(1, total) for k in members), tables)
 
     def blocks(self, size: int) -> list[Block]:
         """The coordinates in blocks of about `size`. A large tensor has blocks of its own, so that within them what belongs to a tensor is
@@ -107,6 +119,11 @@ class Layout:
             else:
                 parts.append(torch.full((1 + len(others),), float(number), dtype=torch.float32, device=self.device))
         return torch.cat(parts)
+
+    @functools.cached_property
+    def is_table(self) -> Tensor:
+        """`tables` as a mask, (K,)."""
+        return self.per_tensor(self.tables) > 0
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over each tensor: (..., N) -> (..., K)."""

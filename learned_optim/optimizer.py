@@ -24,11 +24,16 @@ from .config import NetworkConfig
 from .features import Layout
 from .kernels import cpu
 from .network import OptimizerNetwork
-from .rule import ADAMW_UPDATE_RMS, CONTROL, State, sit_out, update
+from .rule import ADAMW_UPDATE_RMS, CONTROL, Control, State, sit_out, update
 from .storage import load, random_bits, store, stored, zeros
 from .weights import fingerprint, load_network
 
 MOST_LAYOUTS = 4  # that are kept, as by `Layout.of`
+
+# What may be a table: matrices with so many rows, and so many times as many as columns. What is one: where this share of the rows or less
+# has a gradient. Of a hidden layer with rectifiers some half has none.
+ROWS, TALL, FEW = 1024, 4, 0.25
+TABLE = Control._fields.index("table")
 KERNELS = ("auto", "reference", "compiled", "triton")
 
 
@@ -113,6 +118,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._parts = None if parts_group is None else sharding.Parts(parts_group)
         self._layouts: dict[Any, sharding.ShardedLayout] = {}  # of the last steps; not those of all optimizers, as they hold meshes
         self._given: list[list[int]] = []  # dimensions of each group's parameters
+        self._tables: dict[Tensor, bool] = {}  # what is known of parameters that may be tables, see `Layout`
         defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "weights": fingerprint(self.network)}
         super().__init__(params, defaults | {"maximize": False, "matrices": matrices, "stacked": False})
         # OneCycleLR and CyclicLR want to cycle some momentum, unless told otherwise, of an optimizer that has one. The rule's is not theirs
@@ -245,8 +251,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 checks.check_flattened(group, given, f"parameter group with {len(given)} parameters")
         for param, state in fresh:
             state.update(init_state(param, self.network.config))
+            self._tables.pop(param, None)
         if not params:
             return None
+        tables = tuple([is_long(param) and self._is_table(param, *rest) for param, *rest in zip(params, grads, states, strict=True)])
         whole = params
         if self._parts is not None or any(map(sharding.is_sharded_type, set(map(type, params)))):
             params = [sharding.local(param) for param in params]
@@ -258,8 +266,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 f"{[tuple(grad.shape) for grad in grads]}. Call zero_grad() after changing a model."
             )
         of_groups: tuple[tuple[Any, ...], ...] = ()
-        if any(group["stacked"] or group["matrices"] is not None for group in self.param_groups):
-            of_groups = tuple(tuple(group[key] for group in groups) for key in ("stacked", "matrices"))
+        if any(tables) or any(group["stacked"] or group["matrices"] is not None for group in self.param_groups):
+            of_groups = *(tuple(group[key] for group in groups) for key in ("stacked", "matrices")), tables
         layout = Layout.of(shapes, device, *of_groups) if whole is params else self._sharded_layout(whole, device, *of_groups)
         if device not in self._ledgers:
             self._ledgers[device] = Ledger(device, self.network.config, CONTROL, self._name)
@@ -272,6 +280,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
             kernel = "reference"  # the other kernels do not know where in their tensors the coordinates of these parts lie
         step = _step_function(kernel)
         return device, step, (layout, params, grads, states, horizons, rates, decays, ledger)
+
+    def _is_table(self, param: Tensor, grad: Tensor, state: State) -> bool:
+        """Whether few rows of a long matrix had a gradient when it first had one. The state remembers it; to look there waits for a GPU."""
+        if param not in self._tables:
+            row = state["control"][TABLE]
+            if not row:
+                used = sharding.rows_in_use(param, grad)
+                row.fill_(0 if not used else 1 if used < FEW else -1)
+            if row:
+                self._tables[param] = bool(row > 0)
+        return self._tables.get(param, False)
 
     def _network_on(self, device: torch.device) -> OptimizerNetwork:
         """The network, or its copy on another device: a model may lie on several, and to move it at each step would take longer than the
@@ -289,8 +308,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if key not in self._layouts:
             while len(self._layouts) >= MOST_LAYOUTS:
                 del self._layouts[next(iter(self._layouts))]
-            stacked, matrices = of_groups or ((), ())
-            self._layouts[key] = sharding.ShardedLayout(shapes, shards, device, stacked, matrices, self._parts)
+            stacked, matrices, tables = of_groups or ((), (), ())
+            self._layouts[key] = sharding.ShardedLayout(shapes, shards, device, stacked, matrices, tables, self._parts)
         return self._layouts[key]
 
     def _check_finite(self, work: Iterable[tuple[torch.device, Callable[..., None], tuple[Any, ...]]]) -> None:
@@ -328,7 +347,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Where a copy wakes up, other kernels may run.
         own = {"network": self.network, "kernel": self.kernel, "kernels": {}, "error_if_nonfinite": self.error_if_nonfinite}
-        own |= {"_parts": self._parts, "_layouts": {}, "_given": self._given, "_networks": {}}
+        own |= {"_parts": self._parts, "_layouts": {}, "_given": self._given, "_tables": {}, "_networks": {}}
         return {**super().__getstate__(), **own, "_skipped": self.skipped, "_ledgers": {}, "_warned": self._warned}
 
     @torch.no_grad()
@@ -362,6 +381,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 checks.check_group(group)
             for param, state in fitted.items():
                 self.state[param] = {**state, **self.state[param]}
+            self._tables.clear()
 
         # Between the user's hooks: one of theirs may replace the dict before, and those after find the state as it was saved.
         hooks = [self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(restore, prepend=True)]
@@ -400,6 +420,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if strays := [key for key in state_dict["state"] if isinstance(key, int) and key not in indices]:
             raise ValueError(f"the state has entries {strays} of parameters that none of its groups names")
         return dict(zip(indices, (param for group in self.param_groups for param in group["params"]), strict=True))
+
+
+def is_long(param: Tensor) -> bool:
+    """Whether a parameter's shape is one that embeddings of words have."""
+    return param.ndim == 2 and param.shape[0] >= max(ROWS, TALL * param.shape[1])
 
 
 def init_state(param: Tensor, config: NetworkConfig) -> State:

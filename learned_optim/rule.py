@@ -28,7 +28,9 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    convolution kernels flattened) is orthogonalised by Newton-Schulz and given a spectral norm of
    :math:`\sqrt{\max(1, fan_{out}/fan_{in})}` (Muon, Jordan et al. 2024), times :math:`3/L` where a model has fewer than three matrices,
    :math:`L`: what few layers move its outputs by, each of many has a share of (Large et al. 2024, "Scalable optimization in the modular
-   norm"). Any other tensor is divided by its root mean square and scaled by a learned constant.
+   norm"). Any other tensor is divided by its root mean square and scaled by a learned constant. A table, such as an embedding of many
+   words of which a step sees few, keeps the direction's length and is scaled by the same constant: to orthogonalise it would take longer
+   than all the rest and throw rare words far, and where most rows are zero a root mean square says nothing of the others.
 5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t + b_t + r_t} \, p_t^q \, d_t`. The pace :math:`p_t` is the
    agreement, or the length of the last gradient in units of :math:`\sqrt{v_t}`, at most 1, if that is more: long where gradients agree,
    short where they vanish; its power :math:`q`, of `Controller`, is 1 unless it is learned. Adam's steps have such a factor in each
@@ -94,13 +96,13 @@ class Control(NamedTuple):
     length: Tensor  # the recent root mean square of its gradient, (..., K)
     correction: Tensor  # the logarithm of its step size's, (..., K)
     climbed: Tensor  # what its warm-up has gained on the first step's size, a logarithm, (..., K)
+    table: Tensor  # whether it is a table, see `Layout`: 1 if it is, -1 if not, 0 while nobody has looked, (..., K)
     path: Tensor  # a sketch of its mean update, (BUCKETS, ..., K)
 
     @staticmethod
     def of(rows: Tensor) -> Control:
         """From (CONTROL, ..., K)."""
-        step, trend, swing, length, correction, climbed = rows[:-BUCKETS]
-        return Control(step, trend, swing, length, correction, climbed, rows[-BUCKETS:])
+        return Control(*rows[:-BUCKETS], rows[-BUCKETS:])
 
     def rows(self) -> Tensor:
         """The way back."""
@@ -261,7 +263,7 @@ def step_sizes(
     pace = torch.maximum(agreed, relative) ** network.controller.power
     step_size = (network.log_step_size + correction + braked + warm).exp() * pace * schedule * clock.started
     trend, swing, length, correction, climbed = (part * clock.started for part in (trend, swing, length, correction, climbed))
-    return step_size, steady, inertia, Control(clock.step, trend, swing, length, correction, climbed, control.path)
+    return step_size, steady, inertia, Control(clock.step, trend, swing, length, correction, climbed, control.table, control.path)
 
 
 def agreement(products: Tensor, clock: Clock, config: NetworkConfig) -> Tensor:
@@ -346,7 +348,7 @@ def normalize(
     matrices = orthogonalize_all(directions, layout, network.config, matrix_dtype)
     others = [k for k in range(len(directions)) if k not in matrices]
     squares = layout.mean_squares(directions, others)
-    vectors = {k: directions[k] * vector_scale(network, square) for k, square in zip(others, squares, strict=True)}
+    vectors = {k: directions[k] * vector_scale(network, square, layout.tables[k]) for k, square in zip(others, squares, strict=True)}
     return [part for _, part in sorted((matrices | vectors).items())]
 
 
@@ -355,9 +357,9 @@ def is_orthogonal(layout: Layout, config: NetworkConfig) -> list[bool]:
     return [matrix and config.orthogonalize_steps > 0 for matrix in layout.is_matrix]
 
 
-def vector_scale(network: OptimizerNetwork, mean_square: Tensor) -> Tensor:
-    """What gives a direction of this mean square the length of a vector's."""
-    return (mean_square + EPSILON).rsqrt() * network.log_vector_gain.exp()
+def vector_scale(network: OptimizerNetwork, mean_square: Tensor, is_table: Tensor | bool) -> Tensor:
+    """What gives a direction of this mean square the length of a vector's; that of a table keeps its own."""
+    return torch.where(torch.as_tensor(is_table), 1, (mean_square + EPSILON).rsqrt()) * network.log_vector_gain.exp()
 
 
 def orthogonalize_all(

@@ -166,6 +166,21 @@ def is_behind(value: Any, param: Any) -> bool:
     return value.device_mesh == param.device_mesh and tuple(value.placements) == behind(param)
 
 
+def rows_in_use(param: Any, grad: Tensor) -> float:
+    """The share of a matrix's rows of which the gradient is not zero.
+
+    Args:
+        grad: where the matrix is sharded, this process's part; all processes must ask together then.
+    """
+    largest = (grad.abs() > 0).float()  # what is not a number counts as none
+    if is_sharded(param):
+        from torch.distributed.tensor import DTensor
+
+        whole = DTensor.from_local(largest, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride())
+        return float((whole.full_tensor().amax(1)).mean())
+    return float(largest.amax(1).mean())
+
+
 def trouble(param: Any) -> str | None:
     """Why a DTensor's parts cannot be trained, or None."""
     shards = shards_of(param)
@@ -328,10 +343,11 @@ class ShardedLayout(Layout):
         device: torch.device,
         stacked: tuple[bool, ...] = (),
         matrices: tuple[int | None, ...] = (),
+        tables: tuple[bool, ...] = (),
         parts: Parts | None = None,
         others: int = 0,
     ) -> None:
-        super().__init__(shapes, device, stacked, matrices)
+        super().__init__(shapes, device, stacked, matrices, tables)
         self.shards, self.parts, self.others = shards, parts, others
         self.sizes = [size if shard is None else shard.region().size for size, shard in zip(self.counts, shards, strict=True)]
         self.here = self.others + sum(math.prod(stack) for stack, matrix in zip(self.stacks, self.is_matrix, strict=True) if matrix)
@@ -351,7 +367,7 @@ class ShardedLayout(Layout):
         def of(each: Sequence[Item]) -> tuple[Item, ...]:
             return tuple(each[k] for k in members)
 
-        arguments = of(self.shapes), of(self.shards), self.device, of(self.stacked), of(self.matrices), self.parts
+        arguments = of(self.shapes), of(self.shards), self.device, of(self.stacked), of(self.matrices), of(self.tables), self.parts
         return ShardedLayout(*arguments, self.here - ShardedLayout(*arguments).here)
 
     def total(self, sums: Tensor) -> Tensor:

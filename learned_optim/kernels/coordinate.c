@@ -24,7 +24,7 @@ enum { CHUNK = 256, MAX_UNITS = 8, ODD = 2, EVEN = 3, BUCKETS = 16, ROWS = CHUNK
 enum { INVERSE1, INVERSE2, MEAN, SHARE, PORTION, KEPT, STEADY, INERTIA, SCALARS };
 
 /* What a tensor has once, as in `Control` of `learned_optim/rule.py`. */
-enum { STEP, CONTROL = 6 + BUCKETS };
+enum { STEP, CONTROL = 7 + BUCKETS };
 
 /* Formats of stored state, as in `learned_optim/storage.py`. */
 enum { FLOAT32, BFLOAT16, INT8 };
@@ -158,7 +158,7 @@ INLINE Ratio tanh_ratio(float x) {
 
 /* The number of this file's interface, for the caller to check that it was written for it. Raise it with each change of a struct,
  * or of what a pass is given. */
-int64_t interface(void) { return 12; }
+int64_t interface(void) { return 13; }
 
 /* What each of `count` tensors has once, into rows for torch to compute with, and back. */
 void gather(const Tensor *tensors, int64_t count, float *rows) {

@@ -34,7 +34,7 @@ from ..sharding import Run, ShardedLayout
 from . import scalars
 
 BLOCK = 2**14  # coordinates that a thread takes at once
-INTERFACE, MAX_UNITS = 12, 8  # as in the C file
+INTERFACE, MAX_UNITS = 13, 8  # as in the C file
 
 # A row of the table of tensors has the size, three numbers of where its coordinates lie in the whole tensor, the parameter, the gradient,
 # the direction and these pieces of state, the last one of int8.
@@ -212,7 +212,7 @@ def step(
     weights = [weight.data_ptr() for weight in (lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out)]
     (mean_square,) = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), *decays, constants.data_ptr())
 
-    orthogonal, gain = is_orthogonal(layout, config), vector_scale(network, mean_square)
+    orthogonal, gain = is_orthogonal(layout, config), vector_scale(network, mean_square, layout.is_table)
     if any(orthogonal):
         parts = directions.split(layout.sizes)
         for k, matrix in orthogonalize_all(parts, layout, config, matrix_dtype()).items():

@@ -177,7 +177,7 @@ def step(
         _means[every](tables.tensors, sums, means, count, 1)
 
         mean_square = means[0]
-        gain = torch.where(tables.orthogonal, 1.0, vector_scale(network, mean_square))
+        gain = torch.where(tables.orthogonal, 1.0, vector_scale(network, mean_square, layout.is_table))
         scale = step_size * gain
         parts = [part[:size] for part, size in zip(directions.split(padded), layout.sizes, strict=True)]
         if matrices := orthogonalize_all(parts, layout, config, MATRIX_DTYPE):
