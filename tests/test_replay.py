@@ -27,6 +27,8 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "broadcasts": lambda a, b: a[0] * b + a[:, :1] + b[1, 2],
 }
 
+SIDE_BY_SIDE = torch.tensor([2.0, 3.0]).unbind()  # two tensors in one piece of memory
+
 
 @pytest.fixture
 def pair() -> tuple[Tensor, Tensor]:
@@ -65,6 +67,7 @@ def test_reads_tensors_that_live_on_anew(pair: tuple[Tensor, Tensor]) -> None:
         lambda a: [a.double()],
         lambda a: [a.cumsum(0)],
         lambda a: [torch.add(a, a, alpha=3)],
+        lambda a: [a * SIDE_BY_SIDE[0] + SIDE_BY_SIDE[1]],
     ],
 )
 def test_what_cannot_be_recorded_runs_as_it_is(function: Callable[[Tensor], list[Tensor]], pair: tuple[Tensor, Tensor]) -> None:

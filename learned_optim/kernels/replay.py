@@ -85,8 +85,9 @@ class Recorder(TorchDispatchMode):
         self.constants: list[tuple[int, Tensor]] = []
         self.outside: list[Tensor] = []  # what is loaded, each time anew
         self.size = 0  # of the arena
-        # Where the first number of each piece of memory is in the arena. Its tensors are kept, so that no other one gets it.
-        self.places: dict[int, int] = {}
+        # Of each piece of memory: where its first number would be in the arena, and which of its numbers are there. Tensors are kept, so
+        # that no other one gets their memory.
+        self.places: dict[int, tuple[int, range]] = {}
         self.alive: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -109,20 +110,29 @@ class Recorder(TorchDispatchMode):
     def room(self, tensor: Tensor) -> int:
         """Where a new tensor begins in the arena."""
         self.alive.append(tensor)
-        self.places[tensor.untyped_storage().data_ptr()] = self.size - int(tensor.storage_offset())
+        begin = int(tensor.storage_offset())
+        self.places[tensor.untyped_storage().data_ptr()] = self.size - begin, range(begin, begin + tensor.numel())
         self.size += tensor.numel()
         return self.size - tensor.numel()
+
+    def first(self, tensor: Tensor) -> int:
+        """Where a tensor's first number is in the arena; one from outside is loaded."""
+        memory, begin = tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())
+        if memory not in self.places:
+            self.load(tensor)
+        zero, known = self.places[memory]
+        last = begin + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        if begin not in known or last not in known:  # tensors from outside that lie side by side, or in one another
+            raise Unrecordable("memory of which something else was loaded")
+        return zero + begin
 
     def place(self, value: Any, shape: Sequence[int]) -> list[int]:
         """Where an argument's numbers are once it is broadcast to a shape: the first one, and strides."""
         if not isinstance(value, Tensor):
             value = torch.tensor(float(value), dtype=torch.float32)
             self.constants.append((self.room(value), value))
-        elif value.untyped_storage().data_ptr() not in self.places:
-            self.load(value)
-        first = self.places[value.untyped_storage().data_ptr()] + value.storage_offset()
         strides = [0, 0, *value.expand(tuple(shape)).stride()][-2:]
-        return [first, *strides]
+        return [self.first(value), *strides]
 
     def emit(self, operation: str, out: Tensor, args: Sequence[Any], shape: Sequence[int] | None = None) -> None:
         shape = out.shape if shape is None else shape  # that is gone through
@@ -138,8 +148,7 @@ class Recorder(TorchDispatchMode):
         if func._schema.is_mutable or not all(isinstance(one, Tensor) for one in outputs):
             raise Unrecordable(f"{func}, which changes something or returns numbers")
         if func.is_view:
-            if args[0].untyped_storage().data_ptr() not in self.places:
-                self.load(args[0])
+            self.first(args[0])
             return
         if any(one.untyped_storage().data_ptr() in self.places for one in outputs) or not out.is_contiguous():
             raise Unrecordable(f"{func}, whose result has gaps or is an argument")
