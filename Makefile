@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TIMM := .venv-timm
 
-.PHONY: help demo test test-integrations lint measure
+.PHONY: help demo test test-gpu test-integrations lint measure
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -13,7 +13,10 @@ demo: $(VENV)/demo.stamp ## compare the learned optimizer with tuned AdamW on sm
 	$(BIN)/learned-optim demo
 
 test: $(VENV)/test.stamp ## run the tests
-	$(BIN)/pytest --numprocesses=auto --dist=loadfile
+	$(BIN)/pytest --numprocesses=auto --dist=worksteal
+
+test-gpu: $(VENV)/test.stamp ## run the tests that need a CUDA device
+	$(BIN)/pytest -m gpu
 
 test-integrations: $(VENV)/test-integrations.stamp $(TIMM)/stamp ## run the tests against transformers, trl, lightning, timm and others
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile $(INTEGRATIONS)
@@ -27,8 +30,8 @@ lint: $(VENV)/test.stamp ## check style, formatting and types
 measure: $(VENV)/test.stamp ## measure again what depends on the weights, and fill in the tables (hours; resumes)
 	$(BIN)/python benchmarks/measure.py $(MEASURE)
 
-# constraints.txt pins torch too: left to itself, pip would take the newest one. The kernel is compiled when the package is installed.
-$(VENV)/%.stamp: pyproject.toml constraints.txt learned_optim/kernels/coordinate.c | $(BIN)/python
+# constraints.txt pins torch too: left to itself, pip would take the newest one. The kernels are compiled when the package is installed.
+$(VENV)/%.stamp: pyproject.toml constraints.txt $(wildcard learned_optim/kernels/*.c) | $(BIN)/python
 	@echo "Installing into $(VENV); the first time, PyTorch takes a few minutes."
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS_$*)]"
 	@touch $@
@@ -39,7 +42,7 @@ EXTRAS_test-integrations := demo,test-integrations
 INTEGRATIONS := $(addprefix tests/,test_trainer.py test_trl.py test_frameworks.py test_integration_examples.py)
 
 # timm needs torchvision, which loads only beside the build of torch that it was made with: an environment of their own, of some 5 GB.
-$(TIMM)/stamp: pyproject.toml constraints-timm.txt learned_optim/kernels/coordinate.c | $(TIMM)/bin/python
+$(TIMM)/stamp: pyproject.toml constraints-timm.txt $(wildcard learned_optim/kernels/*.c) | $(TIMM)/bin/python
 	@echo "Installing torch, torchvision and timm into $(TIMM), which takes some minutes."
 	$(TIMM)/bin/python -m pip install --quiet -c constraints-timm.txt -e ".[test-timm]"
 	@touch $@

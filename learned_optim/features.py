@@ -39,9 +39,9 @@ class Layout:
     """Where each tensor lies among the coordinates, and what its shape says about it.
 
     Torch keeps a layer's outputs in the first dimension: a weight of shape (fan_out, ...) is a matrix fan_out x fan_in, convolution kernels
-    flattened. A vector has a fan-in of 1. A *matrix* is what has both fans above 1 and is no table. Where a tensor is *stacked*, such as the weights of
-    experts (..., fan_out, fan_in), each of its last two dimensions' matrices is one of its own. A *table* has a row for each of many words,
-    most of which have no gradient in a step.
+    flattened. A vector has a fan-in of 1. Where a tensor is *stacked*, such as the weights of experts (..., fan_out, fan_in), each of its
+    last two dimensions' matrices is one of its own. A *table* has a row for each of many words, most of which have no gradient in a step.
+    A *matrix* is what has both fans above 1 and is no table.
 
     Args:
         stacked: which tensors are; none where it is empty.
@@ -122,8 +122,8 @@ class Layout:
 
     @functools.cached_property
     def is_table(self) -> Tensor:
-        """`tables` as a mask, (K,)."""
-        return self.per_tensor(self.tables) > 0
+        """`tables` as numbers, (K,)."""
+        return self.per_tensor(self.tables)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over each tensor: (..., N) -> (..., K)."""

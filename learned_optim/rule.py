@@ -359,7 +359,7 @@ def is_orthogonal(layout: Layout, config: NetworkConfig) -> list[bool]:
 
 def vector_scale(network: OptimizerNetwork, mean_square: Tensor, is_table: Tensor | bool) -> Tensor:
     """What gives a direction of this mean square the length of a vector's; that of a table keeps its own."""
-    return torch.where(torch.as_tensor(is_table), 1, (mean_square + EPSILON).rsqrt()) * network.log_vector_gain.exp()
+    return torch.where(torch.as_tensor(is_table) > 0, 1, (mean_square + EPSILON).rsqrt()) * network.log_vector_gain.exp()
 
 
 def orthogonalize_all(

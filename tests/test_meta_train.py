@@ -126,8 +126,8 @@ def test_augmentations_change_half_of_the_tasks() -> None:
 
 
 def test_meta_training_lowers_the_meta_loss() -> None:
-    lengths = {"meta_steps": 60, "truncation": 10, "horizon_min": 10, "horizon_max": 10}
-    config = tiny_config(**lengths, unrolls_per_step=2, learning_rate=0.1, reparametrize=0.0)
+    lengths = {"meta_steps": 30, "truncation": 10, "horizon_min": 10, "horizon_max": 10}
+    config = tiny_config(**lengths, unrolls_per_step=2, learning_rate=0.2, reparametrize=0.0)
     history = meta_train({"tiny": tiny_task}, config, network=slow_network()).meta_losses
     assert sum(history[-15:]) < sum(history[:15]) - 15 * 0.1
 
@@ -139,12 +139,12 @@ def slow_network() -> OptimizerNetwork:
     return network
 
 
-RATES = [("torch.optim.SGD", 0.1), ("torch.optim.AdamW", 0.1), ("learned_optim.LearnedOptimizer", 3.0)]
+RATES = [("torch.optim.SGD", 0.2), ("torch.optim.AdamW", 0.2), ("learned_optim.LearnedOptimizer", 6.0)]
 
 
 @pytest.mark.parametrize(("optimizer", "rate"), RATES)
 def test_any_optimizer_serves_as_meta_optimizer(optimizer: str, rate: float) -> None:
-    lengths = {"meta_steps": 60, "truncation": 8, "horizon_min": 8, "horizon_max": 8, "warm_restart": 0.0}
+    lengths = {"meta_steps": 36, "truncation": 8, "horizon_min": 8, "horizon_max": 8, "warm_restart": 0.0}
     changes = {"optimizer": optimizer, "optimizer_options": {}, "learning_rate": rate}
     families = {"tiny": lambda _: tiny_task(Generator().manual_seed(0))}
     history = meta_train(families, tiny_config(**lengths, **changes, reparametrize=0.0), network=slow_network()).meta_losses
@@ -153,8 +153,8 @@ def test_any_optimizer_serves_as_meta_optimizer(optimizer: str, rate: float) -> 
 
 def test_pes_alone_learns_the_step_size() -> None:
     network = slow_network()
-    lengths = {"meta_steps": 80, "truncation": 5, "horizon_min": 20, "horizon_max": 20, "pairs": 8, "sigma": 0.1}
-    config = tiny_config(**lengths, estimators={"log_step_size": "pes"}, learning_rate=0.1, reparametrize=0.0, log_loss=True)
+    lengths = {"meta_steps": 30, "truncation": 5, "horizon_min": 20, "horizon_max": 20, "pairs": 8, "sigma": 0.1}
+    config = tiny_config(**lengths, estimators={"log_step_size": "pes"}, learning_rate=0.2, reparametrize=0.0, log_loss=True)
     result = meta_train({"tiny": tiny_task}, config, network=network)
     assert result.network.log_step_size > network.log_step_size + math.log(3)
     others = set(dict(network.named_parameters())) - {"log_step_size"}

@@ -126,9 +126,10 @@ def test_wheel_contents(wheel):
     for pattern in ("*/*.json", "*/model.safetensors", "*/README.md"):
         data |= {("learned_optim.pretrained", path.relative_to(ROOT / "pretrained")) for path in (ROOT / "pretrained").glob(pattern)}
     expected = {f"{package.replace('.', '/')}/{path.as_posix()}" for package, path in code | data}
-    expected.add("learned_optim/kernels/coordinate.c")
-    if cpu.library() is not None:  # there is a C compiler
-        expected.add(f"learned_optim/kernels/coordinate{importlib.machinery.EXTENSION_SUFFIXES[-2]}")
+    for name in ("coordinate", "arithmetic"):
+        expected.add(f"learned_optim/kernels/{name}.c")
+        if cpu.library() is not None:  # there is a C compiler
+            expected.add(f"learned_optim/kernels/{name}{importlib.machinery.EXTENSION_SUFFIXES[-2]}")
     assert {f"learned_optim/pretrained/default/{name}" for name in ("config.json", "model.safetensors")} <= expected
 
     names = set(zipfile.ZipFile(wheel).namelist())

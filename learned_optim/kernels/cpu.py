@@ -15,9 +15,9 @@ import ctypes
 import functools
 import importlib.util
 import itertools
-import math
+import operator
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from typing import Any
@@ -27,11 +27,24 @@ from torch import Tensor
 
 from ..checks import Ledger
 from ..config import FORMATS
-from ..features import BUCKETS, Layout
+from ..features import BUCKETS, LAYOUTS, Layout
 from ..network import OptimizerNetwork
-from ..rule import ADAMW_UPDATE_RMS, CONTROL, Control, State, decide, follow, is_orthogonal, orthogonalize_all, sit_out, vector_scale
+from ..rule import (
+    ADAMW_UPDATE_RMS,
+    CONTROL,
+    Clock,
+    Control,
+    State,
+    decide,
+    follow,
+    is_orthogonal,
+    orthogonalize_all,
+    sit_out,
+    vector_scale,
+)
 from ..sharding import Run, ShardedLayout
-from . import scalars
+from . import replay, scalars
+from .replay import Replay
 
 BLOCK = 2**14  # coordinates that a thread takes at once
 INTERFACE, MAX_UNITS = 13, 8  # as in the C file
@@ -59,7 +72,7 @@ class Network(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """The compiled passes, or None where the package was installed without them, or with those of another version."""
     found = importlib.util.find_spec(f"{__package__}.coordinate")
-    if found is None or found.origin is None:
+    if found is None or found.origin is None or replay.library() is None:
         return None
     loaded, job = ctypes.CDLL(found.origin), ctypes.POINTER(Job)
     if not hasattr(loaded, "interface") or loaded.interface() != INTERFACE:  # a clone that was updated and not installed again
@@ -95,21 +108,27 @@ def pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers)
 
 
-@functools.lru_cache(maxsize=4)
-def blocks(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """(tensor, begin, end) of each block, (count, 3); the tensors' sizes and where they lie in whole ones, (K, 4); sizes of those, (K,)."""
-    table = [(k, begin, min(begin + BLOCK, size)) for k, size in enumerate(layout.sizes) for begin in range(0, size, BLOCK)]
-    runs = layout.runs or [] if isinstance(layout, ShardedLayout) else [Run(0, size, size) for size in layout.sizes]
-    places = [(size, *run) for size, run in zip(layout.sizes, runs, strict=True)]
-    return torch.tensor(table, dtype=torch.int64).view(-1, 3), torch.tensor(places), torch.tensor(layout.counts)
+class Blocks:
+    """What passes over tensors of a layout need to know of it."""
+
+    def __init__(self, layout: Layout) -> None:
+        table = [(k, begin, min(begin + BLOCK, size)) for k, size in enumerate(layout.sizes) for begin in range(0, size, BLOCK)]
+        self.table = torch.tensor(table, dtype=torch.int64).view(-1, 3)  # (tensor, begin, end) of each block, (count, 3)
+        runs = layout.runs or [] if isinstance(layout, ShardedLayout) else [Run(0, size, size) for size in layout.sizes]
+        self.places = list(zip(*runs, strict=True))  # where the tensors' coordinates lie in whole ones
+        self.counts = torch.tensor(layout.counts)  # sizes of the whole tensors, (K,)
+        self.roots = self.counts.float().sqrt()  # (K,)
+        starts = itertools.accumulate(layout.sizes, initial=0)
+        self.starts = [4 * start for start in starts][:-1]  # of the tensors among the directions, in bytes
+
+    @staticmethod
+    @functools.lru_cache(maxsize=LAYOUTS)
+    def of(layout: Layout) -> Blocks:
+        return Blocks(layout)
 
 
 def addresses(tensors: Iterable[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
-
-
-def column(places: list[int]) -> Tensor:
-    return torch.frombuffer(array("q", places), dtype=torch.int64)
 
 
 class Passes:
@@ -134,41 +153,54 @@ class Passes:
         formats: Sequence[str],
         ledger: Ledger | None,
     ) -> None:
-        self.layout = layout
-        self.blocks, places, self.counts = blocks(layout)
-        sizes = places[:, 0]
-        self.formats = [FORMATS.index(fmt) for fmt in formats]
+        self.layout, self.blocks, self.count = layout, Blocks.of(layout), len(states)
         kept = itemgetter(*(KEYS if "int8" in formats else KEYS[:-1]))
         found = addresses(itertools.chain.from_iterable(map(kept, states)))
         if ledger is not None:
             ledger.check_places(found, params, states)
-        stored = column(found).view(len(states), -1)
-        self.table = torch.zeros(len(states), COLUMNS, dtype=torch.int64)
-        self.table[:, :4] = places
-        self.table[:, 4] = column(addresses(params)) * torch.frombuffer(bytearray(fused), dtype=torch.uint8)
-        self.table[:, 5] = column(addresses(grads))
-        self.table[:, 6] = directions.data_ptr() + 4 * (sizes.cumsum(0) - sizes)
-        self.table[:, 7 : 7 + stored.shape[1]] = stored
+        first, width = directions.data_ptr(), len(found) // self.count
+        columns: list[Iterable[int]] = [layout.sizes, *self.blocks.places, map(operator.mul, addresses(params), fused), addresses(grads)]
+        columns += [[first + start for start in self.blocks.starts], *(found[column::width] for column in range(width))]
+        columns += [[0] * self.count] * (COLUMNS - len(columns))
+        self.table = array("q", itertools.chain.from_iterable(zip(*columns, strict=True)))
+        self.sums = torch.empty(len(self.blocks.table) + self.count, BUCKETS + 1, dtype=torch.float64)  # of blocks, then of tensors
+        tables = self.table.buffer_info()[0], self.blocks.table.data_ptr()
+        self.job = Job(*tables, len(self.blocks.table), 0, self.sums.data_ptr(), *(FORMATS.index(fmt) for fmt in formats))
         # A thread needs some 30 microseconds to wake up, in which another has done four blocks.
-        self.workers = min(torch.get_num_threads(), len(self.blocks) // 4) - 1
+        self.workers = min(torch.get_num_threads(), len(self.blocks.table) // 4) - 1
+        self.finite = True  # whether all that the last pass returned is
 
     def run(self, name: str, columns: int, *arguments: object) -> Tensor:
         """Runs a pass. Returns means of its sums over each tensor, (columns, K)."""
-        sums = torch.zeros(len(self.blocks), columns, dtype=torch.float64)
-        job = Job(self.table.data_ptr(), self.blocks.data_ptr(), len(self.blocks), 0, sums.data_ptr(), *self.formats)
-        function = getattr(library(), name)
-        others = [pool(self.workers).submit(function, ctypes.byref(job), *arguments) for _ in range(self.workers)]
-        function(ctypes.byref(job), *arguments)
+        self.job.next = 0
+        job, function = ctypes.byref(self.job), getattr(library(), name)
+        others = [pool(self.workers).submit(function, job, *arguments) for _ in range(self.workers)]
+        function(job, *arguments)
         for other in others:
             other.result()
-        totals = torch.zeros(len(self.table), columns, dtype=torch.float64).index_add_(0, self.blocks[:, 0], sums)
+        means, blocks = torch.empty(columns, self.count, dtype=torch.float32), self.job.count
+        totals = self.sums.view(-1)[(BUCKETS + 1) * blocks :]
+        of_blocks = self.job.sums, self.job.blocks, blocks, columns
+        numbers = self.blocks.counts.data_ptr(), self.count, totals.data_ptr(), means.data_ptr()
+        self.finite = getattr(replay.library(), "means")(*of_blocks, *numbers) != 0  # noqa: B009
         if isinstance(self.layout, ShardedLayout):
-            totals = self.layout.total(totals.T).T
-        return (totals / self.counts[:, None]).float().T
+            mine = totals[: columns * self.count].view(self.count, columns)
+            means = (self.layout.total(mine.T) / self.blocks.counts).float()
+            self.finite = bool(means.isfinite().all())
+        return means
 
     def control(self, name: str, rows: Tensor) -> None:
         """Runs "gather" or "scatter" on what tensors have once, (CONTROL, K)."""
-        getattr(library(), name)(self.table.data_ptr(), len(self.table), rows.data_ptr())
+        getattr(library(), name)(self.job.tensors, self.count, rows.data_ptr())
+
+
+def run_once(name: str, function: Callable[..., Sequence[Tensor]], *arguments: Tensor) -> Sequence[Tensor]:
+    return function(*arguments)
+
+
+def read_once(network: OptimizerNetwork) -> list[object]:
+    """What decides what tensors have once, besides that itself."""
+    return [network, network.config, *network._parameters.values(), *network.controller._parameters.values()]
 
 
 def step(
@@ -191,9 +223,8 @@ def step(
 
     rows = torch.empty(CONTROL, len(params), dtype=torch.float32)
     passes.control("gather", rows)
-    control = Control.of(rows)
     means = passes.run("moments", 4, config.second_moment)
-    if not math.isfinite(means.sum()):
+    if not passes.finite:
         finite = means.isfinite().all(0)
         if not finite.all():
             chosen = [k for k, fine in enumerate(finite.tolist()) if fine]
@@ -206,26 +237,43 @@ def step(
             else:
                 sit_out(layout)
             return
-    clock, step_size, steady, inertia, control = decide(network, layout, means, control, total_steps)
-    constants = scalars(clock, steady, inertia)
+
+    def of_tensors(rows: Tensor, means: Tensor, total_steps: Tensor) -> Sequence[Tensor]:
+        clock, step_size, steady, inertia, control = decide(network, layout, means, Control.of(rows), total_steps)
+        return step_size, scalars(clock, steady, inertia), *clock, *control
+
+    def lengths(
+        mean_square: Tensor, orthogonal: Tensor, is_table: Tensor, step_size: Tensor, rate: Tensor, decay: Tensor
+    ) -> Sequence[Tensor]:
+        gain = torch.where(orthogonal > 0, 1.0, vector_scale(network, mean_square, is_table))
+        scale = step_size * gain
+        shrink = rate * decay * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
+        return gain, torch.stack([shrink, -rate * scale], -1)
+
+    def finish(sums: Tensor, gain: Tensor, roots: Tensor, *numbers: Tensor) -> Sequence[Tensor]:
+        clock, control = Clock(*numbers[: len(Clock._fields)]), Control(*numbers[len(Clock._fields) :])
+        return [follow(control, clock, sums[:-1] * gain * roots, sums[-1] * gain.square()).rows()]
+
+    # What tensors have once is computed by way of a recording, where there is somewhere to keep it.
+    once = run_once if ledger is None else ledger.memory.setdefault("replay", Replay()).of(read_once(network))
+    step_size, constants, *numbers = once("decide", of_tensors, rows, means, total_steps)
     decays = config.momentum, config.second_moment
     weights = [weight.data_ptr() for weight in (lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out)]
     (mean_square,) = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), *decays, constants.data_ptr())
 
-    orthogonal, gain = is_orthogonal(layout, config), vector_scale(network, mean_square, layout.is_table)
+    orthogonal = is_orthogonal(layout, config)
     if any(orthogonal):
         parts = directions.split(layout.sizes)
-        for k, matrix in orthogonalize_all(parts, layout, config, matrix_dtype()).items():
-            parts[k].copy_(matrix)
-            gain[k], mean_square[k] = 1.0, 0.0
-        if decayed := [k for k, matrix in enumerate(orthogonal) if matrix and weight_decay[k]]:
+        matrices = orthogonalize_all(parts, layout, config, matrix_dtype())
+        torch._foreach_copy_([parts[k] for k in matrices], list(matrices.values()))
+        if decayed := [k for k in matrices if weight_decay[k]]:
             mean_square[decayed] = torch.cat(layout.mean_squares(parts, decayed))
-    scale, rate = step_size * gain, layout.per_tensor(lr)
-    shrink = rate * layout.per_tensor(weight_decay) * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
-    factors = torch.stack([shrink, -rate * scale], -1)
-    *sketch, mean_square = passes.run("apply", BUCKETS + 1, factors.data_ptr())
-    control = follow(control, clock, torch.stack(sketch) * gain * passes.counts.float().sqrt(), mean_square * gain.square())
-    passes.control("scatter", control.rows())
+    rates, decays_of = layout.per_tensor(lr), layout.per_tensor(weight_decay)
+    kinds = torch.tensor(orthogonal, dtype=torch.float32), layout.is_table
+    gain, factors = once("lengths", lengths, mean_square, *kinds, step_size, rates, decays_of)
+    sums = passes.run("apply", BUCKETS + 1, factors.data_ptr())
+    (rows,) = once("finish", finish, sums, gain, passes.blocks.roots, *numbers)
+    passes.control("scatter", rows)
     if not all(fused):
         for param, fuse, part, (share, factor) in zip(params, fused, directions.split(layout.sizes), factors.tolist(), strict=True):
             if not fuse:
