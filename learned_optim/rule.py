@@ -102,7 +102,8 @@ class Control(NamedTuple):
     @staticmethod
     def of(rows: Tensor) -> Control:
         """From (CONTROL, ..., K)."""
-        return Control(*rows[:-BUCKETS], rows[-BUCKETS:])
+        step, trend, swing, length, correction, climbed, table = rows[:-BUCKETS]
+        return Control(step, trend, swing, length, correction, climbed, table, rows[-BUCKETS:])
 
     def rows(self) -> Tensor:
         """The way back."""
