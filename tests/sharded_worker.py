@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
+import signal
 import sys
 import traceback
 import warnings
@@ -134,7 +136,7 @@ def local(tensor: Any) -> Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
-def assert_close(model: nn.Module, expected: nn.Module, tolerance: float = 3e-6) -> None:
+def assert_close(model: nn.Module, expected: nn.Module, tolerance: float = 1e-5) -> None:
     """Up to rounding, in units of a parameter's root mean square."""
     for (name, param), other in zip(model.named_parameters(), expected.parameters(), strict=True):
         scale = whole(other).square().mean().sqrt() + 1e-2
@@ -152,7 +154,7 @@ def mine() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def compare(kind: type[nn.Module], tolerance: float = 3e-6, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+def compare(kind: type[nn.Module], tolerance: float = 1e-5, dtype: torch.dtype = torch.float32, **options: Any) -> None:
     """FSDP2 and one process."""
     options = {"pretrained": exact(), **options}
     alone, model = make(kind, dtype), shard(make(kind, dtype))
@@ -245,7 +247,7 @@ def zero_redundancy(folder: Path) -> None:
             train(alone, LearnedOptimizer(alone.parameters(), exact()))
             ours = functools.partial(LearnedOptimizer, pretrained=exact(), kernel=kernel, parts_group=dist.group.WORLD)
             train(model, ZeroRedundancyOptimizer(model.parameters(), ours), mine())
-            assert_close(model, alone, 2e-4 if kind is Images else 3e-6)
+            assert_close(model, alone, 2e-4 if kind is Images else 1e-5)
     with pytest.raises(ValueError, match="parts_group"):
         ZeroRedundancyOptimizer(model.parameters(), LearnedOptimizer)
 
@@ -374,14 +376,14 @@ def save_checkpoint(folder: Path) -> None:
 def assert_end(model: nn.Module, folder: Path, tolerance: float = 1e-3) -> None:
     for name, value in torch.load(folder / "end.pt", weights_only=True).items():
         difference = (whole(model.get_parameter(name)) - value).abs().max() / (value.square().mean().sqrt() + 1e-2)
-        assert difference < tolerance, (name, difference)
+        assert difference <= tolerance, (name, difference)
 
 
 def load_checkpoint(folder: Path) -> None:
-    """In as many processes as this has."""
+    """In as many processes as this has; where those that saved it were as many, the end is the same to the last bit."""
     model, optimizer = resumed(folder)
     train(model, optimizer, mine(), range(3, 6))
-    assert_end(model, folder)
+    assert_end(model, folder, 1e-3 if "full.pt" in os.listdir(folder) else 0)
 
 
 def load_full(folder: Path) -> None:
@@ -414,9 +416,27 @@ def flattened(folder: Path) -> None:
         assert torch.equal(local(one), local(param))
 
 
+def survive(folder: Path) -> None:
+    """Saves after three steps and loses a process in the next; begun again, it goes on and ends as if nothing had happened."""
+    if (folder / "checkpoint" / ".metadata").exists():
+        load_checkpoint(folder)
+        return
+    model, optimizer = sharded_pair()
+    train(model, optimizer, mine(), range(3))
+    dcp.save(checkpoint_of(model, optimizer), checkpoint_id=folder / "checkpoint")
+    backward(model, 3, mine())
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    optimizer.step()
+
+
 @contextmanager
 def joined() -> Iterator[None]:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    # torchrun's store outlives a restart, and with it the addresses of the processes before.
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=30))
     try:
         yield
     finally:
