@@ -5,10 +5,14 @@ where they are. What a tensor has once is computed from sums over the whole of i
 tensors together; so `control` is the same everywhere. Random bits and sketches go by a coordinate's place in the whole tensor. A step is
 therefore that of one process, up to the order of sums, however the tensor is cut, and a checkpoint may be cut in another way.
 
-A matrix is orthogonalised as a whole, by one of the processes that share it. Each of `R` processes does so for about one `R`-th of the
-work. A process sends its own parts, 4 bytes a weight, and gets back as much: with `N` weights in matrices 8 N / R bytes out and as many in,
-for each dimension of the mesh that the matrices are cut along. At its peak it holds about 16 N / R bytes for a while: parts, buffer,
-matrices and the iteration's products, but never less than the largest matrix takes.
+A matrix is orthogonalised as a whole, by one of the processes that share it, so that each of `R` processes does about one `R`-th of the
+work. With `N` weights in such matrices, a process sends the 4 N / R bytes of its own parts and gets as many of others, and the same again on
+the way back; each as often as there are dimensions of the mesh that the matrices are cut along. State is 18 bytes for each weight that a
+process holds. For the step it needs some 24 N / R bytes beside that (directions, what goes out and comes in, matrices before and after) and
+what Newton-Schulz multiplies, at most three times the matrices of one shape. Matrices are not cut: where one is larger than all others, the
+process that has it holds all of it, and the others wait.
+
+Replicas (of a mesh with Replicate placements) do the same work side by side. Stacked matrices travel too, even if no cut goes through one.
 
 `Parts` is for optimizers each of which has some whole tensors of a model, as in ZeRO and in pipelines. There only means over all tensors
 and the number of matrices are agreed on.
