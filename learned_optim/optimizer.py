@@ -395,8 +395,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
 def init_state(param: Tensor, config: NetworkConfig) -> State:
     """The state of a parameter that has seen no gradient.
 
-    What belongs to coordinates is placed like the parameter, and of a DTensor sharded like it, in the formats of the configuration: `moments`, momentum and second moment, (2, *shape), and `lstm`, hidden units, then cells and the drift,
-    (2 H + 1, *shape), to which "int8" adds `lstm_scale`, (2 H + 1, blocks). `control`, see `rule.Control`, is (CONTROL,) and fp32; its
+    What belongs to coordinates is placed like the parameter, and of a DTensor sharded like it, in the formats of the configuration:
+    `moments`, momentum and second moment, (2, *shape), and `lstm`, hidden units, then cells and the drift, (2 H + 1, *shape), to which
+    "int8" adds `lstm_scale`, (2 H + 1, blocks). `control`, see `rule.Control`, is (CONTROL,) and fp32, and whole in each process; its
     first number is the parameter's steps.
     """
     state = {"control": torch.zeros(CONTROL, dtype=torch.float32, device=param.device)}

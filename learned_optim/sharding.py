@@ -6,8 +6,8 @@ tensors together; so `control` is the same everywhere. Random bits and sketches 
 therefore that of one process, up to the order of sums, however the tensor is cut, and a checkpoint may be cut in another way.
 
 A matrix is orthogonalised as a whole, by one of the processes that share it, so that each of `R` processes does about one `R`-th of the
-work. With `N` weights in such matrices, a process sends the 4 N / R bytes of its own parts and gets as many of others, and the same again on
-the way back; each as often as there are dimensions of the mesh that the matrices are cut along. State is 18 bytes for each weight that a
+work. With `N` weights in such matrices, a process sends the 4 N / R bytes of its own parts and gets as many of others, and the same again
+on the way back; each as often as there are dimensions of the mesh that the matrices are cut along. State is 18 bytes for each weight that a
 process holds. For the step it needs some 24 N / R bytes beside that (directions, what goes out and comes in, matrices before and after) and
 what Newton-Schulz multiplies, at most three times the matrices of one shape. Matrices are not cut: where one is larger than all others, the
 process that has it holds all of it, and the others wait.
