@@ -78,13 +78,9 @@ class Shards(NamedTuple):
 
     def region(self, coordinate: Sequence[int] | None = None) -> Region:
         """The box of the process at a coordinate of the mesh; None is this process."""
-        from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
-
         place = self.mesh.get_coordinate() if coordinate is None else coordinate
         assert place is not None  # a process outside a mesh holds no parameter of it
-        shape, offset = _compute_local_shape_and_global_offset(self.shape, self.mesh.shape, list(place), self.placements)
-        # Where nothing is left, torch puts the offset at the end of the tensor, or beyond.
-        return Region(tuple(map(min, offset, self.shape)), tuple(shape))
+        return region_of(tuple(self.shape), tuple(self.mesh.shape), self.placements, tuple(place))
 
     def run(self) -> Run | None:
         """This process's box in stretches; None where those are not evenly spaced."""
@@ -104,6 +100,15 @@ class Shards(NamedTuple):
         for begin, count, size in zip(*self.region(), self.shape, strict=True):
             places = places[..., None] * size + torch.arange(begin, begin + count, device=device)
         return places.flatten()
+
+
+@functools.lru_cache(maxsize=2**16)  # many matrices of a model are cut alike
+def region_of(shape: tuple[int, ...], mesh: tuple[int, ...], placements: tuple[Placement, ...], coordinate: tuple[int, ...]) -> Region:
+    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+
+    part, offset = _compute_local_shape_and_global_offset(shape, mesh, list(coordinate), placements)
+    # Where nothing is left, torch puts the offset at the end of the tensor, or beyond.
+    return Region(tuple(map(min, offset, shape)), tuple(part))
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -177,16 +182,17 @@ def trouble(param: Any) -> str | None:
         return "is a sum that no process has (a Partial placement)"
     if len(shards.dims) != sum(placement.is_shard() or hasattr(placement, "split_factor") for placement in shards.placements):
         return f"has the placements {shards.placements}, of which only Shard and Replicate are known"
-    boxes = [shards.region(place) for place in itertools.product(*map(range, shards.mesh.shape))]
-    distinct = set(boxes)
     if tuple(param._local_tensor.shape) != shards.region().shape:
         shape = tuple(param._local_tensor.shape)
         return f"holds a part of shape {shape}, where its placements {shards.placements} say {shards.region().shape}"
-    strided = any(hasattr(placement, "split_factor") for placement in shards.placements)
+    if not any(hasattr(placement, "split_factor") for placement in shards.placements):
+        return None
+    boxes = [shards.region(place) for place in itertools.product(*map(range, shards.mesh.shape))]
+    distinct = set(boxes)
     even = len({box.shape for box in boxes}) == 1 and all(
         begin % size == 0 for box in distinct for begin, size in zip(box.offset, box.shape, strict=True) if size
     )
-    if strided and not (even and sum(box.size for box in distinct) == param.numel()):
+    if not (even and sum(box.size for box in distinct) == param.numel()):
         return f"is cut twice along one dimension, unevenly ({shards.placements} of {tuple(shards.shape)})"
     return None
 

@@ -192,6 +192,40 @@ def fully_sharded_adapters(folder: Path) -> None:
     compare(Adapters, total_steps=2 * STEPS)
 
 
+class Experts(nn.Module):
+    """Matrices that are stacked in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.experts = nn.Embedding(37, 12), nn.Parameter(torch.randn(5, 37, 12) / 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.einsum("eoi,ni->no", self.experts.tanh(), self.table(inputs))
+
+
+def stacked_experts(folder: Path) -> None:
+    alone, model = make(Experts), shard(make(Experts))
+    for one, part in ((alone, (0, 1)), (model, mine())):
+        groups = [{"params": [one.experts], "stacked": True}, {"params": [one.table.weight]}]
+        train(one, LearnedOptimizer(groups, exact(), matrices=2), part)
+    assert_close(model, alone, 1e-4)
+
+
+def state_of_one_process(folder: Path) -> None:
+    """A file that one process wrote, without the tools for checkpoints."""
+    alone, model = make(Text), make(Text)
+    theirs = LearnedOptimizer(alone.parameters(), exact())
+    train(alone, theirs, steps=range(3))
+    model.load_state_dict(alone.state_dict())
+    optimizer = LearnedOptimizer(shard(model).parameters(), exact())
+    optimizer.load_state_dict(theirs.state_dict())
+    train(alone, theirs, steps=range(3, 6))
+    train(model, optimizer, mine(), range(3, 6))
+    assert_close(model, alone)
+    with pytest.raises(ValueError, match="is a DTensor, and the parameter a plain tensor"):
+        theirs.load_state_dict(optimizer.state_dict())
+
+
 def default_weights(folder: Path) -> None:
     compare(Text, 3e-3, pretrained="default")
 

@@ -31,7 +31,16 @@ TWO = [
     "save_checkpoint",
     "load_checkpoint",
 ]
-MORE = ["default_weights", "mixed_precision", "offloaded", "save_checkpoint", "load_full", "flattened"]
+MORE = [
+    "stacked_experts",
+    "state_of_one_process",
+    "default_weights",
+    "mixed_precision",
+    "offloaded",
+    "save_checkpoint",
+    "load_full",
+    "flattened",
+]
 FOUR = ["fully_sharded", "fully_sharded_images", "fully_sharded_adapters", "two_dimensions", "hybrid", "tensor_parallel", "zero_redundancy"]
 
 
