@@ -97,7 +97,7 @@ def make(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module
 
 
 def exact() -> OptimizerNetwork:
-    """The default weights with state in fp32: otherwise one rounding in ten thousand falls the other way where sums have another order."""
+    """The default weights with state in fp32: otherwise a few roundings fall the other way where sums have another order."""
     network = load_network("default")
     found = OptimizerNetwork(dataclasses.replace(network.config, lstm_format="float32"))
     found.load_state_dict(network.state_dict())
