@@ -170,7 +170,7 @@ def check_flattened(group: dict[str, Any], given: list[int], name: str) -> None:
         RuntimeError: with the reason.
     """
     params = group["params"]
-    if len(params) == 1 and params[0].ndim == 1 and (len(given) > 1 or given[0] > 1):
+    if len(params) == 1 and params[0].ndim == 1 and (len(given) > 1 or max(given, default=1) > 1):
         raise RuntimeError(
             f"{name} is one vector in place of the {len(given)} parameters that its group was given, as DeepSpeed's ZeRO makes them. "
             "LearnedOptimizer needs to know which numbers are a matrix. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2)."

@@ -44,7 +44,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     The rule is described in `learned_optim.rule`. The state of a parameter is made at its first gradient: for each of its coordinates two
     moments, the hidden units and cells of the LSTM, and the drift, in the formats of the weights' configuration, whatever the parameter's
-    dtype.
+    dtype. Parameters may be DTensors (FSDP2, tensor parallelism), see `learned_optim.sharding`; state is sharded with them.
 
     Args:
         params: parameters, named parameters or groups of them, as for every torch optimizer.
@@ -80,9 +80,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Any other key that is no scheduler's is refused.
 
     Raises:
-        ValueError: a hyperparameter is out of range, or the weights cannot be used as asked; the message names the file and the reason.
+        ValueError: a hyperparameter is out of range, or the weights cannot be used as asked; the message names the file and the reason. Or
+            parameters belong to FSDP1 or DeepSpeed's ZeRO, or are a part of ZeroRedundancyOptimizer's without `parts_group`.
         TypeError: a learning rate was given in place of the weights.
-        RuntimeError: a kernel was asked for by name and cannot run.
+        RuntimeError: a kernel was asked for by name and cannot run; or parameters are sharded, and the weights keep state in int8.
     """
 
     def __init__(
@@ -182,7 +183,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss; optional, and called once.
 
         Raises:
-            RuntimeError: a parameter, its gradient or its state is none that can be trained with: sparse, sharded, of another shape; or,
+            RuntimeError: a parameter, its gradient or its state is none that can be trained with: sparse, flattened, of another shape; or,
                 with `error_if_nonfinite`, a gradient is not finite. Nothing has moved then.
         """
         loss = None
@@ -430,9 +431,9 @@ def is_long(param: Tensor) -> bool:
 def init_state(param: Tensor, config: NetworkConfig) -> State:
     """The state of a parameter that has seen no gradient.
 
-    What belongs to coordinates is made by `zeros_like`, so that it is placed and sharded like the parameter, in the formats of the
-    configuration: `moments`, momentum and second moment, (2, *shape), and `lstm`, hidden units, then cells and the drift,
-    (2 H + 1, *shape), to which "int8" adds `lstm_scale`, (2 H + 1, blocks). `control`, see `rule.Control`, is (CONTROL,) and fp32; its
+    What belongs to coordinates is placed like the parameter, and of a DTensor sharded like it, in the formats of the configuration:
+    `moments`, momentum and second moment, (2, *shape), and `lstm`, hidden units, then cells and the drift, (2 H + 1, *shape), to which
+    "int8" adds `lstm_scale`, (2 H + 1, blocks). `control`, see `rule.Control`, is (CONTROL,) and fp32, and whole in each process; its
     first number is the parameter's steps.
     """
     state = {"control": torch.zeros(CONTROL, dtype=torch.float32, device=param.device)}

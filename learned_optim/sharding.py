@@ -5,10 +5,14 @@ where they are. What a tensor has once is computed from sums over the whole of i
 tensors together; so `control` is the same everywhere. Random bits and sketches go by a coordinate's place in the whole tensor. A step is
 therefore that of one process, up to the order of sums, however the tensor is cut, and a checkpoint may be cut in another way.
 
-A matrix is orthogonalised as a whole, by one of the processes that share it. Each of `R` processes does so for about one `R`-th of the
-work. A process sends its own parts, 4 bytes a weight, and gets back as much: with `N` weights in matrices 8 N / R bytes out and as many in,
-for each dimension of the mesh that the matrices are cut along. At its peak it holds about 16 N / R bytes for a while: parts, buffer,
-matrices and the iteration's products, but never less than the largest matrix takes.
+A matrix is orthogonalised as a whole, by one of the processes that share it, so that each of `R` processes does about one `R`-th of the
+work. With `N` weights in such matrices, a process sends the 4 N / R bytes of its own parts and gets as many of others, and the same again
+on the way back; each as often as there are dimensions of the mesh that the matrices are cut along. State is 18 bytes for each weight that a
+process holds. For the step it needs some 24 N / R bytes beside that (directions, what goes out and comes in, matrices before and after) and
+what Newton-Schulz multiplies, at most three times the matrices of one shape. Matrices are not cut: where one is larger than all others, the
+process that has it holds all of it, and the others wait.
+
+Replicas (of a mesh with Replicate placements) do the same work side by side. Stacked matrices travel too, even if no cut goes through one.
 
 `Parts` is for optimizers each of which has some whole tensors of a model, as in ZeRO and in pipelines. There only means over all tensors
 and the number of matrices are agreed on.
@@ -74,13 +78,9 @@ class Shards(NamedTuple):
 
     def region(self, coordinate: Sequence[int] | None = None) -> Region:
         """The box of the process at a coordinate of the mesh; None is this process."""
-        from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
-
         place = self.mesh.get_coordinate() if coordinate is None else coordinate
         assert place is not None  # a process outside a mesh holds no parameter of it
-        shape, offset = _compute_local_shape_and_global_offset(self.shape, self.mesh.shape, list(place), self.placements)
-        # Where nothing is left, torch puts the offset at the end of the tensor, or beyond.
-        return Region(tuple(map(min, offset, self.shape)), tuple(shape))
+        return region_of(tuple(self.shape), tuple(self.mesh.shape), self.placements, tuple(place))
 
     def run(self) -> Run | None:
         """This process's box in stretches; None where those are not evenly spaced."""
@@ -100,6 +100,15 @@ class Shards(NamedTuple):
         for begin, count, size in zip(*self.region(), self.shape, strict=True):
             places = places[..., None] * size + torch.arange(begin, begin + count, device=device)
         return places.flatten()
+
+
+@functools.lru_cache(maxsize=2**16)  # many matrices of a model are cut alike
+def region_of(shape: tuple[int, ...], mesh: tuple[int, ...], placements: tuple[Placement, ...], coordinate: tuple[int, ...]) -> Region:
+    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+
+    part, offset = _compute_local_shape_and_global_offset(shape, mesh, list(coordinate), placements)
+    # Where nothing is left, torch puts the offset at the end of the tensor, or beyond.
+    return Region(tuple(map(min, offset, shape)), tuple(part))
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -188,16 +197,17 @@ def trouble(param: Any) -> str | None:
         return "is a sum that no process has (a Partial placement)"
     if len(shards.dims) != sum(placement.is_shard() or hasattr(placement, "split_factor") for placement in shards.placements):
         return f"has the placements {shards.placements}, of which only Shard and Replicate are known"
-    boxes = [shards.region(place) for place in itertools.product(*map(range, shards.mesh.shape))]
-    distinct = set(boxes)
     if tuple(param._local_tensor.shape) != shards.region().shape:
         shape = tuple(param._local_tensor.shape)
         return f"holds a part of shape {shape}, where its placements {shards.placements} say {shards.region().shape}"
-    strided = any(hasattr(placement, "split_factor") for placement in shards.placements)
+    if not any(hasattr(placement, "split_factor") for placement in shards.placements):
+        return None
+    boxes = [shards.region(place) for place in itertools.product(*map(range, shards.mesh.shape))]
+    distinct = set(boxes)
     even = len({box.shape for box in boxes}) == 1 and all(
         begin % size == 0 for box in distinct for begin, size in zip(box.offset, box.shape, strict=True) if size
     )
-    if strided and not (even and sum(box.size for box in distinct) == param.numel()):
+    if not (even and sum(box.size for box in distinct) == param.numel()):
         return f"is cut twice along one dimension, unevenly ({shards.placements} of {tuple(shards.shape)})"
     return None
 
@@ -316,12 +326,12 @@ class Parts:
         ranks = dist.get_world_size(self.group)
         counts = torch.tensor([rows.shape[-1], matrices], device=rows.device)
         found = counts.new_empty(ranks, 2)
-        dist.all_gather_into_tensor(found.view(-1), counts, group=self.group)
+        dist.all_gather_single(found.view(-1), counts, group=self.group)
         columns, total = found[:, 0].tolist(), int(found[:, 1].sum())
         most = max(columns)
         padded = torch.nn.functional.pad(rows, (0, most - rows.shape[-1])).contiguous()
         everyone = padded.new_empty(ranks, *padded.shape)
-        dist.all_gather_into_tensor(everyone.view(-1), padded.view(-1), group=self.group)
+        dist.all_gather_single(everyone.view(-1), padded.view(-1), group=self.group)
         begin = sum(columns[: dist.get_rank(self.group)])
         joined = torch.cat([part[:, :count] for part, count in zip(everyone, columns, strict=True)], -1)
         return joined, slice(begin, begin + rows.shape[-1]), total

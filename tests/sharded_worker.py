@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
+import signal
 import sys
 import traceback
 import warnings
@@ -95,7 +97,7 @@ def make(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module
 
 
 def exact() -> OptimizerNetwork:
-    """The default weights with state in fp32: otherwise one rounding in ten thousand falls the other way where sums have another order."""
+    """The default weights with state in fp32: otherwise a few roundings fall the other way where sums have another order."""
     network = load_network("default")
     found = OptimizerNetwork(dataclasses.replace(network.config, lstm_format="float32"))
     found.load_state_dict(network.state_dict())
@@ -134,7 +136,7 @@ def local(tensor: Any) -> Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
-def assert_close(model: nn.Module, expected: nn.Module, tolerance: float = 3e-6) -> None:
+def assert_close(model: nn.Module, expected: nn.Module, tolerance: float = 1e-5) -> None:
     """Up to rounding, in units of a parameter's root mean square."""
     for (name, param), other in zip(model.named_parameters(), expected.parameters(), strict=True):
         scale = whole(other).square().mean().sqrt() + 1e-2
@@ -152,7 +154,7 @@ def mine() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def compare(kind: type[nn.Module], tolerance: float = 3e-6, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+def compare(kind: type[nn.Module], tolerance: float = 1e-5, dtype: torch.dtype = torch.float32, **options: Any) -> None:
     """FSDP2 and one process."""
     options = {"pretrained": exact(), **options}
     alone, model = make(kind, dtype), shard(make(kind, dtype))
@@ -188,6 +190,40 @@ def fully_sharded_images(folder: Path) -> None:
 
 def fully_sharded_adapters(folder: Path) -> None:
     compare(Adapters, total_steps=2 * STEPS)
+
+
+class Experts(nn.Module):
+    """Matrices that are stacked in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.experts = nn.Embedding(37, 12), nn.Parameter(torch.randn(5, 37, 12) / 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.einsum("eoi,ni->no", self.experts.tanh(), self.table(inputs))
+
+
+def stacked_experts(folder: Path) -> None:
+    alone, model = make(Experts), shard(make(Experts))
+    for one, part in ((alone, (0, 1)), (model, mine())):
+        groups = [{"params": [one.experts], "stacked": True}, {"params": [one.table.weight]}]
+        train(one, LearnedOptimizer(groups, exact(), matrices=2), part)
+    assert_close(model, alone, 1e-4)
+
+
+def state_of_one_process(folder: Path) -> None:
+    """A file that one process wrote, without the tools for checkpoints."""
+    alone, model = make(Text), make(Text)
+    theirs = LearnedOptimizer(alone.parameters(), exact())
+    train(alone, theirs, steps=range(3))
+    model.load_state_dict(alone.state_dict())
+    optimizer = LearnedOptimizer(shard(model).parameters(), exact())
+    optimizer.load_state_dict(theirs.state_dict())
+    train(alone, theirs, steps=range(3, 6))
+    train(model, optimizer, mine(), range(3, 6))
+    assert_close(model, alone)
+    with pytest.raises(ValueError, match="is a DTensor, and the parameter a plain tensor"):
+        theirs.load_state_dict(optimizer.state_dict())
 
 
 def default_weights(folder: Path) -> None:
@@ -245,7 +281,7 @@ def zero_redundancy(folder: Path) -> None:
             train(alone, LearnedOptimizer(alone.parameters(), exact()))
             ours = functools.partial(LearnedOptimizer, pretrained=exact(), kernel=kernel, parts_group=dist.group.WORLD)
             train(model, ZeroRedundancyOptimizer(model.parameters(), ours), mine())
-            assert_close(model, alone, 2e-4 if kind is Images else 3e-6)
+            assert_close(model, alone, 2e-4 if kind is Images else 1e-5)
     with pytest.raises(ValueError, match="parts_group"):
         ZeroRedundancyOptimizer(model.parameters(), LearnedOptimizer)
 
@@ -374,14 +410,14 @@ def save_checkpoint(folder: Path) -> None:
 def assert_end(model: nn.Module, folder: Path, tolerance: float = 1e-3) -> None:
     for name, value in torch.load(folder / "end.pt", weights_only=True).items():
         difference = (whole(model.get_parameter(name)) - value).abs().max() / (value.square().mean().sqrt() + 1e-2)
-        assert difference < tolerance, (name, difference)
+        assert difference <= tolerance, (name, difference)
 
 
 def load_checkpoint(folder: Path) -> None:
-    """In as many processes as this has."""
+    """In as many processes as this has; where those that saved it were as many, the end is the same to the last bit."""
     model, optimizer = resumed(folder)
     train(model, optimizer, mine(), range(3, 6))
-    assert_end(model, folder)
+    assert_end(model, folder, 1e-3 if "full.pt" in os.listdir(folder) else 0)
 
 
 def load_full(folder: Path) -> None:
@@ -414,9 +450,27 @@ def flattened(folder: Path) -> None:
         assert torch.equal(local(one), local(param))
 
 
+def survive(folder: Path) -> None:
+    """Saves after three steps and loses a process in the next; begun again, it goes on and ends as if nothing had happened."""
+    if (folder / "checkpoint" / ".metadata").exists():
+        load_checkpoint(folder)
+        return
+    model, optimizer = sharded_pair()
+    train(model, optimizer, mine(), range(3))
+    dcp.save(checkpoint_of(model, optimizer), checkpoint_id=folder / "checkpoint")
+    backward(model, 3, mine())
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    optimizer.step()
+
+
 @contextmanager
 def joined() -> Iterator[None]:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    # torchrun's store outlives a restart, and with it the addresses of the processes before.
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=30))
     try:
         yield
     finally:

@@ -228,14 +228,3 @@ def test_state_is_placed_like_the_parameter(placement: Any, expected: Any) -> No
         assert value.placements == (expected,), key
         assert value.shape == shape
         assert value.dtype == dtype
-
-
-@pytest.mark.usefixtures("process_group")
-def test_sharded_parameters_are_refused() -> None:
-    mesh = init_device_mesh("cpu", (1,))
-    param = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)]))
-    param.grad = torch.ones_like(param)
-    optimizer = LearnedOptimizer([param])
-    with pytest.raises(RuntimeError, match=r"sharded parameters.*\(4, 6\)"):
-        optimizer.step()
-    assert not optimizer.state[param]

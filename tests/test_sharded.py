@@ -21,10 +21,7 @@ TWO = [
     "fully_sharded_reference",
     "fully_sharded_images",
     "fully_sharded_adapters",
-    "default_weights",
     "bfloat16_parameters",
-    "mixed_precision",
-    "offloaded",
     "state_is_sharded",
     "distributed_data_parallel",
     "zero_redundancy",
@@ -33,14 +30,22 @@ TWO = [
     "not_finite",
     "save_checkpoint",
     "load_checkpoint",
+]
+MORE = [
+    "stacked_experts",
+    "state_of_one_process",
+    "default_weights",
+    "mixed_precision",
+    "offloaded",
+    "save_checkpoint",
     "load_full",
     "flattened",
 ]
 FOUR = ["fully_sharded", "fully_sharded_images", "fully_sharded_adapters", "two_dimensions", "hybrid", "tensor_parallel", "zero_redundancy"]
 
 
-def run(processes: int, folder: Path, *names: str) -> str:
-    done = torchrun(processes, folder, str(Path(worker.__file__)), str(folder), *names)
+def run(processes: int, folder: Path, *names: str, restarts: int = 0) -> str:
+    done = torchrun(processes, folder, str(Path(worker.__file__)), str(folder), *names, restarts=restarts)
     return done.stderr
 
 
@@ -81,6 +86,13 @@ def test_one_process_goes_on_with_the_checkpoint_of_two(two: tuple[Path, str]) -
 
 
 @pytest.mark.slow
+def test_two_processes_do_more(tmp_path: Path) -> None:
+    log = run(2, tmp_path, *MORE)
+    for name in MORE:
+        assert_passed(tmp_path, 2, name, log)
+
+
+@pytest.mark.slow
 def test_four_processes_train_as_one(tmp_path: Path) -> None:
     log = run(4, tmp_path, *FOUR)
     for name in FOUR:
@@ -94,6 +106,14 @@ def test_two_processes_go_on_with_the_checkpoint_of_four(tmp_path: Path) -> None
     log = run(2, tmp_path, "load_checkpoint", "load_full")
     for name in ("load_checkpoint", "load_full"):
         assert_passed(tmp_path, 2, name, log)
+
+
+@pytest.mark.slow
+def test_a_run_outlives_a_killed_process(two: tuple[Path, str], tmp_path: Path) -> None:
+    assert_passed(two[0], 2, "save_checkpoint", two[1])
+    (tmp_path / "end.pt").write_bytes((two[0] / "end.pt").read_bytes())
+    log = run(2, tmp_path, "survive", restarts=1)
+    assert_passed(tmp_path, 2, "survive", log)
 
 
 @pytest.fixture

@@ -479,20 +479,20 @@ EACH_CPU void apply(Job *job, const float *factors) {
             } else {
                 const int64_t offset = tensor->first / BUCKETS;
 #pragma omp simd
-            for (uint32_t row = 0; row < ROWS; row++)
-                signs[row] = scatter_bits((uint32_t)(offset + begin / BUCKETS + row) * 0x9e3779b1u) & 1 ? 1.0f : -1.0f;
-            int64_t row = 0, first = begin;
-            for (; first + BUCKETS <= end; row++, first += BUCKETS) {
+                for (uint32_t row = 0; row < ROWS; row++)
+                    signs[row] = scatter_bits((uint32_t)(offset + begin / BUCKETS + row) * 0x9e3779b1u) & 1 ? 1.0f : -1.0f;
+                int64_t row = 0, first = begin;
+                for (; first + BUCKETS <= end; row++, first += BUCKETS) {
 #pragma omp simd
-                for (int64_t j = 0; j < BUCKETS; j++) {
+                    for (int64_t j = 0; j < BUCKETS; j++) {
+                        buckets[j] += signs[row] * direction[first + j];
+                        squares[j] += direction[first + j] * direction[first + j];
+                    }
+                }
+                for (int64_t j = 0; first + j < end; j++) {
                     buckets[j] += signs[row] * direction[first + j];
                     squares[j] += direction[first + j] * direction[first + j];
                 }
-            }
-            for (int64_t j = 0; first + j < end; j++) {
-                buckets[j] += signs[row] * direction[first + j];
-                squares[j] += direction[first + j] * direction[first + j];
-            }
             }
             if (!param) continue;
 #pragma omp simd
