@@ -91,6 +91,17 @@ class Adapters(nn.Module):
         return self.second(self.first(self.base(inputs)))
 
 
+class Words(nn.Module):
+    """An embedding of which a step sees few rows, all of them in the first process's part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(1200, 24), nn.Linear(24, 37)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.words(inputs))
+
+
 def make(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
     return kind().to(dtype)
@@ -186,6 +197,10 @@ def fully_sharded_reference(folder: Path) -> None:
 
 def fully_sharded_images(folder: Path) -> None:
     compare(Images, 2e-4)  # inputs that are seldom seen have small gradients; DistributedDataParallel differs by as much
+
+
+def fully_sharded_words(folder: Path) -> None:
+    compare(Words)
 
 
 def fully_sharded_adapters(folder: Path) -> None:

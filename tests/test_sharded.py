@@ -21,6 +21,7 @@ TWO = [
     "fully_sharded_reference",
     "fully_sharded_images",
     "fully_sharded_adapters",
+    "fully_sharded_words",
     "bfloat16_parameters",
     "state_is_sharded",
     "distributed_data_parallel",
