@@ -47,7 +47,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +76,7 @@ LEAST_SHRINKAGE = 0.03
 TURNING = 0.5  # the agreement below which gradients turn back
 MANY = 3  # matrices, from which on their steps are as long as in any deeper model
 LONG = 3  # the ratio of sides from which on large matrices are orthogonalised by their Gram matrix
+TOGETHER = 2**25  # weights at most of matrices that are orthogonalised at once, unless one has more
 SMALL = 128  # the shorter side of matrices that are orthogonalised in the precision that they have: fewer bits would not be faster
 
 # AdamW's updates have a root mean square of 0.2 to 0.4 times its learning rate (Liu et al. 2025, "Muon is scalable for LLM training",
@@ -346,7 +347,7 @@ def normalize(
     directions: Sequence[Tensor], layout: Layout, network: OptimizerNetwork, matrix_dtype: torch.dtype | None = None
 ) -> list[Tensor]:
     """Each tensor's direction (..., n) with the length that its shape calls for (step 4 of the method)."""
-    matrices = orthogonalize_all(directions, layout, network.config, matrix_dtype)
+    matrices = dict(orthogonalize_all(directions, layout, network.config, matrix_dtype))
     others = [k for k in range(len(directions)) if k not in matrices]
     squares = layout.mean_squares(directions, others)
     vectors = {k: directions[k] * vector_scale(network, square, layout.tables[k]) for k, square in zip(others, squares, strict=True)}
@@ -365,29 +366,32 @@ def vector_scale(network: OptimizerNetwork, mean_square: Tensor, is_table: Tenso
 
 def orthogonalize_all(
     directions: Sequence[Tensor], layout: Layout, config: NetworkConfig, dtype: torch.dtype | None = None
-) -> dict[int, Tensor]:
+) -> Iterator[tuple[int, Tensor]]:
     """The directions (..., n) of matrices, by index, orthogonalised and with the spectral norms of step 4; `dtype` as in
-    `orthogonalize`."""
+    `orthogonalize`. They come one after the other, so that who puts each away at once needs room for `TOGETHER` weights only."""
     if isinstance(layout, ShardedLayout):
-        if not any(is_orthogonal(layout, config)):
-            return {}
-        return layout.on_whole_matrices(directions, lambda parts, whole: orthogonalize_all(parts, whole, config, dtype))
-    found: dict[int, Tensor] = {}
+        if any(is_orthogonal(layout, config)):
+            whole = layout.on_whole_matrices(directions, lambda parts, layout: dict(orthogonalize_all(parts, layout, config, dtype)))
+            yield from whole.items()
+        return
     groups: dict[tuple[tuple[int, ...], int | None], list[int]] = {}  # matrices of one shape are orthogonalised together
     for k, orthogonal in enumerate(is_orthogonal(layout, config)):
         if orthogonal:
             groups.setdefault(((*layout.stacks[k], *layout.fans[k]), layout.matrices[k]), []).append(k)
     here = sum(math.prod(layout.stacks[k]) for members in groups.values() for k in members)
     for (shape, count), members in groups.items():
-        matrices = torch.stack([directions[k].unflatten(-1, shape) for k in members])
         fan_out, fan_in = shape[-2:]
         fast = dtype if min(fan_out, fan_in) >= SMALL else None
-        matrices = orthogonalize(matrices, config.orthogonalize_steps, fast)
         few = max(1, MANY / (count or here))
-        if (norm := few * math.sqrt(max(1, fan_out / fan_in))) > 1:
-            matrices = norm * matrices
-        found |= zip(members, matrices.flatten(-len(shape)).unbind(), strict=True)
-    return found
+        norm = few * math.sqrt(max(1, fan_out / fan_in))
+        together = max(1, TOGETHER // math.prod(shape))
+        for batch in (members[i : i + together] for i in range(0, len(members), together)):
+            matrices = torch.stack([directions[k].unflatten(-1, shape) for k in batch])
+            matrices = orthogonalize(matrices, config.orthogonalize_steps, fast)
+            if norm > 1:
+                matrices = norm * matrices
+            yield from zip(batch, matrices.flatten(-len(shape)).unbind(), strict=True)
+            del matrices  # before the next ones are made
 
 
 def orthogonalize(matrix: Tensor, steps: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from rule_helpers import acting_network, assert_updates_close, draw, flat, fresh
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from learned_optim import rule
 from learned_optim.config import NetworkConfig
 from learned_optim.network import OptimizerNetwork
 from learned_optim.rule import CONTROL, DRIFT_STEPS, LONG, SMALL, TREND_STEPS, init_state, newton_schulz, orthogonalize, update
@@ -265,6 +266,35 @@ def test_long_matrices_are_orthogonalised_by_their_gram_matrix(generator: torch.
         wide = newton_schulz(wide)[0]
     expected = (wide.mT if matrix.shape[-2] > matrix.shape[-1] else wide).reshape(shape)
     torch.testing.assert_close(orthogonalize(matrix, 5), expected, rtol=0, atol=2e-3 * expected.abs().max().item())
+
+
+class LargestResult(TorchDispatchMode):
+    """How many numbers the largest tensor had that an operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view:
+            self.size = max(self.size, out.numel())
+        return out
+
+
+def test_no_more_matrices_are_in_hand_at_once_than_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch, network: OptimizerNetwork, generator: torch.Generator
+) -> None:
+    directions = [torch.randn(size, generator=generator) for size in (8 * 6,) * 7]
+    layout = layout_of([torch.ones(8, 6)] * 7)
+    expected = dict(rule.orthogonalize_all(directions, layout, network.config))
+    monkeypatch.setattr(rule, "TOGETHER", 3 * 8 * 6 - 1)
+    with LargestResult() as largest:
+        found = dict(rule.orthogonalize_all(directions, layout, network.config))
+    assert largest.size <= 2 * 8 * 6
+    assert found.keys() == expected.keys()
+    for k, matrix in found.items():
+        torch.testing.assert_close(matrix, expected[k])
 
 
 @pytest.mark.parametrize("shape", [(SMALL, SMALL + 9), (3, SMALL + 5, SMALL)], ids=str)

@@ -264,9 +264,9 @@ def step(
     orthogonal = is_orthogonal(layout, config)
     if any(orthogonal):
         parts = directions.split(layout.sizes)
-        matrices = orthogonalize_all(parts, layout, config, matrix_dtype())
-        torch._foreach_copy_([parts[k] for k in matrices], list(matrices.values()))
-        if decayed := [k for k in matrices if weight_decay[k]]:
+        for k, matrix in orthogonalize_all(parts, layout, config, matrix_dtype()):
+            parts[k].copy_(matrix)
+        if decayed := [k for k, chosen in enumerate(orthogonal) if chosen and weight_decay[k]]:
             mean_square[decayed] = torch.cat(layout.mean_squares(parts, decayed))
     rates, decays_of = layout.per_tensor(lr), layout.per_tensor(weight_decay)
     kinds = torch.tensor(orthogonal, dtype=torch.float32), layout.is_table

@@ -180,10 +180,10 @@ def step(
         gain = torch.where(tables.orthogonal, 1.0, vector_scale(network, mean_square, layout.is_table))
         scale = step_size * gain
         parts = [part[:size] for part, size in zip(directions.split(padded), layout.sizes, strict=True)]
-        if matrices := orthogonalize_all(parts, layout, config, MATRIX_DTYPE):
-            torch._foreach_copy_([parts[k] for k in matrices], list(matrices.values()))
-            if any(weight_decay):
-                mean_square = torch.stack(torch._foreach_norm(parts)).square() / tables.sizes
+        for k, matrix in orthogonalize_all(parts, layout, config, MATRIX_DTYPE):
+            parts[k].copy_(matrix)
+        if any(weight_decay) and any(is_orthogonal(layout, config)):
+            mean_square = torch.stack(torch._foreach_norm(parts)).square() / tables.sizes
         rate = layout.per_tensor(lr)
         shrink = rate * layout.per_tensor(weight_decay) * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
         factors = torch.stack([shrink, -rate * scale])
