@@ -123,6 +123,11 @@ def losses(printed: str) -> dict[str, dict[str, float]]:
     return {name: {"mean": float(mean), "deviation": float(deviation)} for name, mean, deviation in rows}
 
 
+def iterations(folder: Path) -> None:
+    python("benchmarks/iterations.py", "--out", folder)
+    publish(folder, "benchmarks/results", {"results.json": "iterations.json", "plot.png": "iterations.png"})
+
+
 def speed(folder: Path) -> None:
     python("benchmarks/speed.py", "--out", folder, "--sizes", *SIZES)
     publish(folder, "benchmarks/results", {"results.json": "speed.json", "plot.png": "speed.png"})
@@ -139,6 +144,7 @@ def parts(weights: str, data: Path | None) -> dict[str, Callable[[Path], None]]:
         "trainer_classifier": lambda _: trainer("trainer_classifier"),
         "meta_train_your_own": own,
         "look_inside": lambda _: python("examples/look_inside.py", "--out", "examples/results/look_inside"),
+        "iterations": iterations,
         "speed": speed,
     }
     return found | ({"mnist": lambda folder: mnist(folder, data)} if data else {})

@@ -34,6 +34,7 @@ WARM_UP = "benchmarks/quality/results/warm_up.json"  # the same tasks with the p
 PRETRAINED = "benchmarks/quality/results/pretrained.json"
 HISTORY = "benchmarks/quality/results/history.json"  # of the weights before, by hand: where the default weights change, they get a row
 SPEED = "benchmarks/results/speed.json"
+ITERATIONS = "benchmarks/results/iterations.json"
 DEMO = "benchmarks/results/demo.json"
 ENGINE = "benchmarks/meta_training/results"
 EXAMPLES = "examples/results"
@@ -468,6 +469,20 @@ def speed_steps(files: Files) -> str:
     return table(rows)
 
 
+def iterations(files: Files) -> str:
+    found = records(files(ITERATIONS)["iterations"])
+    names = [key.removesuffix(", ms") for key in found[0] if key.endswith(", ms")]
+    rows = [
+        [
+            f"{one['iteration']} ({one['weights'] / 1e6:.2g} million weights)",
+            *(milliseconds(one[f"{name}, ms"]) for name in names),
+            f"{one['ours / AdamW']:.2f}",
+        ]
+        for one in found
+    ]
+    return table([["an iteration", *names, "ours / fused AdamW"], *rows])
+
+
 def speed_pylo(files: Files) -> str:
     """Nothing where it did not take part."""
     if PYLO not in state(files):
@@ -651,6 +666,7 @@ BLOCKS: dict[str, Callable[[Files], str]] = {
     "trainer.losses": trainer_losses,
     "examples.dynamical": examples_dynamical,
     "examples.own": examples_own,
+    "iterations": iterations,
     "speed.steps": speed_steps,
     "speed.pylo": speed_pylo,
     "speed.iterations": speed_iterations,

@@ -86,3 +86,13 @@ def test_speed(program: ModuleType, tmp_path: Path) -> None:
     state = {name: size for name, size, _ in found["state"][1:]}
     assert state["AdamW, fused"] == pytest.approx(8, abs=0.01)
     assert state["LearnedOptimizer"] == pytest.approx(18, abs=0.01)
+
+
+@pytest.mark.parametrize("program", ["iterations"], indirect=True)
+def test_iterations(program: ModuleType, tmp_path: Path) -> None:
+    found = results(program, tmp_path, "--problems", "MLP of 20 tensors, 64 examples", "--rounds", 1)
+    head, row = found["iterations"]
+    one = dict(zip(head, row, strict=True))
+    assert one["weights"] == 47458
+    assert one["ours / AdamW"] == pytest.approx(one["LearnedOptimizer, ms"] / one["AdamW, fused, ms"], rel=1e-4)
+    assert min(one[name] for name in head if name.endswith(", ms")) == one["forward and backward, ms"]

@@ -26,7 +26,8 @@ def load(name: str) -> ModuleType:
 
 
 tables = load("tables")
-USED = [path for name, path in vars(tables).items() if name in ("QUALITY", "WARM_UP", "PRETRAINED", "MNIST", "HISTORY", "SPEED", "DEMO")]
+FILES = "QUALITY", "WARM_UP", "PRETRAINED", "MNIST", "HISTORY", "SPEED", "ITERATIONS", "DEMO"
+USED = [path for name, path in vars(tables).items() if name in FILES]
 
 
 @pytest.fixture
