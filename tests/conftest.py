@@ -1,6 +1,7 @@
 """What every test starts from: one thread, so that sums have one order, and a fixed seed; and what tests of the rule share."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -15,11 +16,20 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells leave it to what they run in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _as_in_a_fresh_process():
+    """Without what programs set for the whole of their process, and a test that comes after one would find."""
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        if name.startswith("HF_"):
+            del os.environ[name]
 
 
 @pytest.fixture
