@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -168,6 +169,19 @@ def measure(name: str, rounds: int) -> dict[str, float]:
     return {key: statistics.median(durations) for key, durations in found.items()}
 
 
+def plot(rows: list[list[Any]]) -> Any:
+    """Iterations in units of AdamW's."""
+    figure = new_figure(8, 0.5 + 0.7 * len(rows[1:]))
+    axes = figure.subplots()
+    for k, (optimizer, colour) in enumerate(zip(MAKERS, COLOURS, strict=True)):
+        ratios = [row[3 + k] / row[3] for row in rows[1:]]
+        axes.barh([place + (k - 2) * 0.16 for place in range(len(ratios))], ratios, 0.16, color=colour, label=optimizer)
+    axes.set(yticks=range(len(rows) - 1), yticklabels=[row[0] for row in rows[1:]], xlabel="time of an iteration, AdamW's = 1")
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize="small", loc="center right")
+    return figure
+
+
 def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__, "iterations")
     options.set_defaults(out=Path("runs/iterations"))
@@ -175,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--rounds", type=int, default=9)
     arguments = options.parse_args(argv)
     prepare(arguments.threads)
-    rows: list[list[object]] = [["iteration", "weights", "forward and backward, ms", *(f"{name}, ms" for name in MAKERS), "ours / AdamW"]]
+    rows: list[list[Any]] = [["iteration", "weights", "forward and backward, ms", *(f"{name}, ms" for name in MAKERS), "ours / AdamW"]]
     for name in arguments.problems:
         found = measure(name, arguments.rounds)
         base = found.pop("forward and backward")
@@ -184,15 +198,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append([name, weights, 1e3 * base, *(1e3 * one for one in whole.values()), whole[MINE] / whole[ADAMW]])
         print(table([rows[0], rows[-1]]), flush=True)
     print(f"\nWhole training iterations\n{table(rows)}")
-    figure = new_figure(8, 0.5 + 0.7 * len(arguments.problems))
-    axes = figure.subplots()
-    for k, (optimizer, colour) in enumerate(zip(MAKERS, COLOURS, strict=True)):
-        ratios = [row[3 + k] / row[3] for row in rows[1:]]  # type: ignore[operator]
-        axes.barh([place + (k - 2) * 0.16 for place in range(len(ratios))], ratios, 0.16, color=colour, label=optimizer)
-    axes.set(yticks=range(len(rows) - 1), yticklabels=[row[0] for row in rows[1:]], xlabel="time of an iteration, AdamW's = 1")
-    axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize="small")
-    save(arguments.out, arguments.threads, {"iterations": rows}, figure)
+    save(arguments.out, arguments.threads, {"iterations": rows}, plot(rows))
 
 
 if __name__ == "__main__":

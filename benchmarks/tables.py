@@ -180,7 +180,8 @@ def quality_warm_up(files: Files) -> str:
 
 def quality_pretrained(files: Files) -> str:
     """What fine-tuning a real pretrained model ends at."""
-    shown = {"LearnedOptimizer, no settings": PLAIN, "AdamW, best of six": "", "Trainer's default": "Trainer-default 5e-05 linear"}
+    shown = {"LearnedOptimizer, no settings": PLAIN, "with `total_steps`": HORIZON}
+    shown |= {"AdamW, best of six": "", "Trainer's default": "Trainer-default 5e-05 linear"}
     rows = []
     for task, found in files(PRETRAINED)["tasks"].items():
         tuned = min((name for name in found if name.startswith("AdamW ")), key=lambda name: found[name]["loss"])
