@@ -35,16 +35,14 @@ from torch.func import vmap
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
 from learned_optim.meta_train.families.drawn import Drawn, drawn
 from learned_optim.meta_train.unroll import derive_seed, named
-from learned_optim.speed import geometric_mean, steps_to
+from learned_optim.speed import EVALUATIONS, WARM_UP, envelope, final, geometric_mean
+from learned_optim.speed import speed as of_curves
 from learned_optim.weights import fingerprint
 
 HELD_OUT = 1_000_000  # seeds from here on are looked at to publish only
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SCHEDULES = ("constant", "cosine")
 LENGTHS = (0.25, 0.5, 2.0, 4.0)  # of runs with AdamW's best setting, beside 1
-BOUNDS = 0.125, max(LENGTHS)  # of a speed
-WARM_UP = 0.05  # of AdamW's steps
-EVALUATIONS = 40
 EXAMPLES = 256  # that a loss is measured on, at least
 SOLVED = 1e-3  # of the loss at the start; below it, no optimizer is the better one
 DEFAULT = "0.001 constant"
@@ -114,12 +112,6 @@ def adamw(trial: Trial, settings: Sequence[tuple[float, str, int]]) -> list[Curv
     return curves
 
 
-def final(curve: Curve) -> float:
-    """The mean of the last three measurements; infinite where training diverged."""
-    tail = [loss for _, loss in curve[-3:]]
-    return statistics.fmean(tail) if all(map(math.isfinite, tail)) else math.inf
-
-
 def baseline(trial: Trial) -> dict[str, Any]:
     """Tunes AdamW: its grid's final losses, and curves of the best setting for each length of training."""
     steps = trial.drawn.steps
@@ -166,23 +158,8 @@ def learned(trial: Trial, network: OptimizerNetwork, horizon: bool) -> Curve:
 
 
 def speed(base: dict[str, Any], curve: Curve) -> float:
-    """Steps that tuned AdamW needs for the loss where a run ends, over the steps that this one took (VeLOdrome's measure)."""
-    end, mine, solved = final(curve), float(base["steps"]), SOLVED * base["first"]
-    if not math.isfinite(end):
-        return BOUNDS[0]
-    if end <= solved:
-        end, mine = solved, float(next((t for t, loss in curve if loss <= solved and t), base["steps"]))
-    points = [
-        (t, statistics.fmean(loss for _, loss in one[max(1, i - 2) : i + 1]))
-        for one in base["curves"].values()
-        for i, (t, _) in enumerate(one)
-        if i > 0
-    ]
-    envelope: list[tuple[float, float]] = []
-    for t, loss in sorted(points):
-        if not envelope or loss < envelope[-1][1]:
-            envelope.append((float(t), loss))
-    return min(max(steps_to(envelope, end) / mine, BOUNDS[0]), BOUNDS[1])
+    """Steps that tuned AdamW needs for the loss where a run ends, over the steps that this one took; see `learned_optim.speed`."""
+    return of_curves(curve, envelope(list(base["curves"].values())), SOLVED * base["first"])
 
 
 def measure(seed: int, folder: Path, pretrained: str, base: dict[str, Any] | None) -> dict[str, Any]:
