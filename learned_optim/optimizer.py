@@ -10,12 +10,11 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
 from . import checks, sharding
@@ -28,7 +27,10 @@ from .rule import ADAMW_UPDATE_RMS, CONTROL, Control, State, sit_out, update
 from .storage import load, random_bits, store, stored, zeros
 from .weights import fingerprint, load_network
 
-MOST_LAYOUTS = 4  # that are kept, as by `Layout.of`
+if TYPE_CHECKING:  # which builds of torch without distributed training lack
+    from torch.distributed import ProcessGroup
+
+MOST_LAYOUTS = 4  # of sharded parameters that are kept
 
 # What may be a table: matrices with so many rows, and so many times as many as columns. What is one: where this share of the rows or less
 # has a gradient. Of a hidden layer with rectifiers some half has none.
@@ -233,7 +235,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
     ) -> tuple[torch.device, Callable[..., None], tuple[Any, ...]] | None:
         """What runs the rule for all parameters of a device at once, and on what; None where there is nothing to change. All that might be
         refused is looked at here, before any device has begun."""
-        self._network_on(device)
         params, grads, states, groups, fresh = [], [], [], [], []
         for param, grad, group in members:
             state = self.state[param]  # looking a tensor up is slow enough to be done once
@@ -288,7 +289,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             row = state["control"][TABLE]
             if not row:
                 used = sharding.rows_in_use(param, grad)
-                row.fill_(0 if not used else 1 if used < FEW else -1)
+                row.fill_(0 if not used else 1 if used <= FEW else -1)
             if row:
                 self._tables[param] = bool(row > 0)
         return self._tables.get(param, False)
