@@ -43,7 +43,7 @@ class NetworkConfig:
     hidden_units: int = 2
     momentum: float = 0.9
     second_moment: float = 0.99
-    orthogonalize_steps: int = 5
+    orthogonalize_steps: int = 3
     moment_format: str = "float32"
     lstm_format: str = "bfloat16"
 

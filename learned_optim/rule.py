@@ -397,9 +397,13 @@ def orthogonalize_all(
 def orthogonalize(matrix: Tensor, steps: int, dtype: torch.dtype | None = None) -> Tensor:
     """The nearest semi-orthogonal matrix, approximately: Newton-Schulz iteration on the singular values.
 
+    They have to begin below 1.3, and iterations are needed to lengthen them. The Schatten 4-norm, the root of the Frobenius norm of the Gram
+    matrix that the first iteration computes anyway, bounds them more closely than the Frobenius norm: of n equal ones it leaves n^-1/4,
+    where that leaves n^-1/2, and saves an iteration or two.
+
     Args:
         matrix: (..., fan_out, fan_in).
-        steps: iterations; 5 bring singular values above 1e-3 of the Frobenius norm to within about [0.7, 1.2].
+        steps: iterations; 3 bring singular values above 0.02 of the Schatten 4-norm to within about [0.6, 1.2], 5 those above 1e-3.
         dtype: of the iteration and of what is returned; None is the matrix's.
     """
     tall = matrix.shape[-2] > matrix.shape[-1]
@@ -407,22 +411,32 @@ def orthogonalize(matrix: Tensor, steps: int, dtype: torch.dtype | None = None) 
     scale = (wide.square().sum((-2, -1), keepdim=True) + EPSILON).rsqrt()
     wide = wide.to(dtype or matrix.dtype) * scale.to(dtype or matrix.dtype)
     rows, columns = wide.shape[-2:]
+    gram = torch.bmm(wide, wide.mT)
+    scale = (gram.square().sum((-2, -1), keepdim=True) + EPSILON).rsqrt()
+    wide, gram = wide * scale.sqrt(), gram * scale
     if rows >= SMALL and columns >= LONG * rows and wide.dtype != torch.bfloat16:
-        wide = torch.bmm(gram_newton_schulz(torch.bmm(wide, wide.mT), steps), wide)
+        wide = torch.bmm(gram_newton_schulz(gram, steps), wide)
     else:
         iterate = NewtonSchulz.apply if torch.is_grad_enabled() and rows >= SMALL else newton_schulz
-        for _ in range(steps):
-            wide = iterate(wide)[0]
+        for step in range(steps):
+            wide = iterate(wide, gram if step == 0 else torch.bmm(wide, wide.mT))[0]
     return (wide.mT if tall else wide).reshape(matrix.shape)
 
 
-def newton_schulz(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One iteration (batch, rows, columns): the new matrices, and what their derivative needs, Gram matrices and the polynomial of them."""
+def newton_schulz(wide: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """One iteration.
+
+    Args:
+        wide: (batch, rows, columns).
+        gram: `wide @ wide.mT`.
+
+    Returns:
+        the new matrices, and what their derivative needs, the polynomial of the Gram matrices.
+    """
     a, b, c = NEWTON_SCHULZ
     # Fused products, and `bmm` where one side is transposed, since `matmul` would copy it first.
-    gram = torch.bmm(wide, wide.mT)
     polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-    return torch.baddbmm(wide, polynomial, wide, beta=a), gram, polynomial
+    return torch.baddbmm(wide, polynomial, wide, beta=a), polynomial
 
 
 def gram_newton_schulz(gram: Tensor, steps: int) -> Tensor:
@@ -430,35 +444,35 @@ def gram_newton_schulz(gram: Tensor, steps: int) -> Tensor:
     polynomial of it, and polynomials of one matrix commute. Long matrices are multiplied twice then, however many iterations there are."""
     a, b, c = NEWTON_SCHULZ
     product = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-    for _ in range(steps):
+    for step in range(steps):
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        product = torch.baddbmm(product, polynomial, product, beta=a)
-        once = torch.baddbmm(gram, polynomial, gram, beta=a)
-        gram = torch.baddbmm(once, polynomial, once, beta=a)
+        product = torch.baddbmm(product, polynomial, product, beta=a) if step else a * product + polynomial
+        if step < steps - 1:
+            once = torch.baddbmm(gram, polynomial, gram, beta=a)
+            gram = torch.baddbmm(once, polynomial, once, beta=a)
     return product
 
 
 class NewtonSchulz(torch.autograd.Function):
-    """`newton_schulz` with a derivative of four products instead of the six of automatic differentiation, which cannot know that two of
+    """`newton_schulz` with a derivative of five products instead of the six of automatic differentiation, which cannot know that two of
     its matrices are symmetric. Between small matrices a call of it costs more than the products."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return newton_schulz(wide)
+    def forward(wide: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+        return newton_schulz(wide, gram)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*inputs, *output[1:])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         a, b, c = NEWTON_SCHULZ
         wide, gram, polynomial = ctx.saved_tensors
         slope = torch.bmm(grad, wide.mT)
         slope = (slope + slope.mT) / 2  # of the polynomial, as far as it acts on symmetric matrices
         product = torch.bmm(slope, gram)
-        slope = b * slope + c * (product + product.mT)  # of the Gram matrix
-        return torch.baddbmm(torch.baddbmm(grad, polynomial, grad, beta=a), slope, wide, alpha=2)
+        return torch.baddbmm(grad, polynomial, grad, beta=a), b * slope + c * (product + product.mT)
