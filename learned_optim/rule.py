@@ -397,9 +397,9 @@ def orthogonalize_all(
 def orthogonalize(matrix: Tensor, steps: int, dtype: torch.dtype | None = None) -> Tensor:
     """The nearest semi-orthogonal matrix, approximately: Newton-Schulz iteration on the singular values.
 
-    They have to begin below 1.3, and iterations are needed to lengthen them. The Schatten 4-norm, the root of the Frobenius norm of the Gram
-    matrix that the first iteration computes anyway, bounds them more closely than the Frobenius norm: of n equal ones it leaves n^-1/4,
-    where that leaves n^-1/2, and saves an iteration or two.
+    They have to begin below 1.3, and the first iterations only lengthen them. The Schatten 4-norm, the root of the Frobenius norm of the
+    Gram matrix, which the first iteration needs anyway, bounds them more closely than the Frobenius norm: of n equal ones it leaves
+    n^-1/4, where that leaves n^-1/2, and so saves an iteration or two.
 
     Args:
         matrix: (..., fan_out, fan_in).

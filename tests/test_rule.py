@@ -256,14 +256,20 @@ def test_matrices_without_orthogonalisation_are_sized_as_vectors(generator: torc
     assert rms(change) == pytest.approx((plain.log_step_size + plain.log_vector_gain).exp().item(), rel=1e-5)
 
 
+def orthogonalized(wide: Tensor, steps: int) -> Tensor:
+    """By iterations on whole matrices (batch, rows, columns), nothing shared between them."""
+    wide = wide / (wide @ wide.mT).square().sum((-2, -1), keepdim=True) ** 0.25
+    for _ in range(steps):
+        wide = newton_schulz(wide, wide @ wide.mT)[0]
+    return wide
+
+
 @pytest.mark.parametrize("shape", [(SMALL, LONG * SMALL), (2, 5 * SMALL, SMALL)], ids=str)
 def test_long_matrices_are_orthogonalised_by_their_gram_matrix(generator: torch.Generator, shape: tuple[int, ...]) -> None:
     """The same numbers, to rounding, as the iteration on the whole matrix."""
     matrix = torch.randn(shape, generator=generator) * torch.logspace(0, -3, shape[-1])
     wide = (matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix).reshape(-1, SMALL, max(shape[-2:]))
-    wide = wide / wide.square().sum((-2, -1), keepdim=True).sqrt()
-    for _ in range(5):
-        wide = newton_schulz(wide)[0]
+    wide = orthogonalized(wide, 5)
     expected = (wide.mT if matrix.shape[-2] > matrix.shape[-1] else wide).reshape(shape)
     torch.testing.assert_close(orthogonalize(matrix, 5), expected, rtol=0, atol=2e-3 * expected.abs().max().item())
 
@@ -304,18 +310,16 @@ def test_derivative_of_large_matrices(generator: torch.Generator, shape: tuple[i
 
     def plain(matrix: Tensor) -> Tensor:
         wide = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
-        wide = (wide / wide.square().sum((-2, -1), keepdim=True).sqrt()).view(-1, *wide.shape[-2:])
-        for _ in range(3):
-            wide = newton_schulz(wide)[0]
+        wide = orthogonalized(wide.reshape(-1, *wide.shape[-2:]), 3)
         return (wide.mT if matrix.shape[-2] > matrix.shape[-1] else wide).view(matrix.shape)
 
     def slope(function: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.func.grad(lambda matrix: (function(matrix) * weight).sum())(matrix)
 
     expected = slope(plain)
-    torch.testing.assert_close(slope(lambda matrix: orthogonalize(matrix, 3)), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(slope(lambda matrix: orthogonalize(matrix, 3)), expected, rtol=1e-9, atol=1e-10)
     if len(shape) == 3:
-        torch.testing.assert_close(slope(torch.func.vmap(lambda matrix: orthogonalize(matrix, 3))), expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(slope(torch.func.vmap(lambda matrix: orthogonalize(matrix, 3))), expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (20, 7), (7, 20)], ids=str)
@@ -328,6 +332,15 @@ def test_orthogonalize_keeps_the_singular_vectors(generator: torch.Generator, sh
     assert inner.diagonal().min() > 0.6
     assert inner.diagonal().max() < 1.3
     torch.testing.assert_close(orthogonalize(((left * spread) @ right).mT, 5), result.mT, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("side", [8, 64, 512])
+def test_three_iterations_are_enough_whatever_the_size(generator: torch.Generator, side: int) -> None:
+    """Scaled by the Frobenius norm, singular values of 512 columns would begin at 1 / 23 and end below a half."""
+    found = torch.linalg.svdvals(orthogonalize(torch.linalg.qr(torch.randn(side, side, generator=generator))[0], 3))
+    assert found.min() > 0.65
+    assert found.max() < 1.25
+    assert not orthogonalize(torch.zeros(side, side), 3).any()
 
 
 def test_coordinates_without_gradient_never_move(network: OptimizerNetwork, generator: torch.Generator) -> None:
@@ -446,7 +459,7 @@ def test_blocks_change_neither_updates_nor_derivatives(monkeypatch: pytest.Monke
     whole = results()
     monkeypatch.setattr("learned_optim.rule.BLOCK", size)
     for blocked, expected in zip(results(), whole, strict=True):
-        torch.testing.assert_close(blocked, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(blocked, expected, rtol=1e-9, atol=1e-10)
 
 
 class Optimizee:
@@ -479,7 +492,7 @@ def test_meta_gradient_matches_finite_differences(generator: torch.Generator, to
     """In every tensor of the network, along a random direction, through the optimizee's second derivatives too."""
     network, optimizee = acting_network(torch.float64), Optimizee(generator)
     with torch.no_grad():
-        network.log_step_size.fill_(math.log(1.0))  # far too long steps, so that the controller shortens them within the few there are
+        network.log_step_size.fill_(math.log(1.5))  # far too long steps, so that the controller shortens them within the few there are
         network.controller.log_start.fill_(-0.05)  # and not at once as short as a warm-up makes them
     weights = dict(network.named_parameters())
     gradients = torch.autograd.grad(optimizee.meta_loss(network, total_steps), list(weights.values()))
