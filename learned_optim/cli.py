@@ -84,7 +84,7 @@ def _demo_arguments(parser: ArgumentParser) -> None:
 def _demo(args: Namespace) -> None:
     for module in ("matplotlib", "sklearn"):
         if importlib.util.find_spec(module) is None:
-            raise CommandError(f'the demo needs {module}; install it with: pip install "learned-optim[demo]"')
+            raise CommandError(f"the demo needs {module}; install it with: pip install matplotlib scikit-learn")
     from . import demo
 
     network = _load(args.pretrained)

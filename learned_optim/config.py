@@ -103,7 +103,7 @@ def from_json(cls: type[Config], text: str, source: str) -> Config:
     if version > FORMAT_VERSION:
         raise ValueError(
             f"{source} has format_version {reprlib.repr(version)}; this learned_optim reads up to {FORMAT_VERSION}. "
-            "Upgrade with: pip install -U learned-optim"
+            "Install a newer learned_optim."
         )
     return _build(cls, values, source)
 

@@ -48,7 +48,7 @@ def test_bad_weights_are_one_line_and_status_2(command, damage, tmp_path, capsys
 def test_demo_without_its_extra_names_the_fix(module, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     assert main(["demo"]) == 2
-    assert capsys.readouterr().err == f'learned-optim: the demo needs {module}; install it with: pip install "learned-optim[demo]"\n'
+    assert capsys.readouterr().err == f"learned-optim: the demo needs {module}; install it with: pip install matplotlib scikit-learn\n"
 
 
 def test_demo_refuses_a_file_as_its_folder_before_it_trains(tmp_path, capsys):
