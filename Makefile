@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TIMM := .venv-timm
 
-.PHONY: help demo test test-gpu test-integrations lint measure
+.PHONY: help demo test test-gpu test-integrations lint docs measure
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -22,10 +22,13 @@ test-integrations: $(VENV)/test-integrations.stamp $(TIMM)/stamp ## run the test
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile $(INTEGRATIONS)
 	$(TIMM)/bin/pytest -k timm $(INTEGRATIONS)
 
-lint: $(VENV)/test.stamp ## check style, formatting and types
+lint: $(VENV)/test.stamp docs ## check style, formatting, types and the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/docs.stamp ## build the guide and reference in site/, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 measure: $(VENV)/test.stamp ## measure again what depends on the weights, and fill in the tables (hours; resumes)
 	$(BIN)/python benchmarks/measure.py $(MEASURE)
@@ -38,6 +41,7 @@ $(VENV)/%.stamp: pyproject.toml constraints.txt $(wildcard learned_optim/kernels
 
 EXTRAS_demo := demo
 EXTRAS_test := demo,test
+EXTRAS_docs := docs
 EXTRAS_test-integrations := demo,test-integrations
 INTEGRATIONS := $(addprefix tests/,test_trainer.py test_trl.py test_frameworks.py test_integration_examples.py)
 
