@@ -44,6 +44,12 @@ def test_an_integer_serves_as_a_float():
     assert isinstance(momentum, float)
 
 
+def test_a_configuration_that_was_written_by_hand_need_not_name_its_format():
+    assert from_json(NetworkConfig, '{"momentum": 0.5}', "my.json", by_hand=True) == NetworkConfig(momentum=0.5)
+    with pytest.raises(ValueError, match="format_version 2"):
+        from_json(NetworkConfig, '{"format_version": 2}', "my.json", by_hand=True)
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
