@@ -20,7 +20,7 @@ test-gpu: $(VENV)/test.stamp ## run the tests that need a CUDA device
 
 test-integrations: $(VENV)/test-integrations.stamp $(TIMM)/stamp ## run the tests against transformers, trl, lightning, timm and others
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile $(INTEGRATIONS)
-	$(TIMM)/bin/pytest -k timm $(INTEGRATIONS)
+	$(TIMM)/bin/pytest -k "timm or integrations" $(INTEGRATIONS)
 
 lint: $(VENV)/test.stamp docs ## check style, formatting, types and the documentation
 	$(BIN)/ruff check .
@@ -43,7 +43,7 @@ EXTRAS_demo := demo
 EXTRAS_test := demo,test
 EXTRAS_docs := docs
 EXTRAS_test-integrations := demo,test-integrations
-INTEGRATIONS := $(addprefix tests/,test_trainer.py test_trl.py test_frameworks.py test_integration_examples.py)
+INTEGRATIONS := $(addprefix tests/,test_trainer.py test_trl.py test_frameworks.py test_integration_examples.py test_documents.py)
 
 # timm needs torchvision, which loads only beside the build of torch that it was made with: an environment of their own, of some 5 GB.
 $(TIMM)/stamp: pyproject.toml constraints-timm.txt $(wildcard learned_optim/kernels/*.c) | $(TIMM)/bin/python
