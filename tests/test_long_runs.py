@@ -146,7 +146,7 @@ def test_tensorboard_has_each_meta_step_once(tmp_path: Path) -> None:
 
 def test_a_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match=r"learned-optim\[tensorboard\]"):
+    with pytest.raises(ImportError, match="pip install tensorboard"):
         meta_train(TASKS, tiny_config(), folder=tmp_path, tensorboard=True)
 
 
