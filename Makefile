@@ -28,7 +28,7 @@ lint: $(VENV)/test.stamp docs ## check style, formatting, types and the document
 	$(BIN)/mypy
 
 docs: $(VENV)/docs.stamp ## build the guide and reference in site/, with warnings as errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 measure: $(VENV)/test.stamp ## measure again what depends on the weights, and fill in the tables (hours; resumes)
 	$(BIN)/python benchmarks/measure.py $(MEASURE)

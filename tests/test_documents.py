@@ -114,3 +114,20 @@ def test_messages_of_the_troubleshooting_are_printed_somewhere() -> None:
     messages = re.findall(r"^### (.+)$", page, re.MULTILINE)
     assert len(messages) > 25
     assert not [message for message in messages if not any(message in text for text in texts)]
+
+
+def test_a_link_of_the_guide_that_leads_nowhere_is_refused() -> None:
+    mkdocs = pytest.importorskip("mkdocs.exceptions", reason="needs mkdocs: make docs")
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    assert hooks.target("docs/use.md", "../README.md") == "README.md"
+    assert hooks.target("docs/use.md", "../examples") == "examples/README.md"
+    assert hooks.target("docs/use.md", "../examples/results") is None
+    for link in ("nowhere.md", "../nowhere.py", "../../README.md"):
+        with pytest.raises(mkdocs.PluginError, match=f"docs/use.md links to {link}"):
+            hooks.target("docs/use.md", link)
+    for path in ("docs/use.md", "README.md", "examples/few_shot.py"):
+        assert hooks.in_repository(hooks.in_site(path)) == path
