@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TIMM := .venv-timm
 
-.PHONY: help demo test test-gpu test-integrations lint measure
+.PHONY: help demo test test-gpu test-integrations lint docs measure
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -20,12 +20,15 @@ test-gpu: $(VENV)/test.stamp ## run the tests that need a CUDA device
 
 test-integrations: $(VENV)/test-integrations.stamp $(TIMM)/stamp ## run the tests against transformers, trl, lightning, timm and others
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile $(INTEGRATIONS)
-	$(TIMM)/bin/pytest -k timm $(INTEGRATIONS)
+	$(TIMM)/bin/pytest -k "timm or integrations" $(INTEGRATIONS)
 
-lint: $(VENV)/test.stamp ## check style, formatting and types
+lint: $(VENV)/test.stamp docs ## check style, formatting, types and the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/docs.stamp ## build the guide and reference in site/, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 measure: $(VENV)/test.stamp ## measure again what depends on the weights, and fill in the tables (hours; resumes)
 	$(BIN)/python benchmarks/measure.py $(MEASURE)
@@ -38,8 +41,9 @@ $(VENV)/%.stamp: pyproject.toml constraints.txt $(wildcard learned_optim/kernels
 
 EXTRAS_demo := demo
 EXTRAS_test := demo,test
+EXTRAS_docs := docs
 EXTRAS_test-integrations := demo,test-integrations
-INTEGRATIONS := $(addprefix tests/,test_trainer.py test_trl.py test_frameworks.py test_integration_examples.py)
+INTEGRATIONS := $(addprefix tests/,test_trainer.py test_trl.py test_frameworks.py test_integration_examples.py test_documents.py)
 
 # timm needs torchvision, which loads only beside the build of torch that it was made with: an environment of their own, of some 5 GB.
 $(TIMM)/stamp: pyproject.toml constraints-timm.txt $(wildcard learned_optim/kernels/*.c) | $(TIMM)/bin/python

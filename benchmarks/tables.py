@@ -1,4 +1,4 @@
-"""Writes the tables of the README, of benchmarks/README.md and of the model cards, from the result files.
+"""Writes the tables of the README, of the guide, of benchmarks/README.md and of the model cards, from the result files.
 
     python benchmarks/tables.py            # fills in every table
     python benchmarks/tables.py --check    # changes nothing, and fails with a diff where a table and its file differ
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "benchmarks/README.md", "pretrained/*/README.md")
+DOCUMENTS = ("README.md", "docs/*.md", "benchmarks/README.md", "pretrained/*/README.md")
 WIDTH = 140
 START, END = re.compile(r"( *)<!-- table: (.*?) -->"), re.compile(r" *<!-- end -->")
 
@@ -145,6 +145,44 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
+# On one screen
+
+
+def summary(files: Files) -> str:
+    """Wins and losses: from scratch, in fine-tuning, and what they cost."""
+    found, tuned = files(QUALITY)["optimizers"], "AdamW tuned"
+    names = (PLAIN, HORIZON, tuned, "Muon tuned")
+
+    def row(label: str, cells: Sequence[str], best: Callable[[Iterable[float]], float]) -> list[str]:
+        values = [float(cell.split()[0]) if cell else math.nan for cell in cells]
+        lead = best(value for value in values if not math.isnan(value))
+        return [label, *(bold(cell, value == lead) for cell, value in zip(cells, values, strict=True))]
+
+    scratch = [f"{found[name]['speed']:.2f}" for name in names]
+    worst = [f"{found[name]['worst']['speed']:.2f} ({found[name]['worst']['task']})" for name in names]
+    tasks = files(PRETRAINED)["tasks"].values()
+    baseline = [min(one["loss"] for name, one in task.items() if name.startswith("AdamW ")) for task in tasks]
+    tuning = [
+        f"{geometric_mean(task[name]['loss'] / least for task, least in zip(tasks, baseline, strict=True)):.2f}" for name in names[:2]
+    ]
+    models = records(files(ITERATIONS)["iterations"])
+
+    def cost(name: str) -> str:
+        ratios = [one[f"{name}, ms"] / one[f"{FUSED}, ms"] for one in models]
+        return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+    return table(
+        [
+            ["", "LearnedOptimizer, no settings", "with `total_steps`", "AdamW, tuned", "Muon, tuned"],
+            row(f"from scratch: speed in steps, mean of {len(found[PLAIN]['tasks'])} tasks", scratch, max),
+            row("from scratch: speed on the worst task", worst, max),
+            row(f"fine-tuning: final loss / tuned AdamW's, {word(len(tasks))} model{'s' * (len(tasks) > 1)}", [*tuning, "1.00", ""], min),
+            [f"time of an iteration / with AdamW, {word(len(models))} models on a CPU", *[cost(MINE)] * 2, "1", cost("Muon")],
+            ["state, bytes a weight", *[f"{state(files)[MINE]:.0f}"] * 2, f"{state(files)['AdamW']:.0f}", ""],
+        ]
+    )
+
+
 # Quality
 
 
@@ -240,7 +278,7 @@ def quality_seeds(files: Files) -> str:
         {word(found["seeds"]).capitalize()} seeds are few: with the {counts["seeds"]} to {counts["most"]} seeds a task that were run to
         compare formats of the state the means are **{plain}** without settings and **{horizon}** with `total_steps`, and the worst tasks
         {worst[0]} and {worst[1]}; the baselines have {word(found["seeds"])} seeds
-        ([last table](benchmarks/quality/results/tables.md)).
+        ([last table](../benchmarks/quality/results/tables.md)).
     """
     return f"{prose(text)}\n\n{quality_tail(files)}"
 
@@ -329,7 +367,7 @@ def quality_before(files: Files) -> str:
     *_, older, last = (f"{plain:.2f} and {horizon:.2f}" for plain, horizon in (one["second"] for one in files(HISTORY)["before"]))
     return prose(f"""
         The weights before had {last}, without settings and with `total_steps`, those before them {older}
-        ([what they won and lost](pretrained/RESEARCH.md)).
+        ([what they won and lost](../pretrained/RESEARCH.md)).
     """)
 
 
@@ -405,8 +443,8 @@ def demo_full(files: Files) -> str:
 def trainer_losses(files: Files) -> str:
     names = ("AdamW, Trainer's default", "LearnedOptimizer in Trainer", "LearnedOptimizerTrainer")
     programs = {
-        "trainer_gpt": "[GPT from scratch](examples/trainer_gpt.py), Python's manual",
-        "trainer_classifier": "[fine-tuning a classifier](examples/trainer_classifier.py) of code",
+        "trainer_gpt": "[GPT from scratch](../examples/trainer_gpt.py), Python's manual",
+        "trainer_classifier": "[fine-tuning a classifier](../examples/trainer_classifier.py) of code",
     }
     read = {label: files(f"{EXAMPLES}/{name}/results.json") for name, label in programs.items()}
     first = next(iter(read.values()))
@@ -646,6 +684,7 @@ def engine_processes(files: Files) -> str:
 
 
 BLOCKS: dict[str, Callable[[Files], str]] = {
+    "summary": summary,
     "quality.summary": quality_summary,
     "quality.warm_up": quality_warm_up,
     "quality.pretrained": quality_pretrained,

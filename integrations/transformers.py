@@ -25,7 +25,7 @@ from learned_optim.weights import fingerprint
 try:
     from transformers import SchedulerType, Trainer, TrainerCallback, TrainerState, TrainingArguments
 except ImportError as error:
-    message = 'learned_optim.integrations.transformers needs transformers 5; install it with: pip install "learned-optim[transformers]"'
+    message = 'learned_optim.integrations.transformers needs transformers 5; install it with: pip install "transformers>=5" accelerate'
     raise ImportError(message) from error
 
 NAME = "learned_optim.LearnedOptimizer"  # in model cards

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
+import json
+import shlex
 import sys
 import traceback
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from . import __version__
+from .argument_types import device, positive, repository
 from .network import OptimizerNetwork
+from .storage import bytes_per_weight
 from .weights import bundled_names, fingerprint, load_network
 
+PROGRAM = "learned-optim"
+DESCRIPTION = """\
+A learned optimizer for PyTorch. In Python, one line takes AdamW's place:
+
+  optimizer = learned_optim.LearnedOptimizer(model.parameters())"""
+EPILOG = f"{PROGRAM} COMMAND --help explains a command, with examples. Start with: {PROGRAM} demo"
 COMPARED = "compared_problem"  # the name that a user's file is imported under; its own may be that of a package
 
 
@@ -29,32 +39,39 @@ class Command:
     Args:
         summary: one line for `--help`.
         arguments: adds the command's arguments to its parser.
-        run: does it.
+        run: does it, and returns the exit status where that is not 0.
+        examples: lines for its `--help`.
     """
 
     summary: str
     arguments: Callable[[ArgumentParser], None]
-    run: Callable[[Namespace], None]
+    run: Callable[[Namespace], int | None]
+    examples: tuple[str, ...] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns: the exit status, 2 for a mistake of the user's, 130 for Ctrl-C."""
-    parser = ArgumentParser(prog="learned-optim", description="A learned optimizer for PyTorch.")
+    parser = ArgumentParser(prog=PROGRAM, description=DESCRIPTION, epilog=EPILOG, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        subparser = commands.add_parser(name, help=command.summary, description=command.summary)
+        lines = ["examples:", *(f"  {PROGRAM} {name} {example}".rstrip() for example in command.examples)] if command.examples else []
+        subparser = commands.add_parser(
+            name, help=command.summary, description=command.summary, epilog="\n".join(lines), formatter_class=RawDescriptionHelpFormatter
+        )
         command.arguments(subparser)
         subparser.set_defaults(run=command.run)
-    args = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(given)
+    args.again = shlex.join([PROGRAM, *given])
     try:
-        args.run(args)
+        return args.run(args) or 0
     except CommandError as error:
         print(f"learned-optim: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("learned-optim: stopped by Ctrl-C", file=sys.stderr)
         return 130
-    return 0
 
 
 def _load(name: str, revision: str | None = None) -> OptimizerNetwork:
@@ -64,19 +81,12 @@ def _load(name: str, revision: str | None = None) -> OptimizerNetwork:
         raise CommandError(error) from error
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def _demo_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of figures and plot (%(default)s)")
-    parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs of every optimizer on every task (%(default)s)")
-    parser.add_argument("--workers", type=_positive, default=2, metavar="N", help="processes of one thread each (%(default)s)")
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs of every optimizer on every task (%(default)s)")
+    parser.add_argument("--workers", type=positive, default=2, metavar="N", help="processes of one thread each (%(default)s)")
     parser.add_argument(
-        "--pretrained", default="default", metavar="NAME", help="weights: a bundled name, a folder or a Hub id (%(default)s)"
+        "--pretrained", default="default", metavar="NAME", help="optimizer weights: a bundled name, a folder or a Hub id (%(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="one seed and a few steps: checks that the demo runs, compares nothing")
 
@@ -84,7 +94,7 @@ def _demo_arguments(parser: ArgumentParser) -> None:
 def _demo(args: Namespace) -> None:
     for module in ("matplotlib", "sklearn"):
         if importlib.util.find_spec(module) is None:
-            raise CommandError(f'the demo needs {module}; install it with: pip install "learned-optim[demo]"')
+            raise CommandError(f"the demo needs {module}; install it with: pip install matplotlib scikit-learn")
     from . import demo
 
     network = _load(args.pretrained)
@@ -101,12 +111,12 @@ def _demo(args: Namespace) -> None:
 
 def _compare_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("problem", metavar="FILE.py:NAME", help="a ModuleTask, or a function of a torch.Generator that returns one")
-    parser.add_argument("--steps", type=_positive, default=300, metavar="N", help="of a training run (%(default)s)")
-    parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="training runs of each optimizer (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=300, metavar="N", help="of a training run (%(default)s)")
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="training runs of each optimizer (%(default)s)")
     parser.add_argument(
-        "--pretrained", default="default", metavar="NAME", help="weights: a bundled name, a folder or a Hub id (%(default)s)"
+        "--pretrained", default="default", metavar="NAME", help="optimizer weights: a bundled name, a folder or a Hub id (%(default)s)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for compare.json and compare.png")
     parser.add_argument("--json", action="store_true", help="print all figures as JSON in place of the table")
 
@@ -161,13 +171,33 @@ def _told(error: Exception, path: Path) -> str:
     return f"{path}{f', line {lines[-1]}' if lines else ''}: {type(error).__name__}: {said[0]}"
 
 
-def _list(_: Namespace) -> None:
-    print("\n".join(bundled_names()))
+def _meta_train_arguments(parser: ArgumentParser) -> None:
+    from .meta_train.__main__ import add_arguments
+
+    add_arguments(parser)
+
+
+def _meta_train(args: Namespace) -> int:
+    from .meta_train import process
+    from .meta_train.__main__ import run
+
+    process.settle()
+    return run(args, args.again)
+
+
+def _list_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the names as JSON")
+
+
+def _list(args: Namespace) -> None:
+    names = bundled_names()
+    print(json.dumps(names) if args.json else "\n".join(names))
 
 
 def _info_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("pretrained", metavar="NAME_OR_FOLDER_OR_HUB_ID")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
 
 
 def _info(args: Namespace) -> None:
@@ -175,15 +205,15 @@ def _info(args: Namespace) -> None:
     facts = {
         **asdict(network.config),
         "parameters": sum(param.numel() for param in network.parameters()),
+        "state_bytes": round(bytes_per_weight(network.config), 2),
         "fingerprint": fingerprint(network),
     }
-    for name, value in facts.items():
-        print(f"{name:20} {value}")
+    print(json.dumps(facts, indent=2) if args.json else "\n".join(f"{name:20} {value}" for name, value in facts.items()))
 
 
 def _push_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="what a meta-training run or save_pretrained wrote")
-    parser.add_argument("repo_id", metavar="USER/NAME", help="made if it does not exist")
+    parser.add_argument("repo_id", type=repository, metavar="USER/NAME", help="made if it does not exist")
     parser.add_argument("--private", action="store_true", help="nobody else may read it; refused where the repository is there and public")
     parser.add_argument("--message", default="Upload optimizer network", help="of the commit (%(default)s)")
 
@@ -199,12 +229,31 @@ def _push(args: Namespace) -> None:
 
 COMMANDS = {
     "demo": Command(
-        summary="train two small models beside AdamW, and print and plot who wins (about 3 minutes)", arguments=_demo_arguments, run=_demo
+        summary="train two small models beside AdamW, and print and plot who wins (about 3 minutes)",
+        arguments=_demo_arguments,
+        run=_demo,
+        examples=("", "--quick", "--pretrained runs/mine --out runs/demo-of-mine"),
     ),
     "compare": Command(
-        summary="train a model of yours beside tuned AdamW, and say who is ahead", arguments=_compare_arguments, run=_compare
+        summary="train a model of yours beside tuned AdamW, and say who is ahead",
+        arguments=_compare_arguments,
+        run=_compare,
+        examples=("my_file.py:problem --steps 300 --out runs/compare", "my_file.py:problem --json > compare.json"),
     ),
-    "list": Command(summary="names of the bundled weights", arguments=lambda parser: None, run=_list),
-    "info": Command(summary="configuration, size and fingerprint of a set of weights", arguments=_info_arguments, run=_info),
-    "push": Command(summary="upload a folder of weights and its model card to the Hugging Face Hub", arguments=_push_arguments, run=_push),
+    "meta-train": Command(
+        summary="meta-train optimizer weights, as python -m learned_optim.meta_train does", arguments=_meta_train_arguments, run=_meta_train
+    ),
+    "list": Command(summary="names of the bundled optimizer weights", arguments=_list_arguments, run=_list),
+    "info": Command(
+        summary="configuration, size and fingerprint of optimizer weights, and the bytes of state that they keep for each model weight",
+        arguments=_info_arguments,
+        run=_info,
+        examples=("default", "runs/mine --json", "user/name --revision COMMIT"),
+    ),
+    "push": Command(
+        summary="upload a folder of optimizer weights and its model card to the Hugging Face Hub",
+        arguments=_push_arguments,
+        run=_push,
+        examples=("runs/mine user/my-optimizer", "runs/mine user/my-optimizer --private"),
+    ),
 }

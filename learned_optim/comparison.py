@@ -189,7 +189,7 @@ class Comparison:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError:
-            raise ImportError('the plot needs matplotlib; install it with: pip install "learned-optim[demo]"') from None
+            raise ImportError("the plot needs matplotlib; install it with: pip install matplotlib") from None
         figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         for axes, label, timed in zip(figure.subplots(1, 2, sharey=True), ("step", "seconds"), (False, True), strict=True):

@@ -67,8 +67,11 @@ def to_json(config: Any) -> str:
     return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}, indent=2, sort_keys=True) + "\n"
 
 
-def from_file(cls: type[Config], path: str | os.PathLike[str]) -> Config:
+def from_file(cls: type[Config], path: str | os.PathLike[str], *, by_hand: bool = False) -> Config:
     """Reads a configuration from a file.
+
+    Args:
+        by_hand: see `from_json`.
 
     Raises:
         ValueError: see `from_json`; or the file is no text, or much too long.
@@ -82,28 +85,29 @@ def from_file(cls: type[Config], path: str | os.PathLike[str]) -> Config:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{os.fspath(path)} is not valid JSON: {error}") from None
-    return from_json(cls, text, os.fspath(path))
+    return from_json(cls, text, os.fspath(path), by_hand=by_hand)
 
 
-def from_json(cls: type[Config], text: str, source: str) -> Config:
+def from_json(cls: type[Config], text: str, source: str, *, by_hand: bool = False) -> Config:
     """Reads what `to_json` wrote.
 
     Args:
         cls: the dataclass to build; keys that are missing take its defaults.
         source: the file's name, for error messages.
+        by_hand: a text that somebody wrote need not name its format, which is then the present one.
 
     Raises:
         ValueError: the text is no JSON object, has another format, a key that is unknown or stands there twice, or a value of the wrong
             type or out of its range.
     """
     values = parse_object(text, source)
-    version = values.pop("format_version", None)
+    version = values.pop("format_version", FORMAT_VERSION if by_hand else None)
     if type(version) is not int or version < 1:
         raise ValueError(f"{source} has no format_version from 1 to {FORMAT_VERSION}, so it was not written by learned_optim")
     if version > FORMAT_VERSION:
         raise ValueError(
             f"{source} has format_version {reprlib.repr(version)}; this learned_optim reads up to {FORMAT_VERSION}. "
-            "Upgrade with: pip install -U learned-optim"
+            "Install a newer learned_optim."
         )
     return _build(cls, values, source)
 

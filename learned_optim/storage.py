@@ -59,6 +59,12 @@ def stored(config: NetworkConfig) -> dict[str, Stored]:
     }
 
 
+def bytes_per_weight(config: NetworkConfig) -> float:
+    """Of the state of a large tensor, beside what a tensor has once."""
+    sizes = {fmt: dtype.itemsize + (torch.float32.itemsize / BLOCK if fmt == "int8" else 0) for fmt, dtype in DTYPES.items()}
+    return sum(sum(tensor.counts) * sizes[tensor.fmt] for tensor in stored(config).values())
+
+
 def zeros(param: Tensor, count: int, fmt: str) -> tuple[Tensor, Tensor | None]:
     """Zeros for each coordinate of a parameter in a format, (C, *shape), and their scales, (C, B), where the format has some.
 

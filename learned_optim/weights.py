@@ -76,6 +76,11 @@ def bundled_names() -> list[str]:
     return sorted(path.parent.name for path in _bundled().glob(f"*/{CONFIG}"))
 
 
+def bundled_recipe(name: str) -> list[Path]:
+    """The configurations that a bundled set was meta-trained with, in their order; none of what is no bundled set."""
+    return sorted((_bundled() / name).glob("meta_train*.json")) if name in bundled_names() else []
+
+
 def source_of(folder: str | os.PathLike[str]) -> str:
     """What `load_network` knows a local folder by: its name, with "./" in front of one that a bundled set has too."""
     name = os.fspath(folder)

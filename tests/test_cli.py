@@ -1,5 +1,6 @@
 """The `learned-optim` command, but for what `demo` does (see test_demo.py)."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,16 +8,42 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import HubServer
 
-from learned_optim import NetworkConfig, OptimizerNetwork
+import learned_optim as package
+from learned_optim import LearnedOptimizer, NetworkConfig, OptimizerNetwork
 from learned_optim.cli import COMMANDS, main
-from learned_optim.weights import bundled_names, fingerprint
+from learned_optim.config import from_file
+from learned_optim.meta_train import MetaTrainConfig
+from learned_optim.weights import bundled_names, bundled_recipe, fingerprint
 
 
 def test_list_prints_the_bundled_names(capsys):
     assert main(["list"]) == 0
     assert capsys.readouterr().out.split() == bundled_names()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"learned-optim {package.__version__}\n"
+
+
+@pytest.mark.parametrize("name", bundled_names())
+def test_info_as_json_tells_how_large_the_state_is(name, capsys):
+    assert main(["info", name, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    param = torch.nn.Parameter(torch.randn(64, 64))
+    optimizer = LearnedOptimizer([param], name)
+    param.sum().backward()
+    optimizer.step()
+    state = [value for key, value in optimizer.state[param].items() if key != "control"]
+    assert facts["state_bytes"] == round(sum(value.nbytes for value in state) / param.numel(), 2)
+    assert facts["hidden_units"] == 2
+    assert main(["list", "--json"]) == 0
+    assert name in json.loads(capsys.readouterr().out)
 
 
 def test_info_describes_a_folder(tmp_path, capsys):
@@ -48,7 +75,7 @@ def test_bad_weights_are_one_line_and_status_2(command, damage, tmp_path, capsys
 def test_demo_without_its_extra_names_the_fix(module, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     assert main(["demo"]) == 2
-    assert capsys.readouterr().err == f'learned-optim: the demo needs {module}; install it with: pip install "learned-optim[demo]"\n'
+    assert capsys.readouterr().err == f"learned-optim: the demo needs {module}; install it with: pip install matplotlib scikit-learn\n"
 
 
 def test_demo_refuses_a_file_as_its_folder_before_it_trains(tmp_path, capsys):
@@ -57,12 +84,59 @@ def test_demo_refuses_a_file_as_its_folder_before_it_trains(tmp_path, capsys):
     assert "--out must be a folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["info"], ["demo", "--seeds", "0"], ["demo", "--workers", "two"]])
-def test_wrong_usage_is_status_2(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["no-such-command"], "no-such-command"),
+        (["info"], "NAME_OR_FOLDER_OR_HUB_ID"),
+        (["demo", "--seeds", "0"], "must be at least 1, got 0"),
+        (["demo", "--workers", "two"], "'two'"),
+        (["compare", "file.py:problem", "--device", "gpu"], "must be cpu or cuda, got 'gpu'"),
+        (["compare", "file.py:problem", "--device", "cuda:99"], "PyTorch sees "),
+        (["meta-train", "--config", "default", "--out", "out", "--device", "mps"], "must be cpu or cuda, got 'mps'"),
+        (["meta-train", "--config", "default", "--out", "out", "--threads", "0"], "must be at least 1, got 0"),
+        (["meta-train", "--config", "default", "--out", "out", "--push", "mine"], "must be USER/NAME, got 'mine'"),
+        (["push", "out", "user/na--me"], "na--me"),
+    ],
+)
+def test_wrong_usage_is_status_2_before_anything_begins(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    assert "usage: learned-optim" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "usage: learned-optim" in error
+    assert message in error
+
+
+def test_meta_train_knows_the_configurations_of_bundled_weights(monkeypatch, tmp_path, capsys):
+    def stopped(families, config, **_):
+        seen.append(config)
+        raise KeyboardInterrupt
+
+    seen = []
+    monkeypatch.setattr("learned_optim.meta_train.__main__.meta_train", stopped)
+    monkeypatch.setattr("learned_optim.meta_train.process.settle", lambda: None)
+    threads = torch.get_num_threads()
+    arguments = ["meta-train", "--config", "default", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 130
+    assert torch.get_num_threads() == threads == 1
+    assert seen == [from_file(MetaTrainConfig, bundled_recipe("default")[0])]
+    assert f"Go on with: learned-optim {' '.join(arguments)}\n" in capsys.readouterr().err
+    arguments[2] = "small"
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == (
+        "error: --config: there is no file small; and bundled weights that have configurations are ['default']\n"
+    )
+
+
+def test_meta_train_takes_a_configuration_that_was_written_by_hand(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("learned_optim.meta_train.process.settle", lambda: None)
+    config = {"families": ["convex"], "meta_steps": 1, "horizon_min": 3, "horizon_max": 3, "truncation": 3, "replicas": 1}
+    (tmp_path / "my.json").write_text(json.dumps(config))
+    assert main(["meta-train", "--config", str(tmp_path / "my.json"), "--start", "default", "--out", str(tmp_path / "mine")]) == 0
+    assert f"LearnedOptimizer(model.parameters(), '{tmp_path}/mine')" in capsys.readouterr().out
+    assert main(["info", str(tmp_path / "mine")]) == 0
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -70,7 +144,9 @@ def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    assert COMMANDS[command].summary.split()[0] in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert COMMANDS[command].summary.split()[0] in out
+    assert command == "list" or f"learned-optim {command} " in out.partition("examples:")[2]
 
 
 def learned_optim(*arguments: str, home: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
@@ -106,10 +182,10 @@ def test_push_refuses_what_is_no_folder_of_weights_and_tells_what_the_hub_refuse
     assert capsys.readouterr().err.startswith(f"learned-optim: {tmp_path} has no config.json")
     OptimizerNetwork(NetworkConfig()).save_pretrained(tmp_path / "set")
     with HubServer() as hub:
-        done = learned_optim("push", str(tmp_path / "set"), "user/na--me", home=tmp_path, endpoint=hub.url)
+        done = learned_optim("push", str(tmp_path / "set"), "user/gated", home=tmp_path, endpoint=hub.url)
     assert done.returncode == 2
     assert done.stderr.startswith("learned-optim: ")
-    assert "na--me" in done.stderr
+    assert "gated" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,6 @@ from learned_optim.comparison import HORIZON, LEARNED, OURS, Comparison, Run, _s
 from learned_optim.meta_train import ModuleTask
 from learned_optim.meta_train.unroll import derive_seed
 
-README = Path(__file__).parents[1] / "README.md"
 STEPS = 20
 
 
@@ -115,7 +113,7 @@ def test_it_is_told_in_a_table_a_file_and_a_plot(found: Comparison, tmp_path: Pa
 
 def test_the_plot_names_its_extra(found: Comparison, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    with pytest.raises(ImportError, match=r'pip install "learned-optim\[demo\]"'):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         found.plot(tmp_path / "plot.png")
 
 
@@ -313,14 +311,3 @@ def test_mistakes_are_one_line(problem: str, message: str, file: Path, tmp_path:
 def test_ctrl_c_at_the_command(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", f"{file}:stopped", "--json"]) == 130
     assert capsys.readouterr().err == "learned-optim: stopped by Ctrl-C\n"
-
-
-def test_the_readmes_block_runs_as_pasted(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```python\n([^`]*compare\(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    block = block.replace("steps=300", "steps=20, seeds=1, learning_rates=[0.01]")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "AdamW's best is 0.01" in done.stdout
-    assert (tmp_path / "compare.png").exists()

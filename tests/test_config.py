@@ -44,6 +44,12 @@ def test_an_integer_serves_as_a_float():
     assert isinstance(momentum, float)
 
 
+def test_a_configuration_that_was_written_by_hand_need_not_name_its_format():
+    assert from_json(NetworkConfig, '{"momentum": 0.5}', "my.json", by_hand=True) == NetworkConfig(momentum=0.5)
+    with pytest.raises(ValueError, match="format_version 2"):
+        from_json(NetworkConfig, '{"format_version": 2}', "my.json", by_hand=True)
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -52,7 +58,7 @@ def test_an_integer_serves_as_a_float():
         ("[1]", "JSON object, got list"),
         ("{}", "no format_version"),
         ('{"format_version": "1"}', "no format_version"),
-        ('{"format_version": 2}', r"format_version 2; this learned_optim reads up to 1.*pip install -U learned-optim"),
+        ('{"format_version": 2}', r"format_version 2; this learned_optim reads up to 1.*Install a newer learned_optim"),
         ('{"format_version": 1, "hiden_units": 4}', r"unknown keys \['hiden_units'\].*'hidden_units'"),
         ('{"format_version": 1, "hidden_units": 4.0}', r"hidden_units must be int, got 4\.0"),
         ('{"format_version": 1, "hidden_units": true}', "hidden_units must be int, got True"),

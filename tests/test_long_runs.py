@@ -146,7 +146,7 @@ def test_tensorboard_has_each_meta_step_once(tmp_path: Path) -> None:
 
 def test_a_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match=r"learned-optim\[tensorboard\]"):
+    with pytest.raises(ImportError, match="pip install tensorboard"):
         meta_train(TASKS, tiny_config(), folder=tmp_path, tensorboard=True)
 
 
@@ -179,7 +179,7 @@ def test_without_matplotlib_the_curves_alone_are_left_out(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     meta_train(TASKS, tiny_config(meta_steps=2), folder=tmp_path)
-    assert "learned-optim[meta-train]" in capsys.readouterr().err
+    assert "pip install matplotlib" in capsys.readouterr().err
     assert not (tmp_path / "curves.png").exists()
     assert "curves.png" not in (tmp_path / "README.md").read_text()
     load_network(tmp_path)

@@ -65,14 +65,18 @@ def test_every_block_stands_in_a_document() -> None:
 @pytest.mark.parametrize(
     ("file", "keys", "documents"),
     [
-        (tables.QUALITY, ("optimizers", "learned", "speed"), ["README.md", "benchmarks/README.md", "pretrained/small/README.md"]),
+        (
+            tables.QUALITY,
+            ("optimizers", "learned", "speed"),
+            ["README.md", "docs/learning-rate.md", "docs/results.md", "benchmarks/README.md", "pretrained/small/README.md"],
+        ),
         (
             tables.DEMO,
             ("tasks", "text transformer", "optimizers", "LearnedOptimizer", "train", "mean"),
-            ["README.md", "pretrained/default/README.md"],
+            ["docs/results.md", "pretrained/default/README.md"],
         ),
-        (tables.SPEED, ("by weights", 3, 5), ["README.md", "benchmarks/README.md"]),
-        ("examples/results/trainer_gpt/results.json", ("evaluation loss", "LearnedOptimizerTrainer", "mean"), ["README.md"]),
+        (tables.SPEED, ("by weights", 3, 5), ["docs/cost.md", "benchmarks/README.md"]),
+        ("examples/results/trainer_gpt/results.json", ("evaluation loss", "LearnedOptimizerTrainer", "mean"), ["docs/integrations.md"]),
         ("benchmarks/meta_training/results/large_exact.json", ("exact", "seconds"), ["benchmarks/README.md"]),
     ],
 )
@@ -87,11 +91,11 @@ def test_a_changed_figure_is_noticed_and_filled_in(copy: Path, file: str, keys: 
 
 
 def test_a_figure_changed_by_hand_is_noticed_and_put_right(copy: Path) -> None:
-    page = copy / "README.md"
+    page = copy / "docs/results.md"
     before = page.read_text(encoding="utf-8")
     page.write_text(before.replace("| Muon, tuned | ", "| Muon, tuned | 9"), encoding="utf-8")
     assert re.search(r"^-\| Muon, tuned \| 9", tables.check(copy), re.MULTILINE)
-    assert tables.fill(copy) == ["README.md"]
+    assert tables.fill(copy) == ["docs/results.md"]
     assert page.read_text(encoding="utf-8") == before
 
 
@@ -129,10 +133,10 @@ def test_a_result_file_that_is_missing_or_lacks_a_figure_is_told(copy: Path) -> 
     found = json.loads((copy / tables.DEMO).read_text(encoding="utf-8"))
     del found["tasks"]["digits CNN"]["best"]
     (copy / tables.DEMO).write_text(json.dumps(found), encoding="utf-8")
-    with pytest.raises(tables.TableError, match=r"README.md:\d+: .*'demo.short'.*'best'"):
+    with pytest.raises(tables.TableError, match=r"docs/results.md:\d+: .*'demo.short'.*'best'"):
         tables.check(copy)
     (copy / tables.DEMO).unlink()
-    with pytest.raises(tables.TableError, match=r"README.md:\d+: .*'demo.short'.*demo.json"):
+    with pytest.raises(tables.TableError, match=r"docs/results.md:\d+: .*'demo.short'.*demo.json"):
         tables.check(copy)
 
 

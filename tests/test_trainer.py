@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason='needs transformers: pip install "learned-optim[transformers]"')
-pytest.importorskip("accelerate", reason='Trainer needs accelerate: pip install "learned-optim[transformers]"')
+pytest.importorskip("transformers", reason='needs transformers: pip install "transformers>=5"')
+pytest.importorskip("accelerate", reason="Trainer needs accelerate: pip install accelerate")
 
 import transformers
 from hub_server import HubServer
@@ -232,7 +231,7 @@ def test_missing_weights_are_refused_before_training(tmp_path: Path) -> None:
 def test_without_transformers_the_error_names_the_extra(tmp_path: Path) -> None:
     code = "import sys; sys.modules['transformers'] = None; import learned_optim.integrations.transformers"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert 'pip install "learned-optim[transformers]"' in done.stderr
+    assert 'pip install "transformers>=5" accelerate' in done.stderr
 
 
 # The horizon
@@ -518,53 +517,3 @@ def test_push_to_hub(tmp_path: Path) -> None:
     assert fingerprint(load_network("default")) in text
     assert "adamw" not in text.lower()
     assert json.loads(files["config.json"])["model_type"] == "gpt2"
-
-
-# The README
-
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-SECTION = README[README.index("\n## Hugging Face\n") :].split("\n## ")[1]
-
-PASTED = """
-import sys
-from pathlib import Path
-import torch
-from torch import nn
-from learned_optim import LearnedOptimizer, load_network
-from learned_optim.integrations.transformers import LearnedOptimizerTrainer
-from learned_optim.meta_train import MetaTrainConfig, ModuleTask, meta_train
-from trainer_helpers import Counting, arguments, gpt
-model, args, data = gpt(), arguments(Path("out"), max_steps=2), Counting()
-def mine(generator):
-    data = [(torch.randn(8, 4, generator=generator), torch.randn(8, 1, generator=generator))]
-    return ModuleTask(lambda: nn.Linear(4, 1), data, nn.functional.mse_loss)
-"""
-
-
-@pytest.mark.slow
-def test_the_lines_of_the_readme_work_as_pasted(tmp_path: Path) -> None:
-    train, meta, push = re.findall(r"```python\n(.+)\n```", SECTION)[:3]
-    code = [
-        PASTED,
-        train,
-        "trainer.train()",
-        meta.replace("meta_steps=100", "meta_steps=1, horizon_min=3, horizon_max=3, truncation=3"),
-        push,
-    ]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}
-    env |= {"HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_token", "OMP_NUM_THREADS": "1"}
-    with HubServer() as hub:
-        env |= {"HF_ENDPOINT": hub.url, "PYTHONPATH": str(Path(__file__).parent)}
-        call = [sys.executable, "-c", "\n".join(code)]
-        done = subprocess.run(call, env=env, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
-        assert done.returncode == 0, done.stderr
-        files = hub.repositories["user/my-optimizer"].commits[hub.repositories["user/my-optimizer"].refs["main"]]
-    assert {"config.json", "model.safetensors", "meta_train.json", "README.md"} <= files.keys()
-
-
-def test_the_versions_of_the_readme_are_those_tested_with() -> None:
-    constraints = (Path(__file__).parents[1] / "constraints.txt").read_text()
-    rows = re.findall(r"^\| ([\w, -]+) \| ([\d.]+(?:, [\d.]+)*) \|", SECTION, re.MULTILINE)
-    pins = [f"{name}=={version}" for names, versions in rows for name, version in zip(names.split(", "), versions.split(", "), strict=True)]
-    assert len(pins) == 8
-    assert not [pin for pin in pins if f"\n{pin}\n" not in constraints]

@@ -4,7 +4,7 @@
     optimizer = LearnedOptimizer(model.parameters(), result.network)
 
 `loop.py` holds the loop, `estimators.py` the meta-gradients, `unroll.py` the training steps that they run, `tasks.py` what can be trained
-on, `families/` the tasks that come along. From the shell: `python -m learned_optim.meta_train --help`.
+on, `families/` the tasks that come along. From the shell: `learned-optim meta-train --help`.
 """
 
 from .config import MetaTrainConfig

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 
+from ..argument_types import device as device_type
+from ..argument_types import positive, repository
 from ..config import from_file, to_json
 from ..network import OptimizerNetwork
-from ..weights import CARD, CURVES, META_TRAIN, load_network, source_of
+from ..weights import CARD, CURVES, META_TRAIN, bundled_names, bundled_recipe, load_network, source_of
 from . import bar, distributed, process
 from .checkpoint import saved_steps
 from .config import MetaTrainConfig
@@ -21,15 +23,39 @@ from .families import FAMILIES
 from .folder import claimed
 from .loop import MetaTrainingDivergedError, MetaTrainResult, meta_train
 
+PROGRAM = "python -m learned_optim.meta_train"
+
+EXAMPLES = """\
+examples:
+  %(prog)s --config default --out runs/again
+      makes the bundled weights again, in half an hour
+  %(prog)s --config my.json --start default --out runs/mine
+      goes on from them, where my.json holds, for one,
+      {"families": ["mlp", "cnn"], "meta_steps": 200, "horizon_max": 100}
+      What is left out takes the default of MetaTrainConfig.
+  torchrun --nproc-per-node=8 -m learned_optim.meta_train --config my.json --out runs/mine
+      on eight processes
+
+To train on a problem of your own, call learned_optim.meta_train.meta_train from Python.
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m learned_optim.meta_train", description=__doc__)
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
+    add_arguments(parser)
+    given = sys.argv[1:] if argv is None else argv
+    return run(parser.parse_args(given), f"{PROGRAM} {shlex.join(given)}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog, parser.formatter_class = EXAMPLES, argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--config",
-        type=Path,
         required=True,
         nargs="+",
-        help="a MetaTrainConfig as JSON; of several, each is a stage that goes on with the weights of the one before",
+        metavar="FILE",
+        help="a MetaTrainConfig as JSON, or the name of bundled weights for those that they were made with; "
+        "of several, each is a stage that goes on with the weights of the one before",
     )
     parser.add_argument(
         "--out",
@@ -38,16 +64,22 @@ def main(argv: list[str] | None = None) -> int:
         help="folder for the weights and their card, and for a checkpoint and a log of each stage; a run that was stopped resumes there",
     )
     parser.add_argument("--start", help="weights to start from: a bundled name, a folder or a Hub id; fresh ones by default")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; the tasks are small, so one is often the fastest")
+    parser.add_argument("--device", type=device_type, default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads; the tasks are small, so one is often the fastest")
     parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too, in the stages' folders")
-    parser.add_argument("--push", metavar="USER/NAME", help="publish the finished folder on the Hugging Face Hub")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--push", type=repository, metavar="USER/NAME", help="publish the finished folder on the Hugging Face Hub")
+
+
+def run(arguments: argparse.Namespace, again: str) -> int:
+    """Meta-trains. Returns the exit status.
+
+    Args:
+        again: the command that was given, to be told to somebody who stopped it.
+    """
     torch.set_num_threads(arguments.threads)
-    again = f"python -m learned_optim.meta_train {shlex.join(sys.argv[1:] if argv is None else argv)}"
     try:
         with distributed.joined(arguments.device) as device:
-            configs = [from_file(MetaTrainConfig, path) for path in arguments.config]
+            configs = [from_file(MetaTrainConfig, path, by_hand=True) for name in arguments.config for path in configurations(name)]
             network = load_network(arguments.start) if arguments.start else None
             with claimed(arguments.out):
                 try:
@@ -77,6 +109,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def configurations(name: str) -> list[Path]:
+    """The files that an argument of `--config` means."""
+    if Path(name).is_file():
+        return [Path(name)]
+    if found := bundled_recipe(name):
+        return found
+    known = [bundled for bundled in bundled_names() if bundled_recipe(bundled)]
+    raise FileNotFoundError(f"--config: there is no file {name}; and bundled weights that have configurations are {known}")
+
+
 def saved(out: Path, configs: Sequence[MetaTrainConfig]) -> str:
     """What a run that was stopped has on disk."""
     for stage, config in reversed(list(enumerate(configs, 1))):
@@ -92,7 +134,7 @@ def run_stages(
     numbers = [""] if len(configs) == 1 else range(1, len(configs) + 1)
     names = [META_TRAIN.replace(".json", f"{number}.json") for number in numbers]
     start = f" --start {arguments.start}" if arguments.start else ""
-    command = f"python -m learned_optim.meta_train --config {' '.join(names)} --out runs/again{start}"
+    command = f"{PROGRAM} --config {' '.join(names)} --out runs/again{start}"
     for stage, config in enumerate(configs, 1):
         folder = arguments.out / f"stage{stage}"
         label = f"stage {stage}/{len(configs)}"

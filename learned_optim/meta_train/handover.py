@@ -107,7 +107,7 @@ def plot(path: Path, history: Sequence[float], evaluations: Sequence[Mapping[str
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        print("curves.png is left out, since matplotlib is not installed: pip install 'learned-optim[meta-train]'", file=sys.stderr)
+        print("curves.png is left out, since matplotlib is not installed: pip install matplotlib", file=sys.stderr)
         return False
     tasks = list(evaluations[-1]["curves"]) if evaluations else []
     columns = 4

@@ -38,7 +38,7 @@ class Log(contextlib.ExitStack):
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise ImportError("logging to TensorBoard needs the package: pip install 'learned-optim[tensorboard]'") from None
+                raise ImportError("logging to TensorBoard needs the package: pip install tensorboard") from None
             self.board = self.enter_context(contextlib.closing(SummaryWriter(str(folder), purge_step=meta_step)))
         lines = path.read_bytes().splitlines() if path.exists() else []
         kept = path.with_name(f"{LOG}.tmp")

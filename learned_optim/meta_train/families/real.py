@@ -24,7 +24,7 @@ def load(name: str) -> tuple[Tensor, Tensor]:
         from sklearn import datasets
     except ImportError:
         raise ImportError(
-            "the families `tabular` and `digits` need scikit-learn: pip install 'learned-optim[meta-train]', or name other families"
+            "the families `tabular` and `digits` need scikit-learn: pip install scikit-learn, or name other families"
         ) from None
     found: Any = getattr(datasets, f"load_{name}")(return_X_y=True)
     inputs, targets = (torch.from_numpy(array) for array in found)

@@ -1,0 +1,41 @@
+"""What the arguments of the commands have in common: their types, which refuse a mistake before anything long begins."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def device(text: str) -> str:
+    """The name of a device that is there."""
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}") from None
+    if found.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}")
+    if found.type == "cuda" and (count := torch.cuda.device_count()) <= (found.index or 0):
+        raise argparse.ArgumentTypeError(f"got {text!r}, and PyTorch sees {count or 'no'} such devices here; leave it out for cpu")
+    return text
+
+
+def repository(text: str) -> str:
+    """The name of a repository that the Hub would take."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if text.count("/") != 1:
+        raise argparse.ArgumentTypeError(f"must be USER/NAME, got {text!r}")
+    return text

@@ -1,0 +1,133 @@
+"""README and the guide: every block of Python runs as pasted, outside the clone, and what they name exists."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+
+import learned_optim
+from learned_optim.cli import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+README, GUIDE = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
+# A comment may stand before a block, on a line of its own: the packages that it needs beside those of the tests.
+BLOCK = re.compile(r"(?:<!-- needs: ([\w, ]+) -->\n)?```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# What takes minutes is made to take seconds.
+SHORTER = {
+    "README.md": [('budget="3 min"', "budget=3"), ("max_steps=50", "max_steps=3")],
+    "compare.md": [("steps=300", "steps=20, seeds=1, learning_rates=[0.01]")],
+    "meta-training.md": [
+        ('budget="30 min"', "budget=3"),
+        ("steps=100, pretrained", "steps=20, seeds=1, learning_rates=[0.01], pretrained"),
+        ("meta_steps=100, horizon_max=100, evaluate_every=50", "meta_steps=1, horizon_min=5, horizon_max=5, evaluate_every=1"),
+    ],
+}
+PROCESSES = {"several-gpus.md": 2}  # that torchrun starts
+
+
+def blocks(page: Path) -> list[str]:
+    """The Python of a page, as far as what it needs is there, and shorter where it would take long."""
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    runnable = [code for needs, code in found if all(map(importlib.util.find_spec, filter(None, needs.split(", "))))]
+    for before, after in SHORTER.get(page.name, []):
+        assert any(before in code for code in runnable), f"{page.name} has no {before} any more"
+        runnable = [code.replace(before, after) for code in runnable]
+    return runnable
+
+
+def run(code: str, folder: Path, processes: int | None = None) -> None:
+    (folder / "pasted.py").write_text(code, encoding="utf-8")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}
+    env |= {"HF_HOME": str(folder / "hub"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_token", "OMP_NUM_THREADS": "1"}
+    warns = any(name in code for name in ("transformers", "push_to_hub"))  # of themselves
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes else [] if warns else ["-W", "error"]
+    with HubServer() as hub:
+        call = [sys.executable, *launcher, "pasted.py"]
+        env["HF_ENDPOINT"] = hub.url
+        done = subprocess.run(call, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        pushed = hub.repositories.get("user/my-optimizer")
+    if "push_to_hub" in code:
+        assert pushed is not None
+        assert {"config.json", "model.safetensors", "README.md"} <= pushed.commits[pushed.refs["main"]].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(3), ids=["train", "Trainer", "meta-train and push"])
+def test_each_block_of_the_readme_runs_as_pasted(number: int, tmp_path: Path) -> None:
+    found = blocks(README)
+    assert len(found) == 3
+    run(found[number], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in GUIDE if blocks(page)], ids=lambda page: page.stem)
+def test_a_page_of_the_guide_runs_as_pasted(page: Path, tmp_path: Path) -> None:
+    """Its blocks one after the other, as a reader would paste them into a session."""
+    run("\n".join(blocks(page)), tmp_path, PROCESSES.get(page.name))
+
+
+def test_every_block_that_looks_like_python_is_run() -> None:
+    for page in (README, *GUIDE):
+        text = page.read_text(encoding="utf-8")
+        assert text.count("```python") == len(BLOCK.findall(text)), page.name
+
+
+def test_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 180
+
+
+def test_commands_of_the_documents_exist() -> None:
+    for page in (README, *GUIDE):
+        for line in re.findall(r"learned-optim ([^`\n]+)", page.read_text(encoding="utf-8")):
+            assert shlex.split(line)[0] in {*COMMANDS, "COMMAND", "--version"}, (page.name, line)
+
+
+def test_versions_of_the_guide_are_those_tested_with() -> None:
+    constraints = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("constraints.txt", "constraints-timm.txt"))
+    page = (ROOT / "docs/integrations.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\w, -]+) \| ([\d.]+(?:, [\d.]+)*)", page, re.MULTILINE)
+    pins = [f"{name}=={version}" for names, versions in rows for name, version in zip(names.split(", "), versions.split(", "), strict=True)]
+    assert len(pins) == 9
+    assert not [pin for pin in pins if f"\n{pin}\n" not in constraints]
+
+
+def test_citation_has_the_version() -> None:
+    assert f"\nversion: {learned_optim.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version = {{{learned_optim.__version__}}}" in (ROOT / "docs/citation.md").read_text(encoding="utf-8")
+
+
+def test_messages_of_the_troubleshooting_are_printed_somewhere() -> None:
+    paths = [path for folder in ("learned_optim", "integrations") for path in (ROOT / folder).rglob("*.py")]
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^### (.+)$", page, re.MULTILINE)
+    assert len(messages) > 25
+    assert not [message for message in messages if not any(message in text for text in texts)]
+
+
+def test_a_link_of_the_guide_that_leads_nowhere_is_refused() -> None:
+    mkdocs = pytest.importorskip("mkdocs.exceptions", reason="needs mkdocs: make docs")
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    assert hooks.target("docs/use.md", "../README.md") == "README.md"
+    assert hooks.target("docs/use.md", "../examples") == "examples/README.md"
+    assert hooks.target("docs/use.md", "../examples/results") is None
+    for link in ("nowhere.md", "../nowhere.py", "../../README.md"):
+        with pytest.raises(mkdocs.PluginError, match=f"docs/use.md links to {link}"):
+            hooks.target("docs/use.md", link)
+    for path in ("docs/use.md", "README.md", "examples/few_shot.py"):
+        assert hooks.in_repository(hooks.in_site(path)) == path
