@@ -58,7 +58,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], float]]:
         found |= {f"{name} {columns}": (getattr(gpu, f"_{name}"), {"COLUMNS": columns}, 0) for name in ("add_up", "means")}
     found |= {name: (getattr(gpu, f"_{name}"), {}, 0) for name in ("gather", "scatter", "judge")}
     for align, suffix in ((gpu.ALIGNMENT, ""), (1, " unaligned")):
-        for dtype in ("float32", "bfloat16", "float16"):
+        for dtype in ("float32", "bfloat16", "float16") if align > 1 else ("float32", "bfloat16"):
             width, kind = WIDTHS[dtype], getattr(tl, dtype)
             found[f"apply {dtype}{suffix}"] = gpu._apply, {"PARAM": kind, "ALIGN": align}, 4 + 2 * width
             for fmt in FORMATS[:2]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import subprocess
 import sys
@@ -129,6 +130,31 @@ def test_non_contiguous_gradients_and_parameters() -> None:
             optimizer.step()
         assert not param.is_contiguous()
     assert_near([params["triton"].detach()], [params["reference"].detach()])
+
+
+def test_kinds_of_tensors_that_share_no_launch() -> None:
+    """Aligned or not, and dtypes of gradients and parameters; also one that is left to torch between others."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float32)
+    shapes = [(64,), (17,), (3,), (5, 7)]
+    results = []
+    for kernel in ("triton", "reference"):
+        params = [nn.Parameter(torch.full(shape, 2.0**-6, dtype=dtype, device=DEVICE)) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        optimizer = LearnedOptimizer(params, network_of("default"), total_steps=20, kernel=kernel)
+        for step in range(2):
+            for param, grad in zip(params, gradients(step, shapes), strict=True):
+                param.grad = grad.to(DEVICE, param.dtype)
+            optimizer.step()
+        results.append([param.detach().float() for param in params])
+    assert_near(*results, 0.02)
+
+
+def test_odd_to_the_last_bit() -> None:
+    """A flip of the gradient's sign flips the update and nothing else."""
+    network, shapes = network_of("default", lstm_format="float32"), [(17,)]
+    ways = [train("triton", network, shapes, functools.partial(gradients, scale=sign))[1] for sign in (1, -1)]
+    moments, states = ([next(iter(way.state.values()))[key] for way in ways] for key in ("moments", "lstm"))
+    assert states[0].equal(-states[1])
+    assert moments[0][0].equal(-moments[1][0])
 
 
 def test_tensor_lr() -> None:
@@ -294,6 +320,14 @@ class TestOnADevice:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         assert optimizer.kernels == {"cuda": "triton"}
+
+    @pytest.mark.parametrize(("moments", "units"), FORMATS)
+    def test_many_blocks(self, moments: str, units: str) -> None:
+        """More than a program adds up at once, in tensors of two kinds."""
+        network = network_of("default", moment_format=moments, lstm_format=units)
+        shapes = [(gpu.CHUNK * gpu.BLOCK + 16,), (2 * gpu.CHUNK * gpu.BLOCK + 3,), (17,)]
+        mine, theirs = (train(kernel, network, shapes=shapes)[0] for kernel in ("triton", "reference"))
+        assert_near(mine, theirs, 0.02)
 
     def test_large_matrices_in_bfloat16(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gpu, "MATRIX_DTYPE", torch.bfloat16)

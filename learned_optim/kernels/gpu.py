@@ -319,14 +319,14 @@ def _means(tensors, totals, means, count, COLUMNS: tl.constexpr):
     """Means over each tensor, (C, COLUMNS) -> (COLUMNS, K), added in one order."""
     k = tl.program_id(0)
     row = tensors + k * _COLUMNS
-    size, first = tl.load(row + _SIZE), tl.load(row + _FIRST_CHUNK)
-    chunks, column = tl.cdiv(size, _BLOCK * _CHUNK), tl.arange(0, COLUMNS)
+    size, first = tl.load(row + _SIZE), tl.load(row + _FIRST_CHUNK).to(tl.int32)
+    chunks, column = tl.cdiv(size, _BLOCK * _CHUNK).to(tl.int32), tl.arange(0, COLUMNS)
+    inverse = 1.0 / size.to(tl.float32)  # a division of fp64 would be a subroutine
     total = tl.zeros((_CHUNKS, COLUMNS), tl.float64)
     for begin in range(0, chunks, _CHUNKS):
         chunk = begin + tl.arange(0, _CHUNKS)[:, None]
         total += tl.load(totals + (first + chunk) * COLUMNS + column[None, :], mask=chunk < chunks, other=0.0)
-    inverse = (1.0 / size.to(tl.float32)).to(tl.float64)  # a division of fp64 would be a subroutine
-    tl.store(means + column * count + k, (tl.sum(total, 0) * inverse).to(tl.float32))
+    tl.store(means + column * count + k, (tl.sum(total, 0) * inverse.to(tl.float64)).to(tl.float32))
 
 
 @triton.jit
