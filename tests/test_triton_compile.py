@@ -18,6 +18,9 @@ ROOT = Path(__file__).parents[1]
 NOTES = (ROOT / "benchmarks" / "GPU_NOTES.md").read_text(encoding="utf-8")
 SAMPLE = ["apply float32", "moments float32 float32", "directions float32 float32 bfloat16", "judge"]
 
+# Loads and stores of what registers do not hold. ptxas saves registers here, so that one more block fits, and puts three numbers away.
+SPILLS = {("sm_80", "directions float32 float32 bfloat16 unaligned"): 6}
+
 
 def compiled(target: str, folder: Path, *options: str) -> dict[str, dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
@@ -57,7 +60,7 @@ def check(target: str, found: dict[str, dict[str, Any]]) -> None:
     limits = promised().get(target, {})
     for name, one in found.items():
         memory, what = one["memory"], (target, name, one)
-        assert one["spills"] == 0, what
+        assert one["spills"] <= SPILLS.get((target, name), 0), what
         if name in limits:
             assert one["instructions"] <= limits[name][0], what
             assert one["registers"] <= limits[name][1], what
