@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import functools
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -133,6 +132,31 @@ def test_non_contiguous_gradients_and_parameters() -> None:
     assert_near([params["triton"].detach()], [params["reference"].detach()])
 
 
+def test_kinds_of_tensors_that_share_no_launch() -> None:
+    """Aligned or not, and dtypes of gradients and parameters; also one that is left to torch between others."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float32)
+    shapes = [(64,), (17,), (3,), (5, 7)]
+    results = []
+    for kernel in ("triton", "reference"):
+        params = [nn.Parameter(torch.full(shape, 2.0**-6, dtype=dtype, device=DEVICE)) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        optimizer = LearnedOptimizer(params, network_of("default"), total_steps=20, kernel=kernel)
+        for step in range(2):
+            for param, grad in zip(params, gradients(step, shapes), strict=True):
+                param.grad = grad.to(DEVICE, param.dtype)
+            optimizer.step()
+        results.append([param.detach().float() for param in params])
+    assert_near(*results, 0.02)
+
+
+def test_odd_to_the_last_bit() -> None:
+    """A flip of the gradient's sign flips the update and nothing else."""
+    network, shapes = network_of("default", lstm_format="float32"), [(17,)]
+    ways = [train("triton", network, shapes, functools.partial(gradients, scale=sign))[1] for sign in (1, -1)]
+    moments, states = ([next(iter(way.state.values()))[key] for way in ways] for key in ("moments", "lstm"))
+    assert states[0].equal(-states[1])
+    assert moments[0][0].equal(-moments[1][0])
+
+
 def test_tensor_lr() -> None:
     shapes = [(3,)]
     results = [train("triton", network_of("default"), shapes, lr=lr)[0] for lr in (0.25, torch.tensor(0.25, device=DEVICE))]
@@ -188,11 +212,30 @@ def test_steps_upload_tables_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tables() -> None:
     layout = Layout(tuple(torch.Size([size]) for size in (5, 3 * gpu.BLOCK, gpu.BLOCK + 1)), DEVICE)
-    row, firsts = [0] * len(gpu.FIELDS), (0, 1, 4)
-    numbers = [number for first in firsts for number in [2**48 + first, 0, 0, first, *row[4:]]]
+    rows = ([2**48, 0, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0], [2**48 + 1, 0, 0, 3, 3, *[0] * 7], [2**48 + 2, 0, 1, 0, 0, *[0] * 7])
+    numbers = [number for row in rows for number in row]
     slow, fast = (gpu.Tables.make(layout, tuple(numbers), way) for way in (gpu.upload_by_kernels, gpu.upload))
     assert slow.tensors.flatten().tolist() == fast.tensors.flatten().tolist() == numbers
-    assert slow.blocks.tolist() == fast.blocks.tolist() == [[0, 0], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1]]
+    assert slow.blocks.tolist() == fast.blocks.tolist() == [[2, 0], [2, 1], [0, 0], [1, 0], [1, 1], [1, 2]]
+
+
+def test_means_in_chunks() -> None:
+    """Of tensors of one chunk, of two, and of more than are added up at once."""
+    many = gpu.CHUNKS + 2
+    sizes = [3, gpu.BLOCK * gpu.CHUNK + 1, many * gpu.BLOCK * gpu.CHUNK]
+    layout = Layout(tuple(torch.Size([size]) for size in sizes), DEVICE)
+    counts = [-(-size // gpu.BLOCK) for size in sizes]
+    firsts, chunks, order = [counts[2], counts[2] + counts[0], 0], [many, many + 1, 0], [2, 0, 1]
+    row = [0] * (len(gpu.FIELDS) - 5)
+    numbers = [number for each in zip(sizes, [0] * 3, order, firsts, chunks, strict=True) for number in [*each, *row]]
+    tables = gpu.Tables.make(layout, tuple(numbers), gpu.upload)
+    assert len(tables.chunks) == many + 3
+    sums = torch.rand(len(tables.blocks), 4, generator=Generator().manual_seed(0)).to(DEVICE)
+    totals, means = sums.new_empty(many + 3, 4, dtype=torch.float64), sums.new_empty(4, 3)
+    gpu._add_up[many + 3,](tables.tensors, tables.chunks, sums, totals, 4)
+    gpu._means[3,](tables.tensors, totals, means, 3, 4)
+    expected = [sums[first : first + count].double().sum(0) / size for first, count, size in zip(firsts, counts, sizes, strict=True)]
+    torch.testing.assert_close(means, torch.stack(expected, -1).float(), rtol=1e-6, atol=0)
 
 
 def test_optimizers_keep_tables_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,33 +303,6 @@ def test_without_triton() -> None:
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "done\n"
 
 
-@pytest.mark.slow
-def test_compiles_without_a_gpu(tmp_path: Path) -> None:
-    """Down to machine code, with loads of 16 bytes where tensors are aligned."""
-    program = """if True:
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-        from learned_optim.kernels import gpu
-        integers = {"tensors": "*i64", "skipped": "*i64", "blocks": "*i32", "count": "i32", "decay1": "fp32", "decay2": "fp32"}
-        def compile(kernel, **constants):
-            names = kernel.arg_names
-            signature = {name: "constexpr" if name in constants else integers.get(name, "*fp32") for name in names}
-            attributes = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if signature[name].startswith("*")}
-            return triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", 80, 32)).asm["ptx"]
-        for columns in (1, 4, 2 * gpu.BUCKETS):
-            compile(gpu._means, COLUMNS=columns)
-        compile(gpu._gather), compile(gpu._scatter), compile(gpu._judge)
-        reading = [compile(gpu._moments, FORMAT=0), compile(gpu._moments, FORMAT=1)]
-        passes = [compile(gpu._apply), *(compile(gpu._directions, UNITS=2, MOMENTS=1, LSTM=lstm) for lstm in (1, 2))]
-        assert all("ld.global.v4.b32" in ptx for ptx in passes + reading)
-        assert all("st.global.v4.b32" in ptx for ptx in passes)
-        print("done")"""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert done.stdout == "done\n", done.stderr
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
 class TestOnADevice:
@@ -304,6 +320,14 @@ class TestOnADevice:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         assert optimizer.kernels == {"cuda": "triton"}
+
+    @pytest.mark.parametrize(("moments", "units"), FORMATS)
+    def test_many_blocks(self, moments: str, units: str) -> None:
+        """More than a program adds up at once, in tensors of two kinds."""
+        network = network_of("default", moment_format=moments, lstm_format=units)
+        shapes = [(gpu.CHUNK * gpu.BLOCK + 16,), (2 * gpu.CHUNK * gpu.BLOCK + 3,), (17,)]
+        mine, theirs = (train(kernel, network, shapes=shapes)[0] for kernel in ("triton", "reference"))
+        assert_near(mine, theirs, 0.02)
 
     def test_large_matrices_in_bfloat16(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gpu, "MATRIX_DTYPE", torch.bfloat16)

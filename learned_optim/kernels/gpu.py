@@ -18,6 +18,7 @@ Shapes: as in `learned_optim.rule`; `B` blocks. A block's coordinates are (ROWS,
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,26 +48,32 @@ from ..rule import (
 from . import SCALARS, scalars
 
 BLOCK = 1024  # coordinates of a program
+CHUNK, CHUNKS = 256, 64  # blocks whose sums a program adds up at once, and chunks of them
+LOG2E = math.log2(math.e)
 MAX_UNITS = 8  # as on a CPU; more would not fit into registers
 ALIGNMENT = 16  # bytes that a thread loads at once
 KEPT_TABLES = 8  # of an optimizer, whose gradients may lie at a few places in turn
 INTERPRETED = triton.knobs.runtime.interpret
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters and gradients that the kernels read
+# Of parameters and gradients that the kernels read.
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MATRIX_DTYPE = torch.bfloat16  # that matrices are orthogonalised in, as in Muon
 
-# Columns of the table of tensors. Names in capitals with an underscore are constants that kernels see.
+# Columns of the table of tensors; the nth `order` is the tensor whose blocks come nth. Names in capitals with an underscore are constants
+# that kernels see.
 PLACES = ("moments", "lstm", "lstm_scale", "direction")
-FIELDS = ("size", "aligned", "orthogonal", "first", "control", "param", "param_type", "grad", "grad_type", *PLACES)
+FIELDS = ("size", "orthogonal", "order", "first", "first_chunk", "control", "param", "grad", *PLACES)
 _COLUMNS = tl.constexpr(len(FIELDS))
 _CONTROLS, _BUCKETS = tl.constexpr(CONTROL), tl.constexpr(BUCKETS)
-_CONTROL, _SIZE, _ALIGNED, _FIRST, _PARAM, _PARAM_TYPE, _GRAD, _GRAD_TYPE = (
-    tl.constexpr(FIELDS.index(name)) for name in ("control", "size", "aligned", "first", "param", "param_type", "grad", "grad_type")
+_SIZE, _FIRST, _FIRST_CHUNK, _CONTROL, _PARAM, _GRAD = (
+    tl.constexpr(FIELDS.index(name)) for name in ("size", "first", "first_chunk", "control", "param", "grad")
 )
 _MOMENTS, _LSTM, _LSTM_SCALE, _DIRECTION = (tl.constexpr(FIELDS.index(name)) for name in PLACES)
 
 _FLOAT32, _BFLOAT16, _INT8 = map(tl.constexpr, range(len(FORMATS)))
 _ALIGNMENT, _BLOCK, _GROUP, _ROWS = (tl.constexpr(n) for n in (ALIGNMENT, BLOCK, storage.BLOCK, BLOCK // storage.BLOCK))
+_CHUNK, _CHUNKS, _TWO_LOG2E = map(tl.constexpr, (CHUNK, CHUNKS, 2 * LOG2E))
+_BELOW_LEVELS = tl.constexpr(storage.LEVELS * (1 - 2**-20))  # by more than what an inverse is off by
 _LEVELS, _ODD, _EVEN = tl.constexpr(storage.LEVELS), tl.constexpr(ODD), tl.constexpr(EVEN)
 _RELATIVE_FLOOR, _ABSOLUTE_FLOOR = tl.constexpr(features.RELATIVE_FLOOR), tl.constexpr(features.ABSOLUTE_FLOOR)
 _GRADIENT_BOUND, _LEAST_SHRINKAGE, _SCALARS = tl.constexpr(features.GRADIENT_BOUND), tl.constexpr(LEAST_SHRINKAGE), tl.constexpr(SCALARS)
@@ -88,6 +95,7 @@ class Tables(NamedTuple):
 
     tensors: Tensor  # (K, FIELDS)
     blocks: Tensor  # (B, 2): its tensor, and which of the tensor's blocks it is
+    chunks: Tensor  # (C, 2): the same of chunks
     sizes: Tensor  # (K,)
     orthogonal: Tensor  # (K,)
 
@@ -112,14 +120,25 @@ class Tables(NamedTuple):
     @staticmethod
     def make(layout: Layout, numbers: tuple[int, ...], upload: Any) -> Tables:
         tensors = upload(numbers, layout.device).view(-1, len(FIELDS))
-        sizes, first, orthogonal = (tensors[:, FIELDS.index(name)].contiguous() for name in ("size", "first", "orthogonal"))
-        block = torch.arange(sum(map(block_count, layout.sizes)), device=layout.device)
-        tensor = torch.searchsorted(first, block, right=True) - 1
-        return Tables(tensors, torch.stack([tensor, block - first[tensor]], -1).int(), sizes.float(), orthogonal > 0)
+        of = {name: column.contiguous() for name, column in zip(FIELDS, tensors.unbind(1), strict=True)}
+
+        def parts(first: Tensor, length: int) -> Tensor:
+            part = torch.arange(sum(-(-size // length) for size in layout.sizes), device=layout.device)
+            tensor = of["order"][torch.searchsorted(first[of["order"]], part, right=True) - 1]
+            return torch.stack([tensor, part - first[tensor]], -1).int()
+
+        blocks, chunks = parts(of["first"], BLOCK), parts(of["first_chunk"], BLOCK * CHUNK)
+        return Tables(tensors, blocks, chunks, of["size"].float(), of["orthogonal"] > 0)
 
 
-def block_count(size: int) -> int:
-    return -(-size // BLOCK)
+class Launch(NamedTuple):
+    """Neighbouring blocks that one program serves: what it is compiled for need not be looked at in each block."""
+
+    begin: int
+    blocks: int
+    grad: Any  # the gradients' dtype in Triton
+    param: Any  # the parameters' too; None where they are left to torch
+    align: int  # how many bytes all addresses and sizes are multiples of
 
 
 def upload(numbers: Sequence[int], device: torch.device) -> Tensor:
@@ -150,31 +169,41 @@ def step(
     flat = [grad.contiguous() if grad.dtype in DTYPES else grad.float().contiguous() for grad in grads]
     fused = [param.dtype in DTYPES and param.is_contiguous() for param in params]
     padded = [size + -size % ALIGNMENT for size in layout.sizes]  # so that each tensor's directions are aligned
-    numbers = tuple(table(layout, is_orthogonal(layout, config), params, fused, flat, states, padded))
+    found, launches = table(layout, is_orthogonal(layout, config), params, fused, flat, states, padded)
+    numbers = tuple(found)
     ledger.check_places(state_places(numbers), params, states)
     directions = params[0].new_empty(sum(padded), dtype=torch.float32)
     moment_format, lstm_format = FORMATS.index(config.moment_format), FORMATS.index(config.lstm_format)
 
     with torch.cuda.device_of(directions):  # Triton launches on the current one
         tables = Tables.of(layout, numbers, ledger.memory)
-        blocks, every = (len(tables.blocks),), (count,)
+        every, chunks = (count,), (len(tables.chunks),)
         rows = directions.new_empty(CONTROL, count)
         means, sums = directions.new_empty(2 * BUCKETS, count), directions.new_empty(len(tables.blocks), 2 * BUCKETS)
+        totals = directions.new_empty(len(tables.chunks), 2 * BUCKETS, dtype=torch.float64)
         finite = directions.new_empty(count)
+
+        def mean(columns: int) -> None:
+            _add_up[chunks](tables.tensors, tables.chunks, sums, totals, columns)
+            _means[every](tables.tensors, totals, means, count, columns)
+
         _gather[every](tables.tensors, rows, count)
         control = Control.of(rows)
         clocks = control.step
-        _moments[blocks](tables.tensors, tables.blocks, sums, config.second_moment, moment_format)
-        _means[every](tables.tensors, sums, means, count, 4)
+        for begin, blocks, grad, _, align in launches:
+            _moments[blocks,](tables.tensors, tables.blocks, begin, sums, config.second_moment, moment_format, grad, align)
+        mean(4)
         _judge[every](means, finite, ledger.skipped, count)
 
         clock = Clock.after(clocks, means[3], config)
         step_size, steady, inertia, control = step_sizes(network, clock, means[:3], control, total_steps)
-        weights = lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out
+        gates = -LOG2E * torch.cat([lstm.gate_bias[:, None], lstm.gate_weight], 1)
+        weights = gates, 2 * LOG2E * lstm.candidate_weight, lstm.skip, lstm.out
         of_network = *weights, config.momentum, config.second_moment, config.hidden_units, moment_format, lstm_format
         of_tensors = clocks, finite, scalars(clock, steady, inertia)
-        _directions[blocks](tables.tensors, tables.blocks, *of_tensors, directions, sums, *of_network)
-        _means[every](tables.tensors, sums, means, count, 1)
+        for begin, blocks, grad, _, align in launches:
+            _directions[blocks,](tables.tensors, tables.blocks, begin, *of_tensors, directions, sums, *of_network, grad, align)
+        mean(1)
 
         mean_square = means[0]
         gain = torch.where(tables.orthogonal, 1.0, vector_scale(network, mean_square, layout.is_table))
@@ -187,8 +216,9 @@ def step(
         rate = layout.per_tensor(lr)
         shrink = rate * layout.per_tensor(weight_decay) * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
         factors = torch.stack([shrink, -rate * scale])
-        _apply[blocks](tables.tensors, tables.blocks, finite, directions, factors, sums, count)
-        _means[every](tables.tensors, sums, means, count, 2 * BUCKETS)
+        for begin, blocks, _, param, align in launches:
+            _apply[blocks,](tables.tensors, tables.blocks, begin, finite, directions, factors, sums, count, param, align)
+        mean(2 * BUCKETS)
         control = follow(control, clock, means[:BUCKETS] * gain * tables.sizes.sqrt(), means[BUCKETS] * gain.square())
         _scatter[every](tables.tensors, finite, control.rows(), count)
     for k in itertools.compress(range(count), (not fuse for fuse in fused)):
@@ -203,21 +233,33 @@ def table(
     grads: Sequence[Tensor],
     states: Sequence[State],
     padded: Sequence[int],
-) -> list[int]:
-    """The tensors' entries, one after the other; a parameter that the kernels leave to torch is at 0."""
-    numbers: list[int] = []
-    first, direction = 0, 0
+) -> tuple[list[int], list[Launch]]:
+    """The tensors' entries, one after the other, and the launches of a pass; a parameter that the kernels leave to torch is at 0."""
+    entries: list[list[int]] = []
+    kinds: list[tuple[int, int, int]] = []  # alignment and dtypes; tensors of one kind have neighbouring blocks
+    types, direction = list(DTYPES), 0
     for k, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
         size = layout.sizes[k]
         pointers = [param.data_ptr() if fused[k] else 0, grad.data_ptr()]
         stored = [state[key].data_ptr() for key in ("moments", "lstm")]
         aligned = not any(number % ALIGNMENT for number in (size, *pointers, *stored))
-        numbers += [size, aligned, orthogonal[k], first, state["control"].data_ptr()]
-        numbers += [pointers[0], DTYPES.index(param.dtype) if fused[k] else 0, pointers[1], DTYPES.index(grad.dtype)]
-        numbers += [*stored, state["lstm_scale"].data_ptr() if "lstm_scale" in state else 0, direction]
-        first += block_count(size)
+        scales = state["lstm_scale"].data_ptr() if "lstm_scale" in state else 0
+        entries.append([size, orthogonal[k], 0, 0, 0, state["control"].data_ptr(), *pointers, *stored, scales, direction])
+        kinds.append((ALIGNMENT if aligned else 1, types.index(grad.dtype), types.index(param.dtype) if fused[k] else len(types)))
         direction += padded[k]
-    return numbers
+    launches: list[Launch] = []
+    begin, chunk = 0, 0
+    order = sorted(range(len(params)), key=kinds.__getitem__)
+    for nth, k in enumerate(order):
+        entries[nth][FIELDS.index("order")], entries[k][FIELDS.index("first")], entries[k][FIELDS.index("first_chunk")] = k, begin, chunk
+        begin += -(-layout.sizes[k] // BLOCK)
+        chunk += -(-layout.sizes[k] // (BLOCK * CHUNK))
+    for (align, grad_type, param_type), members in itertools.groupby(order, kinds.__getitem__):
+        blocks = sum(-(-layout.sizes[k] // BLOCK) for k in members)
+        first = launches[-1].begin + launches[-1].blocks if launches else 0
+        names = list(DTYPES.values())
+        launches.append(Launch(first, blocks, names[grad_type], [*names, None][param_type], align))
+    return list(itertools.chain.from_iterable(entries)), launches
 
 
 def state_places(numbers: Sequence[int]) -> list[int]:
@@ -262,32 +304,52 @@ def _judge(means, finite, skipped, count):
 
 
 @triton.jit
-def _means(tensors, sums, means, count, COLUMNS: tl.constexpr):
-    """Means over each tensor of its blocks' sums, (B, COLUMNS) -> (COLUMNS, K), added in one order."""
+def _add_up(tensors, chunks, sums, totals, COLUMNS: tl.constexpr):
+    """Sums of the blocks' sums over each chunk, (B, COLUMNS) -> (C, COLUMNS), added in one order."""
+    entry = chunks + 2 * tl.program_id(0)
+    row = tensors + tl.load(entry) * _COLUMNS
+    column, block = tl.arange(0, COLUMNS), tl.load(entry + 1).to(tl.int64) * _CHUNK + tl.arange(0, _CHUNK)[:, None]
+    mask = block < tl.cdiv(tl.load(row + _SIZE), _BLOCK)
+    each = tl.load(sums + (tl.load(row + _FIRST) + block) * COLUMNS + column[None, :], mask=mask, other=0.0)
+    tl.store(totals + tl.program_id(0) * COLUMNS + column, tl.sum(each.to(tl.float64), 0))
+
+
+@triton.jit
+def _means(tensors, totals, means, count, COLUMNS: tl.constexpr):
+    """Means over each tensor, (C, COLUMNS) -> (COLUMNS, K), added in one order."""
     k = tl.program_id(0)
     row = tensors + k * _COLUMNS
-    size, first = tl.load(row + _SIZE), tl.load(row + _FIRST)
-    blocks, column = tl.cdiv(size, _BLOCK), tl.arange(0, COLUMNS)
-    total = tl.zeros((256, COLUMNS), tl.float64)
-    for begin in range(0, blocks, 256):
-        block = begin + tl.arange(0, 256)[:, None]
-        total += tl.load(sums + (first + block) * COLUMNS + column[None, :], mask=block < blocks, other=0.0).to(tl.float64)
-    tl.store(means + column * count + k, (tl.sum(total, 0) / size.to(tl.float64)).to(tl.float32))
+    size, first = tl.load(row + _SIZE), tl.load(row + _FIRST_CHUNK).to(tl.int32)
+    chunks, column = tl.cdiv(size, _BLOCK * _CHUNK).to(tl.int32), tl.arange(0, COLUMNS)
+    inverse = 1.0 / size.to(tl.float32)  # a division of fp64 would be a subroutine
+    total = tl.zeros((_CHUNKS, COLUMNS), tl.float64)
+    for begin in range(0, chunks, _CHUNKS):
+        chunk = begin + tl.arange(0, _CHUNKS)[:, None]
+        total += tl.load(totals + (first + chunk) * COLUMNS + column[None, :], mask=chunk < chunks, other=0.0)
+    tl.store(means + column * count + k, (tl.sum(total, 0) * inverse.to(tl.float64)).to(tl.float32))
 
 
 @triton.jit
-def _block(tensors, blocks):
-    """This program's tensor and its row in the table; the block's groups, (ROWS, 1), and coordinates, (ROWS, GROUP)."""
-    entry = blocks + 2 * tl.program_id(0)
-    k = tl.load(entry)
-    groups = tl.load(entry + 1).to(tl.int64) * _ROWS + tl.arange(0, _ROWS)[:, None]
-    return k, tensors + k * _COLUMNS, groups, groups * _GROUP + tl.arange(0, _GROUP)[None, :]
+def _block(tensors, blocks, begin):
+    """This program's block, its tensor, the tensor's row in the table, and the block's first coordinate."""
+    block = begin + tl.program_id(0)
+    k = tl.load(blocks + 2 * block)
+    return block, k, tensors + k * _COLUMNS, tl.load(blocks + 2 * block + 1).to(tl.int64) * _BLOCK
 
 
 @triton.jit
-def _random_bits(offsets, step):
+def _places(row, first, ALIGN: tl.constexpr):
+    """Where a block is: its tensor's size, its first coordinate, which of its coordinates there are, and their places in the block, the
+    last two (ROWS, GROUP)."""
+    size = tl.multiple_of(tl.load(row + _SIZE), ALIGN)
+    places = tl.arange(0, _ROWS)[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
+    return size, first, places < tl.multiple_of(tl.minimum(size - first, _BLOCK).to(tl.int32), ALIGN), places
+
+
+@triton.jit
+def _random_bits(places, step):
     """See `learned_optim.storage.random_bits`; the two integers are the lower and the upper half."""
-    return _scatter_bits(offsets.to(tl.uint32) * 0x9E3779B1 + step.to(tl.int64).to(tl.uint32) * 0x85EBCA6B)
+    return _scatter_bits(places.to(tl.uint32) * 0x9E3779B1 + step.to(tl.int64).to(tl.uint32) * 0x85EBCA6B)
 
 
 @triton.jit
@@ -299,82 +361,81 @@ def _scatter_bits(x):
 
 
 @triton.jit
-def _load(row, KEY: tl.constexpr, SCALE: tl.constexpr, unit, size, groups, offsets, FORMAT: tl.constexpr, ALIGN: tl.constexpr):
-    """State that is stored of a unit, in fp32."""
-    address, place, mask = tl.load(row + KEY), unit * size + offsets, offsets < size
+def _inverse(x):
+    """1 / x of a positive number that is not tiny, relative error 5e-7: one instruction and a product, where a division takes ten."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
+def _load(values, scales, unit, where, FORMAT: tl.constexpr, ALIGN: tl.constexpr):
+    """State that is stored of a unit, in fp32.
+
+    values, scales: addresses.
+    where: see `_places`.
+    """
+    size, first, mask, places = where
+    begin = unit * size + first
     if FORMAT == _FLOAT32:
-        values = tl.load(_at(address, tl.float32, ALIGN) + place, mask=mask, other=0.0)
+        loaded = tl.load(_at(values, tl.float32, ALIGN) + begin + places, mask=mask, other=0.0)
     elif FORMAT == _BFLOAT16:
-        values = tl.load(_at(address, tl.bfloat16, ALIGN) + place, mask=mask, other=0.0).to(tl.float32)
+        loaded = tl.load(_at(values, tl.bfloat16, ALIGN) + begin + places, mask=mask, other=0.0).to(tl.float32)
     else:
-        scales = _at(tl.load(row + SCALE), tl.float32, 4) + unit * tl.cdiv(size, _GROUP) + groups
-        levels = tl.load(_at(address, tl.int8, ALIGN) + place, mask=mask, other=0)
-        values = levels.to(tl.float32) * tl.load(scales, mask=groups * _GROUP < size, other=0.0)
-    return values
+        levels = tl.load(_at(values, tl.int8, ALIGN) + begin + places, mask=mask, other=0)
+        scale, some = _scales(scales, unit, size, first)
+        loaded = levels.to(tl.float32) * tl.load(scale, mask=some, other=0.0)
+    return loaded
+
+
+@triton.jit
+def _scales(scales, unit, size, first):
+    """Where the scales of the block's groups are, and which of them there are, (ROWS, 1)."""
+    group, count = first // _GROUP + tl.arange(0, _ROWS)[:, None], tl.cdiv(size, _GROUP)
+    return _at(scales, tl.float32, 4) + unit * count + group, group < count
 
 
 @triton.jit
 def _rounded(new, bits, FORMAT: tl.constexpr):
-    """What is left of values once they are stored in fp32 or bfloat16, in fp32, rounded as in `_store`."""
+    """What is left of values once they are stored in fp32 or bfloat16, in fp32, rounded as in `_store`. They are finite: a tensor whose
+    sums are not is left out."""
     if FORMAT == _BFLOAT16:
-        exact = new.to(tl.uint32, bitcast=True)
-        finite = (exact & 0x7F800000) != 0x7F800000
-        new = ((exact + tl.where(finite, bits, 0)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        new = ((new.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return new
 
 
 @triton.jit
-def _store(row, KEY: tl.constexpr, SCALE: tl.constexpr, unit, size, groups, offsets, new, bits, FORMAT: tl.constexpr, ALIGN: tl.constexpr):
+def _store(values, scales, unit, where, new, bits, FORMAT: tl.constexpr, ALIGN: tl.constexpr):
     """Stores values, rounded stochastically by `bits`, integers below 2^16; see `learned_optim.storage.store`."""
-    address, place, mask = tl.load(row + KEY), unit * size + offsets, offsets < size
+    size, first, mask, places = where
+    begin = unit * size + first
     if FORMAT == _FLOAT32:
-        tl.store(_at(address, tl.float32, ALIGN) + place, new, mask=mask)
+        tl.store(_at(values, tl.float32, ALIGN) + begin + places, new, mask=mask)
     elif FORMAT == _BFLOAT16:
-        rounded = _rounded(new, bits, FORMAT).to(tl.uint32, bitcast=True) >> 16
-        tl.store(_at(address, tl.uint16, ALIGN) + place, rounded.to(tl.uint16), mask=mask)
+        rounded = (new.to(tl.uint32, bitcast=True) + bits) >> 16
+        tl.store(_at(values, tl.uint16, ALIGN) + begin + places, rounded.to(tl.uint16), mask=mask)
     else:
-        largest = tl.max(tl.where(mask, tl.abs(new), 0.0), 1, keep_dims=True)
-        scales = _at(tl.load(row + SCALE), tl.float32, 4) + unit * tl.cdiv(size, _GROUP) + groups
-        tl.store(scales, largest / _LEVELS, mask=groups * _GROUP < size)
-        inverse = _LEVELS / tl.where(largest > 0, largest, 1.0)
-        levels = tl.floor(new * inverse + bits.to(tl.float32) * (1 / 65536))
-        levels = tl.where(levels == levels, levels, 0.0)  # NaN stays in the moments and in the direction
-        levels = tl.minimum(levels, _LEVELS)  # a GPU's division is off by up to two bits
-        tl.store(_at(address, tl.int8, ALIGN) + place, levels.to(tl.int8), mask=mask)
+        largest = tl.max(tl.abs(new), 1, keep_dims=True)  # what is masked is zero
+        scale, some = _scales(scales, unit, size, first)
+        tl.store(scale, largest / _LEVELS, mask=some)
+        # Beside 768 the last bit of a number is worth 2^-14, so its bits are a level in fixed point, which is rounded by an integer sum. To
+        # convert it would take instructions that a GPU has few units for.
+        fixed = (new * (_BELOW_LEVELS * _inverse(tl.maximum(largest, 1e-30))) + 768.0).to(tl.uint32, bitcast=True)
+        tl.store(_at(values, tl.int8, ALIGN) + begin + places, (((fixed << 2) + bits) >> 16).to(tl.int8), mask=mask)
 
 
-@triton.jit
-def _load_gradient(row, offsets, mask, ALIGN: tl.constexpr):
-    address, kind = tl.load(row + _GRAD), tl.load(row + _GRAD_TYPE)
-    if kind == 0:
-        grad = tl.load(_at(address, tl.float32, ALIGN) + offsets, mask=mask, other=0.0)
-    elif kind == 1:
-        grad = tl.load(_at(address, tl.bfloat16, ALIGN) + offsets, mask=mask, other=0.0).to(tl.float32)
-    else:
-        grad = tl.load(_at(address, tl.float16, ALIGN) + offsets, mask=mask, other=0.0).to(tl.float32)
-    return grad
-
-
-@triton.jit
-def _moments(tensors, blocks, sums, decay2, FORMAT: tl.constexpr):
+@triton.jit(do_not_specialize=["begin"])
+def _moments(tensors, blocks, begin, sums, decay2, FORMAT: tl.constexpr, GRAD: tl.constexpr, ALIGN: tl.constexpr):
     """Sums of step 1 of the rule: of squared gradients, of squared momenta before, of their products, and of new second moments. Nothing of
     a tensor is written yet."""
-    _, row, groups, offsets = _block(tensors, blocks)
-    if tl.load(row + _ALIGNED) != 0:
-        _moments_of(row, groups, offsets, sums, decay2, FORMAT, _ALIGNMENT)
-    else:
-        _moments_of(row, groups, offsets, sums, decay2, FORMAT, 1)
-
-
-@triton.jit
-def _moments_of(row, groups, offsets, sums, decay2, FORMAT: tl.constexpr, ALIGN: tl.constexpr):
-    size = tl.multiple_of(tl.load(row + _SIZE), ALIGN)
-    mask = offsets < size
-    grad = _load_gradient(row, offsets, mask, ALIGN)
-    before = _load(row, _MOMENTS, 0, 0, size, groups, offsets, FORMAT, ALIGN)
-    second_moment = _load(row, _MOMENTS, 0, 1, size, groups, offsets, FORMAT, ALIGN)
+    block, _, row, first = _block(tensors, blocks, begin)
+    where = _places(row, first, ALIGN)
+    _, _, mask, places = where
+    moments = tl.load(row + _MOMENTS)
+    grad = tl.load(_at(tl.load(row + _GRAD), GRAD, ALIGN) + first + places, mask=mask, other=0.0).to(tl.float32)
+    before = _load(moments, 0, 0, where, FORMAT, ALIGN)
+    second_moment = _load(moments, 0, 1, where, FORMAT, ALIGN)
     second_moment += (1.0 - decay2) * (grad * grad - second_moment)
-    sums += 4 * tl.program_id(0)  # what is masked is zero in all four
+    sums += 4 * block  # what is masked is zero in all four
     tl.store(sums, tl.sum(grad * grad))
     tl.store(sums + 1, tl.sum(before * before))
     tl.store(sums + 2, tl.sum(grad * before))
@@ -390,27 +451,46 @@ def _dot(weights, values):
 
 
 @triton.jit
-def _tanh(x):
-    """Odd to the last bit, relative error 2e-6: the fit of `coordinate.c`."""
-    x = tl.minimum(tl.maximum(x, -7.0), 7.0)
-    s = x * x
-    p = ((3.995905259e-6 * s + 2.293097681e-3) * s + 1.232206542e-1) * s + 9.999989669e-1
-    q = ((1.439853416e-4 * s + 2.115165731e-2) * s + 4.565462535e-1) * s + 1.0
-    return x * p / q
+def _gate(weights, values):
+    """What 1 / (1 + this) is a gate of; its weights have their bias first and are multiplied by -log2(e)."""
+    total = tl.load(weights)
+    for i in tl.static_range(len(values)):
+        total += tl.load(weights + 1 + i) * values[i]
+    return tl.exp2(total)
 
 
 @triton.jit
+def _tanh(x):
+    """tanh(x / (2 log2(e))) as a numerator and a denominator, so that its division can be shared. Odd to the last bit, error 3e-7."""
+    power = tl.exp2(-tl.abs(x))
+    sign = x.to(tl.uint32, bitcast=True) & 0x80000000
+    return ((1.0 - power).to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True), 1.0 + power
+
+
+@triton.jit
+def _log(x):
+    """ln(x) / 8 of a normal number, error 1e-7 beside 1, as `coordinate.c` has it. `tl.log` looks after all others too, in twice as many
+    instructions."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) & -0x800000  # times 2^23; the rest is between the roots of 1/2 and 2
+    r = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    slope = ((-1.0102293e-1 / 8 * r + 1.6420090e-1 / 8) * r - 1.7333487e-1 / 8) * r + 1.9873035e-1 / 8
+    slope = (((slope * r - 2.4959341e-1 / 8) * r + 3.3336183e-1 / 8) * r - 5.0000668e-1 / 8) * r + 9.9999982e-1 / 8
+    return exponent.to(tl.float32) * (8.2629583e-8 / 8) + slope * r
+
+
+@triton.jit(do_not_specialize=["begin"])
 def _directions(
     tensors,
     blocks,
+    begin,
     clocks,
     finite,
     scalars,
     directions,
     sums,
-    gate_weight,
-    gate_bias,
-    candidate_weight,
+    gates,
+    candidates,
     skip,
     out,
     decay1,
@@ -418,135 +498,99 @@ def _directions(
     UNITS: tl.constexpr,
     MOMENTS: tl.constexpr,
     LSTM: tl.constexpr,
+    GRAD: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """Steps 1 and 3 of the rule, and the sum of squared directions; zeros for tensors that are left out.
 
     scalars: see `learned_optim.kernels.scalars`.
     """
-    k, row, groups, offsets = _block(tensors, blocks)
-    weights = gate_weight, gate_bias, candidate_weight, skip, out
-    step, scalars, decays = tl.load(clocks + k), scalars + _SCALARS * k, (decay1, decay2)
+    block, k, row, first = _block(tensors, blocks, begin)
+    where = _places(row, first, ALIGN)
+    _, _, mask, places = where
+    directions += tl.multiple_of(tl.load(row + _DIRECTION), _ALIGNMENT) + first
+    sums += block
     if tl.load(finite + k) == 0:
-        tl.store(
-            directions + tl.load(row + _DIRECTION) + offsets, tl.zeros_like(offsets).to(tl.float32), mask=offsets < tl.load(row + _SIZE)
-        )
-        tl.store(sums + tl.program_id(0), 0.0)
-    elif tl.load(row + _ALIGNED) != 0:
-        _directions_of(row, groups, offsets, step, scalars, directions, sums, weights, decays, UNITS, MOMENTS, LSTM, _ALIGNMENT)
+        tl.store(directions + places, tl.zeros_like(places).to(tl.float32), mask=mask)
+        tl.store(sums, 0.0)
     else:
-        _directions_of(row, groups, offsets, step, scalars, directions, sums, weights, decays, UNITS, MOMENTS, LSTM, 1)
+        # All loads come first, so that a program waits once.
+        scalars += _SCALARS * k
+        moments, lstm, scales = tl.load(row + _MOMENTS), tl.load(row + _LSTM), tl.load(row + _LSTM_SCALE)
+        grad = tl.load(_at(tl.load(row + _GRAD), GRAD, ALIGN) + first + places, mask=mask, other=0.0).to(tl.float32)
+        momentum = _load(moments, 0, 0, where, MOMENTS, ALIGN)
+        second_moment = _load(moments, 0, 1, where, MOMENTS, ALIGN)
+        before = (_load(lstm, scales, 0, where, LSTM, ALIGN),)  # hidden units, cells, drift
+        for h in tl.static_range(1, 2 * UNITS + 1):
+            before = before + (_load(lstm, scales, h, where, LSTM, ALIGN),)  # type: ignore[assignment]  # noqa: RUF005  Triton knows no unpacking
+
+        bits = _random_bits(first + places, tl.load(clocks + k))
+        low, high = bits & 0xFFFF, bits >> 16
+        momentum += (1.0 - decay1) * (grad - momentum)
+        second_moment += (1.0 - decay2) * (grad * grad - second_moment)
+        _store(moments, 0, 0, where, momentum, low, MOMENTS, ALIGN)
+        _store(moments, 0, 1, where, second_moment, high, MOMENTS, ALIGN)
+        momentum = _rounded(momentum, low, MOMENTS) * tl.load(scalars)
+        second_moment = _rounded(second_moment, high, MOMENTS) * tl.load(scalars + 1)
+        mean, share, portion, kept = tl.load(scalars + 2), tl.load(scalars + 3), tl.load(scalars + 4), tl.load(scalars + 5)
+        steady, inertia = tl.load(scalars + 6), tl.load(scalars + 7)
+
+        variance = second_moment + (_RELATIVE_FLOOR * mean + _ABSOLUTE_FLOOR)
+        scale = tl.rsqrt(variance)
+        slow, gradient = momentum * scale, grad * scale
+        square = gradient * gradient
+        fast = steady * gradient * tl.rsqrt(1.0 + square * (1.0 / (_GRADIENT_BOUND * _GRADIENT_BOUND)))
+        of_tensor = _log(variance * (1.0 / (mean + _ABSOLUTE_FLOOR)))
+        odd, even = (slow, fast), (tl.abs(slow), tl.abs(fast), of_tensor)
+        for h in tl.static_range(UNITS):
+            odd, even = odd + (before[h],), even + (tl.abs(before[h]),)  # type: ignore[assignment]  # noqa: RUF005
+
+        direction = tl.load(skip) * slow + tl.load(skip + 1) * fast
+        for h in tl.static_range(UNITS):
+            into = _gate(gates + h * (1 + _EVEN + UNITS), even)
+            forget = _gate(gates + (UNITS + h) * (1 + _EVEN + UNITS), even)
+            out_of = _gate(gates + (2 * UNITS + h) * (1 + _EVEN + UNITS), even)
+            above, below = _tanh(_dot(candidates + h * (_ODD + UNITS), odd))
+            cell = before[UNITS + h] * _inverse(1.0 + forget) + above * _inverse(below + into * below)
+            above, below = _tanh(cell * _TWO_LOG2E)
+            hidden = above * _inverse(below + out_of * below)
+            direction += tl.load(out + h) * hidden
+            _store(lstm, scales, h, where, hidden, low, LSTM, ALIGN)
+            _store(lstm, scales, UNITS + h, where, cell, high, LSTM, ALIGN)
+        left = tl.maximum(kept * kept - kept * kept * share * square, kept * kept * (_LEAST_SHRINKAGE * _LEAST_SHRINKAGE))
+        drift = tl.sqrt(left) * before[2 * UNITS] + portion * gradient
+        direction += inertia * drift
+        _store(lstm, scales, 2 * UNITS, where, drift, low, LSTM, ALIGN)
+        tl.store(directions + places, direction, mask=mask)
+        tl.store(sums, tl.sum(direction * direction))  # what is masked is zero, since all that it comes from is, and the network odd
 
 
-@triton.jit
-def _directions_of(
-    row,
-    groups,
-    offsets,
-    step,
-    scalars,
-    directions,
-    sums,
-    weights,
-    decays,
-    UNITS: tl.constexpr,
-    MOMENTS: tl.constexpr,
-    LSTM: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    gate_weight, gate_bias, candidate_weight, skip, out = weights
-    size = tl.multiple_of(tl.load(row + _SIZE), ALIGN)
-    mask = offsets < size
-    grad = _load_gradient(row, offsets, mask, ALIGN)
-    bits = _random_bits(offsets, step)
-    momentum = _load(row, _MOMENTS, 0, 0, size, groups, offsets, MOMENTS, ALIGN)
-    second_moment = _load(row, _MOMENTS, 0, 1, size, groups, offsets, MOMENTS, ALIGN)
-    momentum += (1.0 - decays[0]) * (grad - momentum)
-    second_moment += (1.0 - decays[1]) * (grad * grad - second_moment)
-    _store(row, _MOMENTS, 0, 0, size, groups, offsets, momentum, bits & 0xFFFF, MOMENTS, ALIGN)
-    _store(row, _MOMENTS, 0, 1, size, groups, offsets, second_moment, bits >> 16, MOMENTS, ALIGN)
-    momentum = _rounded(momentum, bits & 0xFFFF, MOMENTS) * tl.load(scalars)
-    second_moment = _rounded(second_moment, bits >> 16, MOMENTS) * tl.load(scalars + 1)
-    mean, share, portion, kept = tl.load(scalars + 2), tl.load(scalars + 3), tl.load(scalars + 4), tl.load(scalars + 5)
-    steady, inertia = tl.load(scalars + 6), tl.load(scalars + 7)
-
-    variance = second_moment + (_RELATIVE_FLOOR * mean + _ABSOLUTE_FLOOR)
-    scale = tl.rsqrt(variance)
-    slow, gradient = momentum * scale, grad * scale
-    bounded = gradient / _GRADIENT_BOUND
-    fast = steady * gradient * tl.rsqrt(1.0 + bounded * bounded)
-    of_tensor = tl.log(variance / (mean + _ABSOLUTE_FLOOR)) * 0.125
-    odd, even = (slow, fast), (tl.abs(slow), tl.abs(fast), of_tensor)
-    for h in tl.static_range(UNITS):
-        unit = _load(row, _LSTM, _LSTM_SCALE, h, size, groups, offsets, LSTM, ALIGN)
-        odd, even = odd + (unit,), even + (tl.abs(unit),)  # type: ignore[assignment]  # noqa: RUF005  Triton knows no unpacking
-
-    direction = tl.load(skip) * slow + tl.load(skip + 1) * fast
-    for h in tl.static_range(UNITS):
-        gate_in = tl.sigmoid(tl.load(gate_bias + h) + _dot(gate_weight + h * (_EVEN + UNITS), even))
-        gate_forget = tl.sigmoid(tl.load(gate_bias + UNITS + h) + _dot(gate_weight + (UNITS + h) * (_EVEN + UNITS), even))
-        gate_out = tl.sigmoid(tl.load(gate_bias + 2 * UNITS + h) + _dot(gate_weight + (2 * UNITS + h) * (_EVEN + UNITS), even))
-        candidate = _tanh(_dot(candidate_weight + h * (_ODD + UNITS), odd))
-        cell = _load(row, _LSTM, _LSTM_SCALE, UNITS + h, size, groups, offsets, LSTM, ALIGN)
-        cell = gate_forget * cell + gate_in * candidate
-        hidden = gate_out * _tanh(cell)
-        direction += tl.load(out + h) * hidden
-        _store(row, _LSTM, _LSTM_SCALE, h, size, groups, offsets, hidden, bits & 0xFFFF, LSTM, ALIGN)
-        _store(row, _LSTM, _LSTM_SCALE, UNITS + h, size, groups, offsets, cell, bits >> 16, LSTM, ALIGN)
-    drift = _load(row, _LSTM, _LSTM_SCALE, 2 * UNITS, size, groups, offsets, LSTM, ALIGN)
-    shrinkage = tl.sqrt(tl.maximum(1.0 - share * gradient * gradient, _LEAST_SHRINKAGE * _LEAST_SHRINKAGE))
-    drift = kept * shrinkage * drift + portion * gradient
-    direction += inertia * drift
-    _store(row, _LSTM, _LSTM_SCALE, 2 * UNITS, size, groups, offsets, drift, bits & 0xFFFF, LSTM, ALIGN)
-    directions += tl.multiple_of(tl.load(row + _DIRECTION), _ALIGNMENT)
-    tl.store(directions + offsets, direction, mask=mask)
-    tl.store(sums + tl.program_id(0), tl.sum(tl.where(mask, direction * direction, 0.0)))
-
-
-@triton.jit
-def _apply(tensors, blocks, finite, directions, factors, sums, count):
+@triton.jit(do_not_specialize=["begin"])
+def _apply(tensors, blocks, begin, finite, directions, factors, sums, count, PARAM: tl.constexpr, ALIGN: tl.constexpr):
     """The rest of steps 4 and 5, and weight decay: parameters lose the share `shrink` and get `scale` times the direction. Its sums are the
     direction's sketch, see `learned_optim.features.Layout.sketch`, and its square.
 
     factors: each tensor's shrink, then each one's scale.
+    PARAM: the parameters' dtype; None where they are left to torch.
     """
-    k, row, _, offsets = _block(tensors, blocks)
-    _sketch(row, offsets, directions, sums + 2 * _BUCKETS * tl.program_id(0))
-    shrink, scale = tl.load(factors + k), tl.load(factors + count + k)
-    if tl.load(finite + k) != 0:
-        if tl.load(row + _ALIGNED) != 0:
-            _apply_to(row, offsets, directions, shrink, scale, _ALIGNMENT)
-        else:
-            _apply_to(row, offsets, directions, shrink, scale, 1)
+    block, k, row, first = _block(tensors, blocks, begin)
+    _, _, mask, places = _places(row, first, ALIGN)
+    directions += tl.multiple_of(tl.load(row + _DIRECTION), _ALIGNMENT) + first
+    direction = tl.load(directions + places, mask=mask, other=0.0)
+    _sketch(direction, first, sums + 2 * _BUCKETS * block)
+    if PARAM is not None:  # noqa: SIM102  this is what a kernel is compiled for, and that what it looks at
+        if tl.load(finite + k) != 0:
+            param = _at(tl.load(row + _PARAM), PARAM, ALIGN) + first + places
+            value = tl.load(param, mask=mask, other=0.0).to(tl.float32)
+            change = tl.load(factors + count + k) * direction - tl.load(factors + k) * value
+            tl.store(param, (value + change).to(PARAM), mask=mask)
 
 
 @triton.jit
-def _sketch(row, offsets, directions, sums):
-    directions += tl.multiple_of(tl.load(row + _DIRECTION), _ALIGNMENT)
-    direction = tl.load(directions + offsets, mask=offsets < tl.load(row + _SIZE), other=0.0)
-    sign = (_scatter_bits((offsets // _BUCKETS).to(tl.uint32) * 0x9E3779B1) & 1).to(tl.float32) * 2.0 - 1.0
-    buckets = tl.sum(tl.reshape(sign * direction, (_BLOCK // _BUCKETS, _BUCKETS)), 0)
-    tl.store(sums + tl.arange(0, _BUCKETS), buckets)
-    # The square has a row of zeros beside it, since the number of columns is a power of two.
+def _sketch(direction, first, sums):
+    places = (first // _BUCKETS).to(tl.uint32) + tl.arange(0, _BLOCK // _BUCKETS)[:, None].to(tl.uint32)
+    sign = (_scatter_bits(places * 0x9E3779B1) & 1).to(tl.float32) * 2.0 - 1.0
     bucket = tl.arange(0, _BUCKETS)
+    tl.store(sums + bucket, tl.sum(sign * tl.reshape(direction, (_BLOCK // _BUCKETS, _BUCKETS)), 0))
+    # The square has a row of zeros beside it, since the number of columns is a power of two.
     tl.store(sums + _BUCKETS + bucket, tl.where(bucket == 0, tl.sum(direction * direction), 0.0))
-
-
-@triton.jit
-def _apply_to(row, offsets, directions, shrink, scale, ALIGN: tl.constexpr):
-    mask = offsets < tl.multiple_of(tl.load(row + _SIZE), ALIGN)
-    address, kind = tl.load(row + _PARAM), tl.load(row + _PARAM_TYPE)
-    directions += tl.multiple_of(tl.load(row + _DIRECTION), _ALIGNMENT)
-    if address != 0:
-        change = scale * tl.load(directions + offsets, mask=mask, other=0.0)
-        if kind == 0:
-            _add(_at(address, tl.float32, ALIGN) + offsets, change, shrink, mask)
-        elif kind == 1:
-            _add(_at(address, tl.bfloat16, ALIGN) + offsets, change, shrink, mask)
-        else:
-            _add(_at(address, tl.float16, ALIGN) + offsets, change, shrink, mask)
-
-
-@triton.jit
-def _add(param, change, shrink, mask):
-    value = tl.load(param, mask=mask, other=0.0).to(tl.float32)
-    tl.store(param, (value + (change - shrink * value)).to(param.dtype.element_ty), mask=mask)

@@ -1,0 +1,169 @@
+"""Compiles the Triton kernels without a GPU, and looks at the machine code: registers, spills, instructions, and how wide memory is read.
+
+    python tests/compiled_kernels.py                           # the tables of benchmarks/GPU_NOTES.md, in some minutes
+    python tests/compiled_kernels.py --targets gfx942 --json   # of all kernels, as the tests want it
+
+Not with TRITON_INTERPRET=1, which leaves nothing to compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import math
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from learned_optim.config import FORMATS
+from learned_optim.features import BUCKETS
+from learned_optim.kernels import gpu
+
+TARGETS = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100, 120)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+TYPES = {"tensors": "*i64", "blocks": "*i32", "chunks": "*i32", "skipped": "*i64", "totals": "*fp64"}
+TYPES |= {"begin": "i32", "count": "i32", "decay1": "fp32", "decay2": "fp32"}
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+STATE = [("float32", "float32"), ("float32", "bfloat16"), ("float32", "int8"), ("bfloat16", "bfloat16"), ("bfloat16", "int8")]
+UNITS, WARPS = 2, 4
+
+FP32 = {"FFMA", "FMUL", "FADD"}
+SPECIAL = {"MUFU", "I2F", "F2I", "F2F", "FRND"}  # what a multiprocessor has few units for
+NOTHING = {"NOP", "BRA"}  # after the last instruction
+
+# What the assumed time of a pass is made of: multiprocessors, GHz, TB/s, and of each cycle the instructions, fp32 and special ones of a
+# multiprocessor, in threads. A copy gets nine tenths of the bandwidth.
+DEVICES = {
+    "A100": ("sm_80", 108, 1.41, 2.04, (128, 64, 16)),
+    "H100": ("sm_90", 132, 1.98, 3.35, (128, 128, 16)),
+    "H200": ("sm_90", 132, 1.98, 4.8, (128, 128, 16)),
+    "B200": ("sm_100", 148, 1.92, 8.0, (128, 128, 16)),
+}
+COPY = 0.9
+
+
+def kernels() -> dict[str, tuple[Any, dict[str, Any], float]]:
+    """Each kernel as it is compiled, by a name: its function, constants, and bytes that it moves for a weight; 0 where it has none."""
+    found: dict[str, tuple[Any, dict[str, Any], float]] = {}
+    for columns in (1, 4, 2 * BUCKETS):
+        found |= {f"{name} {columns}": (getattr(gpu, f"_{name}"), {"COLUMNS": columns}, 0) for name in ("add_up", "means")}
+    found |= {name: (getattr(gpu, f"_{name}"), {}, 0) for name in ("gather", "scatter", "judge")}
+    for align, suffix in ((gpu.ALIGNMENT, ""), (1, " unaligned")):
+        for dtype in ("float32", "bfloat16", "float16") if align > 1 else ("float32", "bfloat16"):
+            width, kind = WIDTHS[dtype], getattr(tl, dtype)
+            found[f"apply {dtype}{suffix}"] = gpu._apply, {"PARAM": kind, "ALIGN": align}, 4 + 2 * width
+            for fmt in FORMATS[:2]:
+                constants = {"FORMAT": FORMATS.index(fmt), "GRAD": kind, "ALIGN": align}
+                found[f"moments {dtype} {fmt}{suffix}"] = gpu._moments, constants, width + 2 * WIDTHS[fmt]
+            for moments, lstm in STATE if dtype == "float32" else STATE[1:2]:
+                formats = {"MOMENTS": FORMATS.index(moments), "LSTM": FORMATS.index(lstm)}
+                scale = 4 / gpu.storage.BLOCK if lstm == "int8" else 0
+                moved = width + 4 * WIDTHS[moments] + 2 * (2 * UNITS + 1) * (WIDTHS[lstm] + scale) + 4
+                found[f"directions {dtype} {moments} {lstm}{suffix}"] = (
+                    gpu._directions,
+                    {"UNITS": UNITS, **formats, "GRAD": kind, "ALIGN": align},
+                    moved,
+                )
+        found[f"apply none{suffix}"] = gpu._apply, {"PARAM": None, "ALIGN": align}, 4
+    return found
+
+
+def passes() -> list[str]:
+    """The kernels of the tables: what goes over all weights of aligned tensors in the two most common dtypes."""
+    return [
+        name
+        for name, (_, constants, moved) in kernels().items()
+        if moved and constants["ALIGN"] == gpu.ALIGNMENT and name.split()[1] not in ("none", "float16")
+    ]
+
+
+def look(name: str, target: str) -> dict[str, Any]:
+    """What the machine code of a kernel is like. Instructions are those of a thread for each of its weights, all branches together."""
+    function, constants, moved = kernels()[name]
+    signature = {each: "constexpr" if each in constants else TYPES.get(each, "*fp32") for each in function.arg_names}
+    aligned = {(k,): [["tt.divisibility", 16]] for k, each in enumerate(function.arg_names) if signature[each].startswith("*")}
+    source = ASTSource(function, signature, constants, aligned)
+    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": WARPS})
+    weights = gpu.BLOCK / (WARPS * TARGETS[target].warp_size) if moved else 1
+    read = of_amd(compiled.asm["amdgcn"]) if target.startswith("gfx") else of_nvidia(compiled.asm["cubin"])
+    opcodes = read.pop("opcodes")
+    counts = collections.Counter(opcode.split(".")[0] for opcode in opcodes if opcode.split(".")[0] not in NOTHING)
+    per_weight = {
+        "instructions": sum(counts.values()) / weights,
+        "fp32": sum(counts[opcode] for opcode in FP32) / weights,
+        "special": sum(counts[opcode] for opcode in SPECIAL) / weights,
+    }
+    memory = collections.Counter(opcode for opcode in opcodes if opcode.startswith(("LDG", "STG", "global_", "buffer_")))
+    return {"bytes": moved, **read, **per_weight, "memory": dict(memory)}
+
+
+def of_nvidia(cubin: bytes) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        run = lambda *command: subprocess.run([*command, str(path)], capture_output=True, text=True, check=True).stdout  # noqa: E731
+        text = run(knobs.nvidia.nvdisasm.path, "-c")
+        usage = run(knobs.nvidia.cuobjdump.path, "-res-usage")
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.M)
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+    return {"registers": int(registers[1]), "spills": sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes), "opcodes": opcodes}
+
+
+def of_amd(text: str) -> dict[str, Any]:
+    registers, *spills = (
+        int(re.search(rf"\.{key}:\s*(\d+)", text)[1])  # type: ignore[index]
+        for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+    )
+    return {"registers": registers, "spills": sum(spills), "opcodes": re.findall(r"^\s+([a-z]\w+)(?:\s|$)", text, re.M)}
+
+
+def picoseconds(device: str, found: dict[str, Any]) -> tuple[float, float]:
+    """The least time of a weight: of its bytes, and of its instructions."""
+    _, processors, clock, bandwidth, rates = DEVICES[device]
+    cycles = max(found[key] / rate for key, rate in zip(("instructions", "fp32", "special"), rates, strict=True))
+    return found["bytes"] / (COPY * bandwidth), 1e3 * cycles / (processors * clock)
+
+
+def tables(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The tables of the notes, of what was found on each target."""
+    lines = [
+        f"| kernel | bytes | instructions: {', '.join(found)} | special | registers: {', '.join(found)} |",
+        "| --- | ---: | --- | ---: | --- |",
+    ]
+    names = list(next(iter(found.values())))
+    for name in names:
+        each = [of_target[name] for of_target in found.values()]
+        instructions, registers = (" / ".join(f"{math.ceil(one[key])}" for one in each) for key in ("instructions", "registers"))
+        special = math.ceil(max(one["special"] for one in each))
+        lines.append(f"| {name} | {each[0]['bytes']:.3g} | {instructions} | {special} | {registers} |")
+    devices = {device: target for device, (target, *_) in DEVICES.items() if target in found}
+    lines += ["", f"| kernel | {' | '.join(devices)} |", "| --- " + "| --- " * len(devices) + "|"]
+    for name in names:
+        times = [picoseconds(device, found[target][name]) for device, target in devices.items()]
+        lines.append(f"| {name} | {' | '.join(f'{of_bytes:.1f} / {of_instructions:.1f}' for of_bytes, of_instructions in times)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--targets", nargs="*", choices=TARGETS, default=[name for name in TARGETS if name.startswith("sm_")])
+    options.add_argument("--only", nargs="*", help="kernels, by name")
+    options.add_argument("--json", action="store_true", help="what was found, of all kernels")
+    arguments = options.parse_args()
+    names = arguments.only or list(kernels() if arguments.json else passes())
+    found = {target: {name: look(name, target) for name in names} for target in arguments.targets}
+    print(json.dumps(found) if arguments.json else tables(found))
+
+
+if __name__ == "__main__":
+    main()
