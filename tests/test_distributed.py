@@ -50,7 +50,7 @@ def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path: Path) -
         torch.testing.assert_close(shared[name], weight, rtol=1e-2, atol=1e-4)  # PES divides rounding errors by its sigma
     logs = [(tmp_path / str(processes) / "out/stage1/log.jsonl").read_text().splitlines() for processes in (1, 2)]
     losses = [[json.loads(line)["meta_loss"] for line in log] for log in logs]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3, abs=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2, abs=1e-3)
 
 
 LEAVING = """
