@@ -215,7 +215,7 @@ DAMAGE = {
     ),
     "config is no JSON": (write("config.json", b"{"), ValueError, r"config\.json is not valid JSON"),
     "config is no text": (write("config.json", b"\xff\xfe\x00"), ValueError, r"config\.json is not valid JSON"),
-    "newer format": (edit_config(format_version=2), ValueError, r"config\.json has format_version 2; .* reads up to 1\. Upgrade"),
+    "newer format": (edit_config(format_version=2), ValueError, r"config\.json has format_version 2; .* reads up to 1\. Install a newer"),
     "unknown key": (edit_config(depth=2), ValueError, r"config\.json has unknown keys \['depth'\]"),
     "truncated": (truncate(0.5), ValueError, r"model\.safetensors is damaged, or no safetensors file .*; fetch or save it again"),
     "truncated header": (truncate(0.02), ValueError, r"model\.safetensors is damaged"),
