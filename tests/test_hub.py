@@ -197,7 +197,7 @@ def test_a_cached_config_never_pairs_with_the_weights_of_another_commit(hub, cli
         ("online", "user/errors", "0" * 40, "FileNotFoundError: .*'user/errors' at '0{40}' .*no such branch, tag or commit", "Revision"),
         ("online", "user/gated", None, "PermissionError: .*'user/gated' .*is gated: ask for access .*hf auth login", "GatedRepo"),
         ("online", "user/empty", None, r"FileNotFoundError: config\.json of .*'user/empty' at 'main' does not exist; push", "RemoteEntry"),
-        ("online", "user/newer", None, r"ValueError: .*config\.json has format_version 99; .*Upgrade", "NoneType"),
+        ("online", "user/newer", None, r"ValueError: .*config\.json has format_version 99; .*Install a newer", "NoneType"),
         ("online", "user/na--me", None, "FileNotFoundError: 'user/na--me' is no bundled set", "NoneType"),
         ("offline", "user/nope", None, r"FileNotFoundError: config\.json .*'user/nope' .*not cached, .*offline.*default", "LocalEntry"),
         ("offline", "user/errors", "v8", r"FileNotFoundError: config\.json .*'user/errors' at 'v8' is not cached", "LocalEntry"),
