@@ -84,12 +84,23 @@ def pack(runs: Path, packed: Path, weights: str) -> None:
     packed.write_bytes(lzma.compress("".join(f"{line}\n" for line in lines).encode(), preset=9))
 
 
+def learned(folder: Path) -> None:
+    """The optimizers alone, which takes minutes where the baselines' runs are at hand; in the folder of the next part, which goes on."""
+    folder = folder.parent / "quality"
+    folder.mkdir(parents=True, exist_ok=True)
+    unpack(RUNS, folder / "runs.jsonl")
+    python("benchmarks/quality", "--out", folder, "--parts", "baselines", "learned")
+    names = {"results.json": "learned.json", "speed.png": "speed.png", "curves.png": "curves.png"}
+    publish(folder, "benchmarks/quality/results", names)
+
+
 def quality(folder: Path, weights: str) -> None:
+    """And what depends on them: ablations, other step sizes, formats of the state."""
     unpack(RUNS, folder / "runs.jsonl")
     for seeds, tasks in MORE_SEEDS.items():
         python("benchmarks/quality", "--out", folder, "--parts", "learned", "state", "--state-seeds", seeds, "--tasks", *tasks)
     python("benchmarks/quality", "--out", folder)
-    publish(folder, "benchmarks/quality/results", {name: name for name in ("results.json", "tables.md", "speed.png", "curves.png")})
+    publish(folder, "benchmarks/quality/results", {name: name for name in ("results.json", "tables.md")})
     pack(folder / "runs.jsonl", RUNS, weights)
 
 
@@ -136,6 +147,7 @@ def speed(folder: Path) -> None:
 def parts(weights: str, data: Path | None) -> dict[str, Callable[[Path], None]]:
     """What is measured, in this order; each is given its folder in runs/measure."""
     found: dict[str, Callable[[Path], Any]] = {
+        "learned": learned,
         "quality": lambda folder: quality(folder, weights),
         # Here: "pretrained": pretrained, which writes benchmarks/quality/results/pretrained.json
         # Here: "distribution": distribution, which writes benchmarks/quality/results/distribution.json

@@ -30,7 +30,7 @@ START, END = re.compile(r"( *)<!-- table: (.*?) -->"), re.compile(r" *<!-- end -
 
 QUALITY = "benchmarks/quality/results/results.json"
 MNIST = "benchmarks/quality/results/mnist_wikitext.json"
-WARM_UP = "benchmarks/quality/results/warm_up.json"  # the same tasks with the present weights; ablations are of those before
+LEARNED = "benchmarks/quality/results/learned.json"  # the same tasks with the present weights; ablations may be of those before
 PRETRAINED = "benchmarks/quality/results/pretrained.json"
 HISTORY = "benchmarks/quality/results/history.json"  # of the weights before, by hand: where the default weights change, they get a row
 SPEED = "benchmarks/results/speed.json"
@@ -150,8 +150,8 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 def summary(files: Files) -> str:
     """Wins and losses: from scratch, in fine-tuning, and what they cost."""
-    found, tuned = files(QUALITY)["optimizers"], "AdamW tuned"
-    names = (PLAIN, HORIZON, tuned, "Muon tuned")
+    found = files(LEARNED)["optimizers"]
+    names = (PLAIN, HORIZON, "AdamW tuned", "Muon tuned")
 
     def row(label: str, cells: Sequence[str], best: Callable[[Iterable[float]], float]) -> list[str]:
         values = [float(cell.split()[0]) if cell else math.nan for cell in cells]
@@ -192,7 +192,7 @@ def both(optimizers: dict[str, Any], suffix: str = "") -> list[str]:
 
 
 def quality_summary(files: Files) -> str:
-    found = files(QUALITY)["optimizers"]
+    found = files(LEARNED)["optimizers"]
     ordered = sorted(OPTIMIZERS, key=lambda name: -found[name]["speed"])
     rows = [
         [OPTIMIZERS[name], bold(f"{one['speed']:.2f}", "**" in OPTIMIZERS[name]), f"{one['worst']['task']}, {one['worst']['speed']:.2f}"]
@@ -202,9 +202,9 @@ def quality_summary(files: Files) -> str:
     return table([["optimizer", "speed, geometric mean", "worst task"], *rows])
 
 
-def quality_warm_up(files: Files) -> str:
-    """Held-out tasks once more, with the weights as they are now; and those before on the same tasks."""
-    before, now = files(QUALITY)["optimizers"], files(WARM_UP)["optimizers"]
+def quality_since(files: Files) -> str:
+    """The held-out tasks with the weights as they are, and with those that ablations and formats of the state were measured with."""
+    before, now = files(QUALITY)["optimizers"], files(LEARNED)["optimizers"]
 
     def cell(one: dict[str, Any], tasks: Iterable[str]) -> str:
         speeds = {task: one["tasks"][task]["speed"] for task in tasks}
@@ -213,7 +213,8 @@ def quality_warm_up(files: Files) -> str:
 
     tasks = list(now[PLAIN]["tasks"])
     rows = [[OPTIMIZERS[name], cell(now[name], tasks), cell(before[name], tasks)] for name in (HORIZON, PLAIN)]
-    return table([[f"speed, geometric mean of {len(tasks)} tasks (worst one)", "with the warm-up", "before"], *rows])
+    names = [f"optimizer weights {files(path)['weights']}" for path in (LEARNED, QUALITY)]
+    return table([[f"speed, geometric mean of {len(tasks)} tasks (worst one)", *names], *rows])
 
 
 def quality_pretrained(files: Files) -> str:
@@ -230,7 +231,7 @@ def quality_pretrained(files: Files) -> str:
 
 def quality_standing(files: Files) -> str:
     """Whom the optimizer is ahead of, and the tasks on which it is behind."""
-    found = files(QUALITY)["optimizers"]
+    found = files(LEARNED)["optimizers"]
 
     def behind(name: str) -> str:
         slow = sorted((one["speed"], task) for task, one in found[name]["tasks"].items() if one["speed"] < 1)
@@ -251,7 +252,7 @@ def quality_standing(files: Files) -> str:
     return prose(f"""
         {word(diverged).capitalize()} run{"s" * (diverged > 1)} diverged. Without any setting it is ahead of {ahead(PLAIN)}, which were
         tuned for each task; with `total_steps` of {ahead(HORIZON)}. Tuned AdamW needs fewer steps on these tasks: with `total_steps`
-        {behind(HORIZON)}; without, {behind(PLAIN)}. In the mean of {word(files(QUALITY)["seeds"])} seeds it ends below AdamW at 0.001
+        {behind(HORIZON)}; without, {behind(PLAIN)}. In the mean of {word(files(LEARNED)["seeds"])} seeds it ends below AdamW at 0.001
         on {either}.
     """)
 
@@ -359,7 +360,7 @@ def quality_history(files: Files) -> str:
 
     head = ["speed, geometric mean", "first definition, no settings / `total_steps`", "second definition"]
     past = [[one["weights"], pair(one["first"]), pair(one["second"])] for one in files(HISTORY)["before"]]
-    now = [f"**the default weights**: {files(HISTORY)['default']}", "", " / ".join(both(files(QUALITY)["optimizers"]))]
+    now = [f"**the default weights**: {files(HISTORY)['default']}", "", " / ".join(both(files(LEARNED)["optimizers"]))]
     return table([head, *past, now])
 
 
@@ -686,7 +687,7 @@ def engine_processes(files: Files) -> str:
 BLOCKS: dict[str, Callable[[Files], str]] = {
     "summary": summary,
     "quality.summary": quality_summary,
-    "quality.warm_up": quality_warm_up,
+    "quality.since": quality_since,
     "quality.pretrained": quality_pretrained,
     "quality.standing": quality_standing,
     "quality.seeds": quality_seeds,

@@ -78,10 +78,10 @@ def test_every_part_replaces_a_committed_file(measure: ModuleType, tmp_path: Pat
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     committed = {path for path in written if path.startswith(("benchmarks/", "examples/", "pretrained/"))}
     assert all((ROOT / path).is_file() for path in committed if "look_inside" not in path)
-    assert {measure.tables.QUALITY, measure.tables.MNIST, measure.tables.SPEED, measure.tables.DEMO} <= committed
+    assert {measure.tables.LEARNED, measure.tables.QUALITY, measure.tables.MNIST, measure.tables.SPEED, measure.tables.DEMO} <= committed
     programs = [word for words in calls for word in words if word.startswith(("benchmarks/", "examples/")) and "results" not in word]
     assert all((ROOT / program).exists() for program in programs)
-    assert set(parts) - {"quality", "mnist", "demo"} <= {Path(program).stem for program in programs}
+    assert set(parts) - {"learned", "quality", "mnist", "demo"} <= {Path(program).stem for program in programs}
     own = json.loads((tmp_path / "examples/results/meta_train_your_own/results.json").read_text())["final loss"]
     assert own["AdamW 0.001"] == {"mean": 0.5, "deviation": 0.1}
 
