@@ -77,13 +77,16 @@ def check(target: str, found: dict[str, dict[str, Any]]) -> None:
             assert not [opcode for opcode in memory if re.search(r"[US](8|16)$", opcode)], what
 
 
-def test_a_sample_of_kernels(tmp_path: Path) -> None:
-    check("sm_90", compiled("sm_90", tmp_path, "--only", *SAMPLE))
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_a_sample_of_kernels(target: str, tmp_path: Path) -> None:
+    check(target, compiled(target, tmp_path, "--only", *SAMPLE))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
-def test_all_kernels(target: str, tmp_path: Path) -> None:
+def test_all_kernels(target: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--all-kernels"):
+        pytest.skip("takes minutes; --all-kernels runs it")
     check(target, compiled(target, tmp_path))
 
 
