@@ -35,8 +35,8 @@ GRIDS: dict[str, list[str]] = {
 DEFAULTS = ["AdamW-default 0.001", "Trainer-default 5e-05 linear", "ScheduleFree-default 0.0025 constant", "Prodigy 1 cosine"]
 
 
-# torch's Muon orthogonalises in bf16, which many CPUs emulate at a fiftieth of the speed. Here it has fp32, its own number of iterations, and
-# our scaling, from which they end closer to orthogonal. Runs on record were made with the Frobenius norm, as in torch.
+# torch's Muon orthogonalises in bf16, which many CPUs emulate at a fiftieth of the speed. Here it has fp32, its own number of iterations
+# and our scaling, from which they end closer to orthogonal. Runs on record were made with the Frobenius norm, as in torch.
 torch.optim._muon._zeropower_via_newtonschulz = lambda grad, coefficients, steps, eps: orthogonalize(grad, steps)
 
 
