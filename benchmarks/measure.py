@@ -35,9 +35,11 @@ from learned_optim.weights import fingerprint
 
 ROOT = tables.ROOT
 RUNS = ROOT / "benchmarks/quality/results/runs.jsonl.xz"
+PRETRAINED_RUNS = ROOT / "benchmarks/quality/results/pretrained_runs.jsonl.xz"
 # Where runs scatter most, formats of the state are compared with more seeds than the benchmark's six.
 MORE_SEEDS = {100: ["tabular", "ill-conditioned"], 24: ["reinforcement", "mlp", "physics", "resnet", "cnn", "new digits"]}
 SIZES = ["1e4", "1e5", "1e6", "2097152", "1e7", "1e8"]
+PRETRAINED = ["minilm polarity"]  # of the tasks of pretrained.py, those whose baselines are complete
 MNIST = ["mnist mlp", "mnist vit", "wikitext transformer", "wikitext fine-tuning"]
 
 
@@ -104,6 +106,14 @@ def quality(folder: Path, weights: str) -> None:
     pack(folder / "runs.jsonl", RUNS, weights)
 
 
+def pretrained(folder: Path, weights: str) -> None:
+    """Needs the extra `pretrained-models`."""
+    unpack(PRETRAINED_RUNS, folder / "runs.jsonl")
+    python("benchmarks/quality/pretrained.py", "--out", folder, "--tasks", *PRETRAINED)
+    publish(folder, "benchmarks/quality/results", {"results.json": "pretrained.json"})
+    pack(folder / "runs.jsonl", PRETRAINED_RUNS, weights)
+
+
 def mnist(folder: Path, data: Path) -> None:
     python("benchmarks/quality", "--out", folder, "--data", data, "--parts", "learned", "--tasks", *MNIST)
     publish(folder, "benchmarks/quality/results", {"results.json": "mnist_wikitext.json", "tables.md": "mnist_wikitext.md"})
@@ -149,8 +159,7 @@ def parts(weights: str, data: Path | None) -> dict[str, Callable[[Path], None]]:
     found: dict[str, Callable[[Path], Any]] = {
         "learned": learned,
         "quality": lambda folder: quality(folder, weights),
-        # Here: "pretrained": pretrained, which writes benchmarks/quality/results/pretrained.json
-        # Here: "distribution": distribution, which writes benchmarks/quality/results/distribution.json
+        "pretrained": lambda folder: pretrained(folder, weights),
         "demo": demo,
         "trainer_gpt": lambda _: trainer("trainer_gpt"),
         "trainer_classifier": lambda _: trainer("trainer_classifier"),

@@ -701,7 +701,6 @@ BLOCKS: dict[str, Callable[[Files], str]] = {
     "quality.before": quality_before,
     "quality.state": quality_state,
     "quality.state_notes": quality_state_notes,
-    # Here: "distribution.summary": distribution_summary, of benchmarks/quality/results/distribution.json
     "demo.short": demo_short,
     "demo.full": demo_full,
     "trainer.losses": trainer_losses,

@@ -72,13 +72,21 @@ def test_every_part_replaces_a_committed_file(measure: ModuleType, tmp_path: Pat
         return "".join(f"{name}  final loss 0.5 ± 0.1 over 5 fresh problems\n" for name in ("default", "mine", "AdamW 0.001"))
 
     monkeypatch.setattr(measure, "call", pretend)
-    monkeypatch.setattr(measure, "RUNS", tmp_path / "runs.jsonl.xz")
+    for packed in ("RUNS", "PRETRAINED_RUNS"):
+        monkeypatch.setattr(measure, packed, tmp_path / f"{packed}.xz")
     parts = measure.parts(WEIGHTS, tmp_path / "data")
     measure.measure(parts, WEIGHTS, tmp_path / "runs/measure")
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     committed = {path for path in written if path.startswith(("benchmarks/", "examples/", "pretrained/"))}
     assert all((ROOT / path).is_file() for path in committed if "look_inside" not in path)
-    assert {measure.tables.LEARNED, measure.tables.QUALITY, measure.tables.MNIST, measure.tables.SPEED, measure.tables.DEMO} <= committed
+    assert {
+        measure.tables.LEARNED,
+        measure.tables.QUALITY,
+        measure.tables.PRETRAINED,
+        measure.tables.MNIST,
+        measure.tables.SPEED,
+        measure.tables.DEMO,
+    } <= committed
     programs = [word for words in calls for word in words if word.startswith(("benchmarks/", "examples/")) and "results" not in word]
     assert all((ROOT / program).exists() for program in programs)
     assert set(parts) - {"learned", "quality", "mnist", "demo"} <= {Path(program).stem for program in programs}
