@@ -28,7 +28,7 @@ PROGRAM = "python -m learned_optim.meta_train"
 EXAMPLES = """\
 examples:
   %(prog)s --config default --out runs/again
-      makes the bundled weights again, in half an hour
+      makes the bundled weights again, in about an hour
   %(prog)s --config my.json --start default --out runs/mine
       goes on from them, where my.json holds, for one,
       {"families": ["mlp", "cnn"], "meta_steps": 200, "horizon_max": 100}
