@@ -82,46 +82,51 @@ class CoordinateLSTM(nn.Module):
 class Controller(nn.Module):
     """Chooses each tensor's step size, since no single coordinate sees the scale of its layer.
 
-    It follows the hypergradient (Baydin et al. 2018, "Online learning rate adaptation with hypergradient descent"): while gradients go on
-    pointing where the steps before them went, steps are too short, and once they point back, too long. With `c` half of a tensor's trend,
-    its recent mean cosine between gradient and momentum, plus half of the mean over all tensors, `h` the same of its swing, the steadiness
-    `w`, and `fading = 1 / (1 + t / patience)` at the tensor's step `t`, the logarithm `k` of the correction to the prior step size becomes
+    It sees four things of a tensor (step 2 in `rule`): the trend and the swing of the cosine between its gradient and its momentum, the
+    steadiness `w` of its gradients, and the straightness of its path. In the formulas `c` is half the tensor's trend and half the mean over
+    all tensors, `h` is the same of the swing, and `s` the same of the straightness' logarithm. `t` is the tensor's step, `T` the horizon.
 
-        k' = k + rate * 2 (1 - t / T) * fading * (c if c > 0 else caution * w * c)      where the horizon `T` is known, else
+    **Correction.** The logarithm `k` of the step size's correction follows the hypergradient (Baydin et al. 2018, "Online learning rate
+    adaptation with hypergradient descent"). While gradients point where the steps before them went, steps are too short. Once they point
+    back, steps are too long. With `fading = 1 / (1 + t / patience)`,
+
+        k' = k + rate * 2 (1 - t / T) * fading * (c if c > 0 else caution * w * c)      where the horizon is known, else
         k' = k + rate * fading^2 * max(c, 0)
                - shrink * (w * clamp(-c / BOUND, 0, 1) / (t + LEAD) + max(-h - LEAP, 0)),   both with |k'| <= 3.
 
-    A mean, since a single cosine scatters, and what counts for more on one side of zero than on the other would turn scatter into growth.
-    Correcting fades, since once the scale is found what the cosine shows is the schedule and the noise. With a horizon the controller may
-    be bolder at first, since annealing undoes what was too bold, and it must come to rest, or it would undo the annealing. Caution is
-    small: a step that is right for the whole run overshoots along the steepest directions, and a greedy controller would take that for too
-    long. Where gradients turn back by more than noise would, because of steep directions, the steadiness mutes what would shorten steps.
-    Without a horizon nothing else anneals. There a negative trend goes on counting: where steps only bounce about in the gradients'
-    noise it is negative (Pflug 1983; Chee & Toulis 2018, "Convergence diagnostics for stochastic gradient descent"), and then step sizes,
-    whose prior falls with the root of `t`, fall with `t` itself, as stochastic approximation wants (Robbins & Monro 1951). And where each
-    gradient turns back nearly the whole of the last, steps leap across a valley that they would never come to rest in, and shorten at once:
-    by the swing, since where leaps begin each gradient is longer than the last, and of a plain mean of ten they would be a small part.
-    Before that, and with a horizon in place of it, a leap *brakes*: a step has `e^(brake * min(h + BRAKE, 0))` of its length, and the rest
-    again as soon as gradients no longer turn back. So what has built up along the steepest directions dies down, and the others, which
-    had to wait for it, go on with long steps. What a step may go along is the *drift*, the mean of some fifty gradients, to
-    which steep directions, whose gradients change their signs, add little: it counts `inertia * max(c, 0)` times beside the LSTM's
-    direction (AdEMAMix, Pagliardini et al. 2024, has such a slow momentum, with a constant factor), hence where gradients agree; where they
-    are noise, it would be in the way.
+    - `c` is a mean, since one cosine scatters, and a rule that answers one sign more than the other would turn scatter into growth.
+    - Correcting fades. Once the scale is found, the cosine shows the schedule and the noise.
+    - With a horizon the controller may be bold at first, since annealing undoes what was too bold. It comes to rest with the horizon, or it
+      would undo the annealing.
+    - Caution is small. Steps that are right for the whole run overshoot along the steepest directions, which looks as if they were too
+      long. Where gradients turn back by more than noise would, the steadiness mutes that sign further.
+    - Without a horizon nothing else anneals. A negative trend then means that steps bounce about in noise (Pflug 1983; Chee & Toulis 2018,
+      "Convergence diagnostics for stochastic gradient descent"). Steps, whose prior falls with the root of `t`, now fall with `t` itself
+      (Robbins & Monro 1951).
+    - A swing below `-LEAP` means that each gradient turns back nearly the whole of the last: steps leap across a valley and would never
+      come to rest in it. They shorten at once.
 
-    What the hypergradient does not see is where the steps lead. Along steep directions gradients may turn back with every step while
-    the others ask for longer ones, and the noise that a run ends in turns back too slowly for ten steps to show it. The straightness of
-    the path tells (DoG, Ivgi et al. 2023, and Prodigy, Mishchenko & Defazio 2024, measure a run by the distance that it went). With `s`
-    its logarithm, half the tensor's own and half the mean of all, `n = min(0, log(NOISE / sqrt(t - 1)))` and the tensor's `own` trend,
+    **Path.** The hypergradient looks ten steps back. It does not see where all steps lead: steep directions may turn back with every step
+    while the others ask for longer ones, and noise may turn back too slowly to be noticed. The straightness of the path tells (DoG, Ivgi et
+    al. 2023, and Prodigy, Mishchenko & Defazio 2024, measure a run by the distance that it went). A path that is less straight than
+    noise's, `n`, shortens steps. One that is straighter lengthens them, if the tensor's own trend is negative and the horizon is known:
 
         k' += (1 - t / T) * clamp(bend * (min(s - n, 0) + b * max(s - max(n, log PURPOSE), 0)), -4, 4) / (t + PATH_LEAD),
-        b = clamp((-own - TURN) / (TURNED - TURN), 0, 1).
+        n = min(0, log(NOISE / sqrt(t - 1))),  b = clamp((-own - TURN) / (TURNED - TURN), 0, 1).
 
     Without a horizon `T` is infinite and `b` is 0, since nothing would undo what was too bold.
 
-    Before all that, steps have to be short enough to be undone: a model that was trained before is lost within two steps of the prior's
-    size, and no gradient shows afterwards what it was. So they *climb*, from `e^log_start` of what the rest says, by `climb_rate * c` a
-    step, `c` here the mean of all trends, until they are there, and then for good. From scratch gradients agree, and that takes a few
-    steps. In fine-tuning they hardly do, and steps settle at the length at which the agreement ends.
+    **Brake.** A leap also brakes single steps: they have `e^(brake * min(h + BRAKE, 0))` of their length until gradients no longer turn
+    back. What has built up along the steepest directions dies down, and the others go on with long steps.
+
+    **Inertia.** The drift, the mean of some fifty gradients, counts `inertia * max(c, 0)` times beside the LSTM's direction. Steep
+    directions, whose gradients change their signs, add little to it. Where gradients are noise it would be in the way (AdEMAMix,
+    Pagliardini et al. 2024, has such a slow momentum, with a constant factor).
+
+    **Warm-up.** First steps are short enough to be undone: steps of the prior's size destroy a model that was trained before within two of
+    them, and no gradient shows afterwards what it was. They *climb*, from `e^log_start` of what the rest says, by `climb_rate * c` a step,
+    `c` here the mean of all trends, until they are there, and then for good. From scratch gradients agree, and that takes a few steps. In
+    fine-tuning they hardly do, and steps settle at the length at which the agreement ends.
     """
 
     def __init__(self) -> None:

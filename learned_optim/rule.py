@@ -9,28 +9,32 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
 
 1. **Moments** as in Adam (Kingma & Ba 2015): :math:`m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t`,
    :math:`v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2`, used bias-corrected.
-2. **Step size.** The agreement :math:`a_t` of the tensor's recent gradients is the length of their mean, in units of what it would be by
-   chance: 1 where they are noise, up to 4.4 where all are the same, and a quarter where each turns back the one before. The cosine
-   of the tensor's gradient with its momentum, the hypergradient of its step size, is averaged over some ten steps: its *trend*; and once
-   more, with gradients that are longer than usual counted for more: its *swing*, which shows at once what grows from step to step. The
-   *straightness* of its path is the length of the mean of its updates, each counted with length 1, over about the last quarter of the run:
-   1 on a straight line, and falling like :math:`1/\sqrt{t}` where updates are noise; a sketch of 16 numbers keeps that mean. The
-   controller (`network.Controller`) adds up what all three say to a correction :math:`e^{\kappa_t}` of the prior step size. A negative
-   swing also brakes single steps, by :math:`e^{b_t}`. Steps begin at a fiftieth of the prior size and lengthen while gradients go on
-   pointing where the steps before them went: :math:`e^{r_t}`, which a model from scratch leaves behind within a few steps, and in which
-   one that was trained before stays, so that what it knows is not lost before the gradients have shown what it bears.
+2. **Step size.** Five statistics of each tensor, all free of scale, say whether its steps are too short or too long:
+
+   - the *agreement* :math:`a_t` of its recent gradients: the length of their mean, in units of what it would be by chance. It is 1 where
+     they are noise, 4.4 where all are the same, and a quarter where each turns back the one before;
+   - the *trend*: the mean, over some ten steps, of the cosine of its gradient with its momentum. It is the hypergradient of the step size;
+   - the *swing*: the same mean, in which gradients that are longer than usual count for more. It shows at once what grows step by step;
+   - the *steadiness* :math:`w_t = \min(1, 2 a_t)^2`: less than 1 where gradients turn back;
+   - the *straightness* of its path: the length of the mean of its updates, each counted with length 1, over about the last quarter of the
+     run. It is 1 on a straight line and falls like :math:`1/\sqrt{t}` where updates are noise. A sketch of 16 numbers keeps that mean.
+
+   From these `network.Controller` makes a correction :math:`e^{\kappa_t}` of the prior step size, which adds up over the run, a brake
+   :math:`e^{b_t}` for single steps, and a warm-up :math:`e^{r_t}`. The warm-up begins at a fiftieth and rises while gradients go on
+   pointing where the steps before them went. A model from scratch leaves it behind within a few steps. One that was trained before stays
+   in it, so that what it knows is not lost before its gradients have shown what it bears.
 3. **Direction.** Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise
    LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`. The last gradient among them
-   counts for less where gradients turn back, by the steadiness :math:`w_t = \min(1, 2 a_t)^2`. Where gradients agree, the *drift* is added,
-   the mean of some fifty gradients, normalised in the same way, times the inertia, a multiple of the trend where that is positive: a slow
-   momentum (AdEMAMix, Pagliardini et al. 2024), which goes on along directions that steep ones keep waiting.
+   is multiplied by the steadiness. Where gradients agree, the *drift* is added: the mean of some fifty gradients, normalised in the same
+   way, times the inertia, a multiple of the trend where that is positive. It is a slow momentum (AdEMAMix, Pagliardini et al. 2024), which
+   goes on along directions that steep ones keep waiting.
 4. **Length.** The direction loses its length, so that the LSTM cannot change the step size by accident. A matrix (fan_out x fan_in;
    convolution kernels flattened) is orthogonalised by Newton-Schulz and given a spectral norm of
    :math:`\sqrt{\max(1, fan_{out}/fan_{in})}` (Muon, Jordan et al. 2024), times :math:`3/L` where a model has fewer than three matrices,
-   :math:`L`: what few layers move its outputs by, each of many has a share of (Large et al. 2024, "Scalable optimization in the modular
-   norm"). Any other tensor is divided by its root mean square and scaled by a learned constant. A table, such as an embedding of many
-   words of which a step sees few, keeps the direction's length and is scaled by the same constant: to orthogonalise it would take longer
-   than all the rest and throw rare words far, and where most rows are zero a root mean square says nothing of the others.
+   :math:`L`: each of many layers moves the outputs by a share only (Large et al. 2024, "Scalable optimization in the modular norm"). Any
+   other tensor is divided by its root mean square and scaled by a learned constant. A table, such as an embedding of many words of which a
+   step sees few, keeps the direction's length and is scaled by the same constant. To orthogonalise it would take longer than all the rest
+   and throw rare words far, and where most rows are zero a root mean square says nothing of the others.
 5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t + b_t + r_t} \, p_t^q \, d_t`. The pace :math:`p_t` is the
    agreement, or the length of the last gradient in units of :math:`\sqrt{v_t}`, at most 1, if that is more: long where gradients agree,
    short where they vanish; its power :math:`q`, of `Controller`, is 1 unless it is learned. Adam's steps have such a factor in each
