@@ -15,9 +15,9 @@ from typing import Any
 
 from . import __version__
 from .argument_types import device, positive, repository
-from .network import OptimizerNetwork
+from .network import OptimizerNetwork, load_network
 from .storage import bytes_per_weight
-from .weights import bundled_names, fingerprint, load_network
+from .weights import bundled_names, fingerprint
 
 PROGRAM = "learned-optim"
 DESCRIPTION = """\

@@ -25,9 +25,9 @@ from tqdm.auto import tqdm
 from . import speed
 from .meta_train.tasks import Batch, Family, ModuleTask, sampled
 from .meta_train.unroll import derive_seed, moved, seed_all
-from .network import OptimizerNetwork
+from .network import OptimizerNetwork, load_network
 from .optimizer import LearnedOptimizer
-from .weights import fingerprint, load_network
+from .weights import fingerprint
 
 LEARNED, HORIZON = "LearnedOptimizer", "LearnedOptimizer, total_steps"
 OURS = (LEARNED, HORIZON)

@@ -14,8 +14,8 @@ import torch
 from ..argument_types import device as device_type
 from ..argument_types import positive, repository
 from ..config import from_file, to_json
-from ..network import OptimizerNetwork
-from ..weights import CARD, CURVES, META_TRAIN, bundled_names, bundled_recipe, load_network, source_of
+from ..network import OptimizerNetwork, load_network
+from ..weights import CARD, CURVES, META_TRAIN, bundled_names, bundled_recipe, source_of
 from . import bar, distributed, process
 from .checkpoint import saved_steps
 from .config import MetaTrainConfig

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..network import OptimizerNetwork
-from ..weights import load_network
+from ..network import OptimizerNetwork, load_network
 from . import bar, checkpoint, distributed, stopping
 from .averaging import average
 from .checkpoint import Progress
