@@ -28,6 +28,7 @@ Network = TypeVar("Network", bound="Pretrained")
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MAX_HEADER = 2**17  # bytes of the list of tensors in front of the weights; real ones have two thousand
+RECIPE = "meta_train*.json"  # one file, or one for each stage
 SCRATCH = ".saving-"  # how the names of folders begin in which files wait to take their places
 CARD, CURVES, META_TRAIN = "README.md", "curves.png", "meta_train.json"  # what a meta-training run adds
 
@@ -135,7 +136,7 @@ class Pretrained(nn.Module):
                 "name, or leave private out"
             )
         if folder is not None:
-            present = [path for path in sorted(Path(folder).glob("*")) if path.name in (CARD, CURVES) or path.match("meta_train*.json")]
+            present = [path for path in sorted(Path(folder).glob("*")) if path.name in (CARD, CURVES) or path.match(RECIPE)]
             files |= {path.name: path.read_bytes() for path in present}
         if CARD not in files and not api.file_exists(repo_id, CARD):  # a model card that somebody wrote is worth more than this one
             files[CARD] = MODEL_CARD.format(repo_id=repo_id).encode()
@@ -166,7 +167,12 @@ def bundled_names() -> list[str]:
 
 def bundled_recipe(name: str) -> list[Path]:
     """The configurations that a bundled set was meta-trained with, in their order; none of what is no bundled set."""
-    return sorted((_bundled() / name).glob("meta_train*.json")) if name in bundled_names() else []
+    return recipe(name) if name in bundled_names() else []
+
+
+def recipe(source: str) -> list[Path]:
+    """The configurations that lie with a bundled set or in a local folder, in their order; none elsewhere."""
+    return sorted((_bundled() / source if source in bundled_names() else Path(source)).glob(RECIPE))
 
 
 def source_of(folder: str | os.PathLike[str]) -> str:

@@ -57,7 +57,7 @@ def test_info_describes_a_folder(tmp_path, capsys):
     assert facts["fingerprint"] == fingerprint(network)
 
 
-@pytest.mark.parametrize("command", [["info"], ["demo", "--pretrained"]])
+@pytest.mark.parametrize("command", [["info"], ["inspect"], ["evaluate"], ["demo", "--pretrained"]])
 @pytest.mark.parametrize("damage", ["missing", "invalid"])
 def test_bad_weights_are_one_line_and_status_2(command, damage, tmp_path, capsys):
     if damage == "invalid":
@@ -78,12 +78,6 @@ def test_demo_without_its_extra_names_the_fix(module, monkeypatch, capsys):
     assert capsys.readouterr().err == f"learned-optim: the demo needs {module}; install it with: pip install matplotlib scikit-learn\n"
 
 
-def test_demo_refuses_a_file_as_its_folder_before_it_trains(tmp_path, capsys):
-    OptimizerNetwork(NetworkConfig()).save_pretrained(tmp_path)
-    assert main(["demo", "--pretrained", str(tmp_path), "--out", str(tmp_path / "config.json")]) == 2
-    assert "--out must be a folder" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -97,6 +91,13 @@ def test_demo_refuses_a_file_as_its_folder_before_it_trains(tmp_path, capsys):
         (["meta-train", "--config", "default", "--out", "out", "--device", "mps"], "must be cpu or cuda, got 'mps'"),
         (["meta-train", "--config", "default", "--out", "out", "--threads", "0"], "must be at least 1, got 0"),
         (["meta-train", "--config", "default", "--out", "out", "--push", "mine"], "must be USER/NAME, got 'mine'"),
+        (["demo", "--out", __file__], "argument --out: must be a folder, or one that can be made, and "),
+        (["compare", "file.py:problem", "--out", f"{__file__}/out"], "test_cli.py is a file"),
+        (["meta-train", "--config", "default", "--out", __file__], "argument --out: must be a folder"),
+        (["evaluate"], "NAME_OR_FOLDER_OR_HUB_ID"),
+        (["evaluate", "default", "--steps", "0"], "must be at least 1, got 0"),
+        (["evaluate", "default", "--device", "tpu"], "must be cpu or cuda, got 'tpu'"),
+        (["inspect"], "FILE_OR_WEIGHTS"),
         (["push", "out", "user/na--me"], "na--me"),
     ],
 )

@@ -8,12 +8,12 @@ PLACES = {"learned_optim": ROOT / "learned_optim", "learned_optim.integrations":
 
 # From the bottom. Modules of a line do not import each other.
 LAYERS = """
-config argument_types speed kernels.replay
+config argument_types report speed kernels.replay
 storage weights
 features
 sharding network
 checks rule
-kernels
+kernels inspection
 kernels.cpu kernels.gpu
 optimizer
 learned_optim
@@ -27,7 +27,7 @@ meta_train.families meta_train.checkpoint
 meta_train.folder meta_train.handover
 meta_train.loop
 meta_train
-meta_train.__main__ comparison demo integrations integrations.transformers
+meta_train.__main__ comparison demo evaluation integrations integrations.transformers
 cli
 """
 # A name of the package that is loaded when somebody asks for it.
