@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
+from learned_optim.inspection import BOUND
 from learned_optim.rule import Control
 from learned_optim.weights import fingerprint
 
@@ -43,7 +44,6 @@ WITHOUT_EFFECT = (
     "adam_beta2",
     "adam_epsilon",
 )
-BOUND = 3.0  # of the logarithm of a step size's correction, see `learned_optim.network.Controller`
 
 
 class LearnedOptimizerTrainer(Trainer):

@@ -3,9 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from .config import NetworkConfig
-from .network import OptimizerNetwork
+from .network import OptimizerNetwork, load_network
 from .optimizer import LearnedOptimizer
-from .weights import load_network
 
 __version__ = "0.1.0"
 

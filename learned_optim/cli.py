@@ -13,11 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import __version__
-from .argument_types import device, positive, repository
-from .network import OptimizerNetwork
+from .argument_types import device, folder, positive, repository
+from .network import OptimizerNetwork, load_network
 from .storage import bytes_per_weight
-from .weights import bundled_names, fingerprint, load_network
+from .weights import bundled_names, fingerprint, recipe
 
 PROGRAM = "learned-optim"
 DESCRIPTION = """\
@@ -25,6 +27,7 @@ A learned optimizer for PyTorch. In Python, one line takes AdamW's place:
 
   optimizer = learned_optim.LearnedOptimizer(model.parameters())"""
 EPILOG = f"{PROGRAM} COMMAND --help explains a command, with examples. Start with: {PROGRAM} demo"
+DEFAULT = "default"  # the bundled weights
 COMPARED = "compared_problem"  # the name that a user's file is imported under; its own may be that of a package
 
 
@@ -53,15 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns: the exit status, 2 for a mistake of the user's, 130 for Ctrl-C."""
     parser = ArgumentParser(prog=PROGRAM, description=DESCRIPTION, epilog=EPILOG, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    given = sys.argv[1:] if argv is None else argv
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         lines = ["examples:", *(f"  {PROGRAM} {name} {example}".rstrip() for example in command.examples)] if command.examples else []
         subparser = commands.add_parser(
             name, help=command.summary, description=command.summary, epilog="\n".join(lines), formatter_class=RawDescriptionHelpFormatter
         )
-        command.arguments(subparser)
+        if name in given:  # no others, since some import much
+            command.arguments(subparser)
         subparser.set_defaults(run=command.run)
-    given = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(given)
     args.again = shlex.join([PROGRAM, *given])
     try:
@@ -69,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"learned-optim: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("learned-optim: stopped by Ctrl-C", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"learned-optim: stopped by Ctrl-C. {stop}".removesuffix(". "), file=sys.stderr)
         return 130
 
 
@@ -82,11 +86,11 @@ def _load(name: str, revision: str | None = None) -> OptimizerNetwork:
 
 
 def _demo_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of figures and plot (%(default)s)")
+    parser.add_argument("--out", type=folder, default=Path("runs/demo"), metavar="DIR", help="folder of figures and plot (%(default)s)")
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs of every optimizer on every task (%(default)s)")
     parser.add_argument("--workers", type=positive, default=2, metavar="N", help="processes of one thread each (%(default)s)")
     parser.add_argument(
-        "--pretrained", default="default", metavar="NAME", help="optimizer weights: a bundled name, a folder or a Hub id (%(default)s)"
+        "--pretrained", default=DEFAULT, metavar="NAME", help="optimizer weights: a bundled name, a folder or a Hub id (%(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="one seed and a few steps: checks that the demo runs, compares nothing")
 
@@ -98,13 +102,12 @@ def _demo(args: Namespace) -> None:
     from . import demo
 
     network = _load(args.pretrained)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"--out must be a folder, or one that can be made: {error}") from error
     seeds, steps_scale = (1, 0.01) if args.quick else (args.seeds, 1.0)
     try:
+        args.out.mkdir(parents=True, exist_ok=True)
         print(demo.run(network, args.out, seeds=seeds, workers=args.workers, steps_scale=steps_scale))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Nothing is saved. Start again with: {args.again}") from None
     except OSError as error:
         raise CommandError(f"the demo could not write its results to {args.out}, or its work to a temporary folder: {error}") from error
 
@@ -114,10 +117,10 @@ def _compare_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, default=300, metavar="N", help="of a training run (%(default)s)")
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="training runs of each optimizer (%(default)s)")
     parser.add_argument(
-        "--pretrained", default="default", metavar="NAME", help="optimizer weights: a bundled name, a folder or a Hub id (%(default)s)"
+        "--pretrained", default=DEFAULT, metavar="NAME", help="optimizer weights: a bundled name, a folder or a Hub id (%(default)s)"
     )
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for compare.json and compare.png")
+    parser.add_argument("--out", type=folder, metavar="DIR", help="folder for compare.json and compare.png")
     parser.add_argument("--json", action="store_true", help="print all figures as JSON in place of the table")
 
 
@@ -135,7 +138,8 @@ def _compare(args: Namespace) -> None:
     if args.json:
         print(result.to_json())
     if result.stopped:
-        raise KeyboardInterrupt
+        kept = f" and in {args.out}" if args.out else ""
+        raise KeyboardInterrupt(f"What was known by then is above{kept}. A comparison starts anew: {args.again}")
 
 
 def _named(text: str) -> tuple[Path, Any]:
@@ -183,6 +187,99 @@ def _meta_train(args: Namespace) -> int:
 
     process.settle()
     return run(args, args.again)
+
+
+def _evaluate_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "pretrained", nargs="+", metavar="NAME_OR_FOLDER_OR_HUB_ID", help="optimizer weights; the bundled default goes along"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="the MetaTrainConfig whose held-out problems are trained, as JSON, or the name of bundled weights for theirs; by default what "
+        "lies with the first weights, or else that of the bundled default",
+    )
+    parser.add_argument(
+        "--families", nargs="+", default=(), metavar="NAME", help="only these problems; by default all of the configuration"
+    )
+    parser.add_argument("--steps", type=positive, metavar="N", help="of a training run; by default horizon_max of the configuration")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="CPU threads (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON in place of the table")
+
+
+def _evaluate(args: Namespace) -> None:
+    from .config import from_file
+    from .evaluation import evaluate
+    from .meta_train import MetaTrainConfig, process
+    from .meta_train.__main__ import configurations
+    from .meta_train.families import chosen
+
+    networks = {name: _load(name) for name in dict.fromkeys([*args.pretrained, DEFAULT])}
+    try:
+        files = configurations(args.config) if args.config else recipe(args.pretrained[0]) or recipe(DEFAULT)
+        config = from_file(MetaTrainConfig, files[-1], by_hand=True)
+        families = chosen(args.families or config.families)
+        steps = args.steps or config.horizon_max
+        config = MetaTrainConfig(seed=config.seed, horizon_min=1, horizon_max=steps, validation=config.validation)
+    except (ValueError, OSError, ImportError) as error:
+        raise CommandError(error) from error
+    torch.set_num_threads(args.threads)
+    process.settle()
+    try:
+        found = evaluate(networks, families, config, args.device)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"No problem was done yet. Start again with: {args.again}") from None
+    print(found.to_json() if args.json else found)
+    if found.stopped:
+        rest = " ".join(name for name in families if name not in found.adamw)
+        raise KeyboardInterrupt(f"{len(found.adamw)} of {len(families)} problems are done; the others: {args.again} --families {rest}")
+
+
+def _inspect_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="FILE_OR_WEIGHTS",
+        help="an optimizer's state dict, or a checkpoint that has one, as torch.save wrote it; a checkpoint folder of Trainer's; or "
+        "optimizer weights: a bundled name, a folder or a Hub id",
+    )
+    parser.add_argument(
+        "--pretrained", metavar="NAME", help="the optimizer weights that a state was made with, if they are no bundled ones"
+    )
+    parser.add_argument("--all", action="store_true", help="all tensors, also where there are many")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+
+
+def _inspect(args: Namespace) -> None:
+    from . import inspection
+
+    source = Path(args.source)
+    trainers = [source / name for name in ("optimizer.pt", "optimizer.bin")]  # as Trainer and accelerate call theirs
+    path = next((path for path in (source, *trainers) if path.is_file()), None)
+    if path is None:
+        network, reference = _load(args.source), _load(DEFAULT)
+        found = inspection.weights_dict(args.source, network)
+        print(json.dumps(found, indent=1) if args.json else inspection.weights_text(args.source, network, (DEFAULT, reference)))
+        return
+
+    def weights_of(wanted: str) -> tuple[str, OptimizerNetwork] | None:
+        for name in [args.pretrained] if args.pretrained else bundled_names():
+            if fingerprint(network := _load(name)) == wanted:
+                return name, network
+        if args.pretrained:
+            raise CommandError(
+                f"{path} was made with optimizer weights {wanted}, and those of {args.pretrained} are {fingerprint(network)}"
+            )
+        return None
+
+    try:
+        states = inspection.read_states(path, weights_of)
+    except (ValueError, OSError) as error:
+        raise CommandError(error) from error
+    if args.json:
+        print(json.dumps([state.to_dict() for state in states], allow_nan=False, indent=1))
+    else:
+        print("\n\n".join(state.text(args.all) for state in states))
 
 
 def _list_arguments(parser: ArgumentParser) -> None:
@@ -242,6 +339,22 @@ COMMANDS = {
     ),
     "meta-train": Command(
         summary="meta-train optimizer weights, as python -m learned_optim.meta_train does", arguments=_meta_train_arguments, run=_meta_train
+    ),
+    "evaluate": Command(
+        summary="measure optimizer weights on held-out problems of meta-training, beside the bundled default and tuned AdamW",
+        arguments=_evaluate_arguments,
+        run=_evaluate,
+        examples=(
+            "runs/mine",
+            "runs/mine runs/other --config my.json --json > evaluated.json",
+            "runs/mine --families mlp cnn --steps 100",
+        ),
+    ),
+    "inspect": Command(
+        summary="why does it not learn? steps, step sizes at their bounds and memory of an optimizer's state; or optimizer weights",
+        arguments=_inspect_arguments,
+        run=_inspect,
+        examples=("optimizer.pt", "out/checkpoint-500 --json", "checkpoint.pt --pretrained runs/mine", "runs/mine"),
     ),
     "list": Command(summary="names of the bundled optimizer weights", arguments=_list_arguments, run=_list),
     "info": Command(

@@ -25,9 +25,10 @@ from tqdm.auto import tqdm
 from . import speed
 from .meta_train.tasks import Batch, Family, ModuleTask, sampled
 from .meta_train.unroll import derive_seed, moved, seed_all
-from .network import OptimizerNetwork
+from .network import OptimizerNetwork, load_network
 from .optimizer import LearnedOptimizer
-from .weights import fingerprint, load_network
+from .report import aligned, count, plain
+from .weights import fingerprint
 
 LEARNED, HORIZON = "LearnedOptimizer", "LearnedOptimizer, total_steps"
 OURS = (LEARNED, HORIZON)
@@ -114,7 +115,7 @@ class Comparison:
     def table(self) -> str:
         """The optimizers side by side, and AdamW's grid, as text."""
         held_out = self.measure != TRAINING
-        head = [f"{self.steps} steps, {_count(self.seeds, 'seed')}", self.measure, "speed in steps", "by the clock", "ms/step"]
+        head = [f"{self.steps} steps, {count(self.seeds, 'seed')}", self.measure, "speed in steps", "by the clock", "ms/step"]
         head += [TRAINING] if held_out else []
         cells: list[Sequence[str]] = [head]
         for row in self.rows:
@@ -134,7 +135,7 @@ class Comparison:
             "Speed: the steps that the best AdamW needs for the loss where an optimizer ends, over those that it took itself; 1/8 to 4.\n"
             f"All saw the same batches. AdamW warms up over {speed.WARM_UP:.0%} of the steps; the runs that found its best do not count."
         )
-        return f"{_aligned(cells)}\n\n{legend}\n\n{_aligned(grid)}"
+        return f"{aligned(cells)}\n\n{legend}\n\n{aligned(grid)}"
 
     @property
     def verdict(self) -> str:
@@ -142,7 +143,7 @@ class Comparison:
         rate, shape = self.best.split()[1:]
         found = f"{LEARNED} with total_steps: {self._judged(HORIZON)}; without: {self._judged(LEARNED)}; AdamW's best is {rate}, {shape}"
         if self.stopped:
-            found += f" (stopped by Ctrl-C: {_count(self.seeds, 'seed')} and {len(self.grid)} settings of AdamW so far)"
+            found += f" (stopped by Ctrl-C: {count(self.seeds, 'seed')} and {len(self.grid)} settings of AdamW so far)"
         elif rate in (ends := self._ends()) and len(self.grid) > len(SCHEDULES):
             found += f", {'the lowest' if rate == ends[0] else 'the highest'} that was tried, so others may be better"
         ours, others = self.row(HORIZON), self.row(self.best)
@@ -161,7 +162,7 @@ class Comparison:
         row = self.row(name)
         if (lost := sum(not math.isfinite(loss) for loss in row.losses)) == len(row.losses):
             return "diverged"
-        diverged = f" (it diverged with {_count(lost, 'seed')})" if lost else ""
+        diverged = f" (it diverged with {count(lost, 'seed')})" if lost else ""
         clock = self.by_clock(name)
         if min(row.speeds) < 1 < max(row.speeds):
             return f"ahead with some seeds and behind with others, {row.speed:.2f} x in steps, {clock:.2f} x by the clock{diverged}"
@@ -174,7 +175,7 @@ class Comparison:
             if row["speeds"]:
                 row |= {"speed": self.row(row["optimizer"]).speed, "by_clock": self.by_clock(row["optimizer"])}
         found = {name: getattr(self, name) for name in ("steps", "seeds", "measure", "best", "grid", "weights", "stopped", "verdict")}
-        return _plain(found | {"rows": rows, "torch": torch.__version__, "runs": [asdict(run) for run in self.runs]})  # type: ignore[no-any-return]
+        return plain(found | {"rows": rows, "torch": torch.__version__, "runs": [asdict(run) for run in self.runs]})  # type: ignore[no-any-return]
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), allow_nan=False, indent=1)
@@ -484,31 +485,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'s' * (number != 1)}"
-
-
 def _lead(value: float, at_bounds: bool = False) -> str:
     if 1 / LEVEL < value < LEVEL:
         return "level"
     most = "at least " if at_bounds and value in speed.BOUNDS else ""
     return f"ahead by {most}{value:.1f} x" if value > 1 else f"behind by {most}{1 / value:.1f} x"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value

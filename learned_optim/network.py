@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .config import NetworkConfig
 from .features import EVEN, ODD, CoordinateFeatures
+from .weights import Pretrained
 
 # Without a horizon: the trend that says for certain that steps only bounce about in noise, and the steps before it counts in full.
 BOUND, LEAD = 0.1, 30.0
@@ -198,66 +199,27 @@ class Controller(nn.Module):
         return climbed, (self.log_start + climbed).clamp(max=0)
 
 
-class OptimizerNetwork(nn.Module):
-    """The meta-parameters: everything that meta-training learns.
+class OptimizerNetwork(Pretrained):
+    """The meta-parameters: everything that meta-training learns; and how they get to files and to the Hugging Face Hub.
 
     Args:
         config: shape of the network and constants of the rule.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.coordinate = CoordinateLSTM(config.hidden_units)
         self.controller = Controller()
         # Logarithms of the prior step size, and of a vector's update RMS in units of it.
         self.log_step_size = nn.Parameter(torch.tensor(math.log(0.05)))
         self.log_vector_gain = nn.Parameter(torch.tensor(math.log(0.15)))
 
-    # Not huggingface_hub's PyTorchModelHubMixin: it loads wrong names and a missing config without an error, takes config and weights
-    # from two requests, and would be imported with the package. `weights` imports this module, hence the imports inside.
 
-    @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], revision: str | None = None) -> OptimizerNetwork:
-        """Loads a bundled set, a local folder or a Hub repository; see `learned_optim.load_network`."""
-        from .weights import load_network
+def load_network(source: str | os.PathLike[str], *, revision: str | None = None) -> OptimizerNetwork:
+    """Loads an optimizer network; the same as `OptimizerNetwork.from_pretrained`, which says what may be loaded and what is refused.
 
-        return load_network(source, revision=revision)
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `config.json` and `model.safetensors` to a folder that `from_pretrained` reads.
-
-        Raises:
-            ValueError: a weight is NaN or infinite.
-        """
-        from .weights import save_network
-
-        save_network(self, folder)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        folder: str | os.PathLike[str] | None = None,
-        private: bool | None = None,
-        commit_message: str = "Upload optimizer network",
-        token: str | None = None,
-    ) -> str:
-        """Uploads `config.json`, `model.safetensors` and, where the repository has none, a model card to the Hugging Face Hub.
-
-        Args:
-            repo_id: "user/name"; made if it does not exist.
-            folder: of the meta-training run that this network comes from: its model card, curves and configuration go along.
-            private: who may read a repository that is made here; None leaves it to the account's setting.
-            token: access token; None takes the one of `hf auth login` or HF_TOKEN.
-
-        Returns:
-            the commit, to load exactly these weights by: `from_pretrained(repo_id, revision=commit)`.
-
-        Raises:
-            ValueError: a weight is NaN or infinite, or the folder holds other weights.
-            OSError: the Hub refused; the message is huggingface_hub's.
-        """
-        from .weights import push_to_hub
-
-        return push_to_hub(self, repo_id, folder=folder, private=private, commit_message=commit_message, token=token)
+    Args:
+        source: the name of a bundled set, a local folder, or an id on the Hugging Face Hub ("user/name").
+        revision: branch, tag or commit of a Hub repository.
+    """
+    return OptimizerNetwork.from_pretrained(source, revision)

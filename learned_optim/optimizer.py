@@ -22,10 +22,10 @@ from .checks import Ledger
 from .config import NetworkConfig
 from .features import Layout
 from .kernels import cpu
-from .network import OptimizerNetwork
+from .network import OptimizerNetwork, load_network
 from .rule import ADAMW_UPDATE_RMS, CONTROL, Control, State, sit_out, update
 from .storage import load, random_bits, store, stored, zeros
-from .weights import fingerprint, load_network
+from .weights import fingerprint
 
 if TYPE_CHECKING:  # which builds of torch without distributed training lack
     from torch.distributed import ProcessGroup

@@ -3,6 +3,8 @@
 A set of weights is a folder with `config.json` (a `NetworkConfig`) and `model.safetensors` (every tensor in fp32). Reading is strict:
 nothing is filled in, cast or replaced, since weights that almost fit would train a model badly without any error. Nothing is unpickled, and
 nothing is read whose size does not fit.
+
+Which tensors a network has is not known here: the network inherits from `Pretrained`.
 """
 
 from __future__ import annotations
@@ -13,18 +15,20 @@ import os
 import reprlib
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import NetworkConfig, from_file, parse_object, to_json
-from .network import OptimizerNetwork
+
+Network = TypeVar("Network", bound="Pretrained")
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MAX_HEADER = 2**17  # bytes of the list of tensors in front of the weights; real ones have two thousand
+RECIPE = "meta_train*.json"  # one file, or one for each stage
 SCRATCH = ".saving-"  # how the names of folders begin in which files wait to take their places
 CARD, CURVES, META_TRAIN = "README.md", "curves.png", "meta_train.json"  # what a meta-training run adds
 
@@ -43,32 +47,117 @@ A learned optimizer for PyTorch: an LSTM that takes the place of AdamW, with no 
 """
 
 
-def load_network(source: str | os.PathLike[str], *, revision: str | None = None) -> OptimizerNetwork:
-    """Loads an optimizer network, on the CPU and in fp32.
+class Pretrained(nn.Module):
+    """A module that its configuration and its tensors describe in full, so that they can be kept in files.
+
+    Not huggingface_hub's PyTorchModelHubMixin: it loads wrong names and a missing config without an error, takes config and weights from
+    two requests, and would be imported with the package.
 
     Args:
-        source: the name of a bundled set, else a local folder, else an id on the Hugging Face Hub ("user/name"): the first that exists.
-            The first two need no network access. A path object always means a folder.
-        revision: branch, tag or commit of the Hub repository; None means its main branch. Config and weights come from one commit. While
-            the Hub cannot be reached, that is the commit which the cache saw last.
-
-    Raises:
-        ValueError: the files are damaged, of a newer format, of other shapes or not finite; or `revision` is given for another source
-            than the Hub.
-        OSError: there is no such source (FileNotFoundError), access must be asked for (PermissionError), or the Hub failed.
+        config: all that the constructor needs.
     """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def from_pretrained(cls: type[Network], source: str | os.PathLike[str], revision: str | None = None) -> Network:
+        """Loads a network, on the CPU and in fp32.
+
+        Args:
+            source: the name of a bundled set, else a local folder, else an id on the Hugging Face Hub ("user/name"): the first that exists.
+                The first two need no network access. A path object always means a folder.
+            revision: branch, tag or commit of the Hub repository; None means its main branch. Config and weights come from one commit.
+                While the Hub cannot be reached, that is the commit which the cache saw last.
+
+        Raises:
+            ValueError: the files are damaged, of a newer format, of other shapes or not finite; or `revision` is given for another source
+                than the Hub.
+            OSError: there is no such source (FileNotFoundError), access must be asked for (PermissionError), or the Hub failed.
+        """
+        return _read(cls, _folder_of(source, revision))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `config.json` and `model.safetensors` (in fp32) to a folder that `from_pretrained` reads, the same bytes for the same
+        network. Makes the folder if need be.
+
+        Both files are complete before either takes its place, so a full disk or an interrupted write leaves an earlier set as it was.
+
+        Raises:
+            ValueError: a weight is NaN or infinite.
+            OSError: the folder cannot be written to; the message names it.
+        """
+        files = _files(self)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
+                for name, content in files.items():
+                    Path(scratch, name).write_bytes(content)
+                for name in files:
+                    os.replace(Path(scratch, name), Path(folder, name))
+        except OSError as error:
+            raise OSError(f"the weights could not be written to {os.fspath(folder)}: {error}") from error
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        private: bool | None = None,
+        commit_message: str = "Upload optimizer network",
+        token: str | None = None,
+    ) -> str:
+        """Uploads `config.json`, `model.safetensors` and, where the repository has none, a model card to the Hugging Face Hub.
+
+        Args:
+            repo_id: "user/name"; made if it does not exist.
+            folder: of the meta-training run that this network comes from: its model card, curves and configuration go along.
+            private: who may read a repository that is made here; None leaves it to the account's setting.
+            token: access token; None takes the one of `hf auth login` or HF_TOKEN.
+
+        Returns:
+            the commit, to load exactly these weights by: `from_pretrained(repo_id, revision=commit)`.
+
+        Raises:
+            ValueError: a weight is NaN or infinite, or the folder holds other weights.
+            OSError: the Hub refused; the message is huggingface_hub's.
+        """
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        files = _files(self)
+        if folder is not None and fingerprint(type(self).from_pretrained(Path(folder))) != fingerprint(self):
+            raise ValueError(f"the weights in {folder} are not this network's, so its model card would describe others")
+        api = HfApi(token=token, library_name="learned-optim")
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and not api.model_info(repo_id).private:
+            raise ValueError(
+                f"{repo_id} exists and is public, so nothing was uploaded: make it private in its settings on the Hub, choose another "
+                "name, or leave private out"
+            )
+        if folder is not None:
+            present = [path for path in sorted(Path(folder).glob("*")) if path.name in (CARD, CURVES) or path.match(RECIPE)]
+            files |= {path.name: path.read_bytes() for path in present}
+        if CARD not in files and not api.file_exists(repo_id, CARD):  # a model card that somebody wrote is worth more than this one
+            files[CARD] = MODEL_CARD.format(repo_id=repo_id).encode()
+        # One commit (upload_folder may make several), so that no revision has the config of one network and the weights of another.
+        additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
+        return api.create_commit(repo_id, additions, commit_message=commit_message).oid
+
+
+def _folder_of(source: str | os.PathLike[str], revision: str | None) -> Path:
     name = os.fspath(source)
     if isinstance(source, str) and source in bundled_names():
         folder, kind = _bundled() / source, "bundled set"
     elif os.path.isdir(source):
         folder, kind = Path(source), "local folder"
     elif isinstance(source, str) and source.count("/") == 1 and not os.path.exists(source):
-        return _read(_download(source, revision))
+        return _download(source, revision)
     else:
         raise _no_such_source(name)
     if revision is not None:
         raise ValueError(f"revision applies only to the Hub, and {name!r} is a {kind}; leave revision={revision!r} out")
-    return _read(folder)
+    return folder
 
 
 def bundled_names() -> list[str]:
@@ -78,11 +167,16 @@ def bundled_names() -> list[str]:
 
 def bundled_recipe(name: str) -> list[Path]:
     """The configurations that a bundled set was meta-trained with, in their order; none of what is no bundled set."""
-    return sorted((_bundled() / name).glob("meta_train*.json")) if name in bundled_names() else []
+    return recipe(name) if name in bundled_names() else []
+
+
+def recipe(source: str) -> list[Path]:
+    """The configurations that lie with a bundled set or in a local folder, in their order; none elsewhere."""
+    return sorted((_bundled() / source if source in bundled_names() else Path(source)).glob(RECIPE))
 
 
 def source_of(folder: str | os.PathLike[str]) -> str:
-    """What `load_network` knows a local folder by: its name, with "./" in front of one that a bundled set has too."""
+    """What `from_pretrained` knows a local folder by: its name, with "./" in front of one that a bundled set has too."""
     name = os.fspath(folder)
     return f"./{name}" if name in bundled_names() else name
 
@@ -97,7 +191,7 @@ def _no_such_source(name: str) -> FileNotFoundError:
     return FileNotFoundError(f'{name!r} is no bundled set (there are {bundled_names()}), no local folder and no Hub id ("user/name")')
 
 
-def _read(folder: Path) -> OptimizerNetwork:
+def _read(cls: type[Network], folder: Path) -> Network:
     config_file, weights_file = folder / CONFIG, folder / WEIGHTS
     for file in (config_file, weights_file):
         if not file.is_file():
@@ -105,7 +199,7 @@ def _read(folder: Path) -> OptimizerNetwork:
     config = from_file(NetworkConfig, config_file)
     # On the meta device a large network allocates nothing, and torch's random numbers are left alone.
     with torch.device("meta"):
-        network = OptimizerNetwork(config)
+        network = cls(config)
     tensors = _tensors_of(weights_file, network.state_dict())
     _check_finite(tensors, str(weights_file))
     network.load_state_dict(tensors, assign=True)
@@ -189,60 +283,7 @@ def _hub_error(error: OSError, repo_id: str, what: str) -> OSError:
     return OSError(f"{what} could not be fetched: {error}")
 
 
-def save_network(network: OptimizerNetwork, folder: str | os.PathLike[str]) -> None:
-    """Writes `config.json` and `model.safetensors` (in fp32), the same bytes for the same network. Makes the folder if need be.
-
-    Both files are complete before either takes its place, so a full disk or an interrupted write leaves an earlier set as it was.
-
-    Raises:
-        ValueError: a weight is NaN or infinite.
-        OSError: the folder cannot be written to; the message names it.
-    """
-    files = _files(network)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
-            for name, content in files.items():
-                Path(scratch, name).write_bytes(content)
-            for name in files:
-                os.replace(Path(scratch, name), Path(folder, name))
-    except OSError as error:
-        raise OSError(f"the weights could not be written to {os.fspath(folder)}: {error}") from error
-
-
-def push_to_hub(
-    network: OptimizerNetwork,
-    repo_id: str,
-    *,
-    folder: str | os.PathLike[str] | None,
-    private: bool | None,
-    commit_message: str,
-    token: str | None,
-) -> str:
-    """See `OptimizerNetwork.push_to_hub`."""
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    files = _files(network)
-    if folder is not None and fingerprint(load_network(Path(folder))) != fingerprint(network):
-        raise ValueError(f"the weights in {folder} are not this network's, so its model card would describe others")
-    api = HfApi(token=token, library_name="learned-optim")
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if private and not api.model_info(repo_id).private:
-        raise ValueError(
-            f"{repo_id} exists and is public, so nothing was uploaded: make it private in its settings on the Hub, choose another name, or "
-            "leave private out"
-        )
-    if folder is not None:
-        present = [path for path in sorted(Path(folder).glob("*")) if path.name in (CARD, CURVES) or path.match("meta_train*.json")]
-        files |= {path.name: path.read_bytes() for path in present}
-    if CARD not in files and not api.file_exists(repo_id, CARD):  # a model card that somebody wrote is worth more than this one
-        files[CARD] = MODEL_CARD.format(repo_id=repo_id).encode()
-    # One commit (upload_folder may make several), so that no revision has the config of one network and the weights of another.
-    additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
-    return api.create_commit(repo_id, additions, commit_message=commit_message).oid
-
-
-def fingerprint(network: OptimizerNetwork) -> str:
+def fingerprint(network: Pretrained) -> str:
     """A short hash of the config and of every tensor's name, shape and fp32 bytes: equal for equal networks, on any device."""
     digest = hashlib.sha256(to_json(network.config).encode())
     for name, tensor in _tensors(network).items():
@@ -251,11 +292,11 @@ def fingerprint(network: OptimizerNetwork) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
-def _files(network: OptimizerNetwork) -> dict[str, bytes]:
+def _files(network: Pretrained) -> dict[str, bytes]:
     tensors = _tensors(network)
     _check_finite(tensors, "the network")
     return {CONFIG: to_json(network.config).encode(), WEIGHTS: save(tensors, metadata={"format": "pt"})}
 
 
-def _tensors(network: OptimizerNetwork) -> dict[str, Tensor]:
+def _tensors(network: Pretrained) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in sorted(network.state_dict().items())}

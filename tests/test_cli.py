@@ -57,7 +57,7 @@ def test_info_describes_a_folder(tmp_path, capsys):
     assert facts["fingerprint"] == fingerprint(network)
 
 
-@pytest.mark.parametrize("command", [["info"], ["demo", "--pretrained"]])
+@pytest.mark.parametrize("command", [["info"], ["inspect"], ["evaluate"], ["demo", "--pretrained"]])
 @pytest.mark.parametrize("damage", ["missing", "invalid"])
 def test_bad_weights_are_one_line_and_status_2(command, damage, tmp_path, capsys):
     if damage == "invalid":
@@ -78,12 +78,6 @@ def test_demo_without_its_extra_names_the_fix(module, monkeypatch, capsys):
     assert capsys.readouterr().err == f"learned-optim: the demo needs {module}; install it with: pip install matplotlib scikit-learn\n"
 
 
-def test_demo_refuses_a_file_as_its_folder_before_it_trains(tmp_path, capsys):
-    OptimizerNetwork(NetworkConfig()).save_pretrained(tmp_path)
-    assert main(["demo", "--pretrained", str(tmp_path), "--out", str(tmp_path / "config.json")]) == 2
-    assert "--out must be a folder" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -97,6 +91,13 @@ def test_demo_refuses_a_file_as_its_folder_before_it_trains(tmp_path, capsys):
         (["meta-train", "--config", "default", "--out", "out", "--device", "mps"], "must be cpu or cuda, got 'mps'"),
         (["meta-train", "--config", "default", "--out", "out", "--threads", "0"], "must be at least 1, got 0"),
         (["meta-train", "--config", "default", "--out", "out", "--push", "mine"], "must be USER/NAME, got 'mine'"),
+        (["demo", "--out", __file__], "argument --out: must be a folder, or one that can be made, and "),
+        (["compare", "file.py:problem", "--out", f"{__file__}/out"], "test_cli.py is a file"),
+        (["meta-train", "--config", "default", "--out", __file__], "argument --out: must be a folder"),
+        (["evaluate"], "NAME_OR_FOLDER_OR_HUB_ID"),
+        (["evaluate", "default", "--steps", "0"], "must be at least 1, got 0"),
+        (["evaluate", "default", "--device", "tpu"], "must be cpu or cuda, got 'tpu'"),
+        (["inspect"], "FILE_OR_WEIGHTS"),
         (["push", "out", "user/na--me"], "na--me"),
     ],
 )
@@ -137,6 +138,34 @@ def test_meta_train_takes_a_configuration_that_was_written_by_hand(monkeypatch, 
     assert main(["meta-train", "--config", str(tmp_path / "my.json"), "--start", "default", "--out", str(tmp_path / "mine")]) == 0
     assert f"LearnedOptimizer(model.parameters(), '{tmp_path}/mine')" in capsys.readouterr().out
     assert main(["info", str(tmp_path / "mine")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("later", "message"),
+    [
+        ({"families": ["no_such"]}, "there are no families ['no_such']"),
+        ({"families": ["convex"], "unrolls_per_step": 9}, "unrolls_per_step is 9, but only 3 unrolls are kept going"),
+        ({"optimizer": "torch.optim.Addam"}, "cannot make the meta-optimizer 'torch.optim.Addam'"),
+        ({"estimators": {"": "frozen"}}, "leave nothing to train"),
+        ({"held": {"coordinate.out": 1.0}}, "held is for frozen scalars of the network, which 'coordinate.out' is not"),
+    ],
+)
+def test_meta_train_looks_at_the_last_stage_before_the_first(later, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("learned_optim.meta_train.process.settle", lambda: None)
+    (tmp_path / "later.json").write_text(json.dumps(later))
+    assert main(["meta-train", "--config", "default", str(tmp_path / "later.json"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_meta_train_asks_for_a_login_before_it_begins(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("learned_optim.meta_train.process.settle", lambda: None)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert main(["meta-train", "--config", "default", "--out", str(tmp_path / "out"), "--push", "user/mine"]) == 2
+    assert capsys.readouterr().err.startswith("error: --push needs a login at the Hugging Face Hub")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -190,6 +219,22 @@ def test_push_refuses_what_is_no_folder_of_weights_and_tells_what_the_hub_refuse
 
 
 @pytest.mark.slow
+def test_meta_train_says_how_to_publish_what_the_hub_refused(tmp_path):
+    config = {"families": ["convex"], "meta_steps": 1, "horizon_min": 3, "horizon_max": 3, "truncation": 3, "replicas": 1}
+    (tmp_path / "my.json").write_text(json.dumps(config))
+    arguments = ["meta-train", "--config", str(tmp_path / "my.json"), "--out", str(tmp_path / "out"), "--push"]
+    with HubServer() as hub:
+        done = learned_optim(*arguments, "user/gated", home=tmp_path, endpoint=hub.url)
+        assert done.returncode == 2
+        assert f"The weights are in {tmp_path}/out." in done.stdout
+        (told,) = re.findall(r"error: the weights were not published: .*gated.* Try again with: (.*)", done.stderr)
+        assert told == f"learned-optim push {tmp_path}/out user/gated"
+        done = learned_optim(*arguments, "user/mine", home=tmp_path, endpoint=hub.url)  # the run is finished, so it only publishes
+        assert done.returncode == 0, done.stderr
+        assert "meta_train.json" in hub.repositories["user/mine"].commits[hub.repositories["user/mine"].refs["main"]]
+
+
+@pytest.mark.slow
 def test_what_is_to_be_private_does_not_go_to_a_public_repository(tmp_path):
     OptimizerNetwork(NetworkConfig()).save_pretrained(tmp_path / "set")
     with HubServer() as hub:
@@ -202,10 +247,20 @@ def test_what_is_to_be_private_does_not_go_to_a_public_repository(tmp_path):
     assert done.stderr.startswith("learned-optim: user/mine exists and is public, so nothing was uploaded")
 
 
-def test_ctrl_c_is_one_line(monkeypatch, capsys):
-    def interrupt():
-        raise KeyboardInterrupt
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
 
-    monkeypatch.setattr("learned_optim.cli.bundled_names", interrupt)
-    assert main(["list"]) == 130
-    assert capsys.readouterr().err == "learned-optim: stopped by Ctrl-C\n"
+
+@pytest.mark.parametrize(
+    ("arguments", "place", "advice"),
+    [
+        (["list"], "learned_optim.cli.bundled_names", ""),
+        (["demo"], "learned_optim.demo.run", ". Nothing is saved. Start again with: learned-optim demo --out {out}"),
+    ],
+)
+def test_ctrl_c_is_one_line(arguments, place, advice, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(place, interrupt)
+    if advice:
+        arguments = [*arguments, "--out", str(tmp_path)]
+    assert main(arguments) == 130
+    assert capsys.readouterr().err == f"learned-optim: stopped by Ctrl-C{advice.format(out=tmp_path)}\n"

@@ -265,6 +265,12 @@ number = 3
 
 def stopped(generator):
     raise KeyboardInterrupt
+
+seeds = []
+
+def later(generator):
+    seeds.append(generator)
+    return mine(generator) if len(seeds) < 4 else stopped(generator)
 """
 
 
@@ -291,7 +297,7 @@ def test_the_command_compares(file: Path, tmp_path: Path, capsys: pytest.Capture
         ("{file}", "must be given as FILE.py:NAME"),
         ("{file}:", "must be given as FILE.py:NAME"),
         ("no_file.py:mine", "there is no file no_file.py"),
-        ("{file}:yours", "has no 'yours'; it defines batch, mine, Wrong, stopped"),
+        ("{file}:yours", "has no 'yours'; it defines batch, mine, Wrong, stopped, later"),
         ("{file}:number", "must be a learned_optim.meta_train.ModuleTask, or a function of a torch.Generator that returns one, got int"),
         ("{file}:wrong", "my_file.py, line 15: RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
         ("{broken}:mine", "broken.py, line 2: ModuleNotFoundError: No module named 'no_such'"),
@@ -306,6 +312,18 @@ def test_mistakes_are_one_line(problem: str, message: str, file: Path, tmp_path:
     assert captured.err.startswith("learned-optim: ")
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_ctrl_c_keeps_what_is_known_and_says_how_to_start_anew(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["compare", f"{file}:later", "--steps", "20", "--json", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 130
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["stopped"]
+    assert json.loads((tmp_path / "out/compare.json").read_text()) == json.loads(captured.out)
+    assert captured.err == (
+        f"learned-optim: stopped by Ctrl-C. What was known by then is above and in {tmp_path}/out. A comparison starts anew: "
+        f"learned-optim {' '.join(arguments)}\n"
+    )
 
 
 def test_ctrl_c_at_the_command(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,10 +19,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from learned_optim import rule
 from learned_optim.features import Layout
-from learned_optim.network import OptimizerNetwork
+from learned_optim.network import OptimizerNetwork, load_network
 from learned_optim.optimizer import ADAMW_UPDATE_RMS, LearnedOptimizer
 from learned_optim.storage import DTYPES
-from learned_optim.weights import fingerprint, load_network, save_network
+from learned_optim.weights import fingerprint
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
 
@@ -259,7 +259,7 @@ def test_bundled_weights_are_the_default() -> None:
 
 
 def test_weights_of_a_local_folder(network: OptimizerNetwork, tmp_path: Path) -> None:
-    save_network(network, tmp_path)
+    network.save_pretrained(tmp_path)
     assert_same(dict(LearnedOptimizer(make_model().parameters(), tmp_path).network.state_dict()), dict(network.state_dict()))
     with pytest.raises(ValueError, match="revision applies only to the Hub"):
         LearnedOptimizer(make_model().parameters(), tmp_path, revision="main")

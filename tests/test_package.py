@@ -54,7 +54,14 @@ import sys
 import learned_optim
 learned_optim.load_network("default")
 third_party = {"huggingface_hub", "transformers", "sklearn", "matplotlib", "scipy"}
-ours = {"learned_optim.meta_train", "learned_optim.integrations", "learned_optim.cli"}
+ours = {"learned_optim.meta_train", "learned_optim.integrations"}
+assert not (third_party | ours | {"learned_optim.cli"}) & sys.modules.keys(), (third_party | ours) & sys.modules.keys()
+
+import contextlib
+from learned_optim.cli import main
+with contextlib.redirect_stdout(None):
+    for command in ("list", "info", "inspect"):
+        assert main([command, *["default"] * (command != "list")]) == 0
 assert not (third_party | ours) & sys.modules.keys(), (third_party | ours) & sys.modules.keys()
 """
 

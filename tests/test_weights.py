@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from learned_optim import LearnedOptimizer, NetworkConfig, OptimizerNetwork, load_network
-from learned_optim.weights import bundled_names, fingerprint, save_network
+from learned_optim.weights import bundled_names, fingerprint
 
 CONFIG = NetworkConfig(hidden_units=3, momentum=0.8)
 
@@ -51,14 +51,14 @@ def test_saved_files(folder, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     header = (folder / "model.safetensors").read_bytes()
     assert json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"] == {"format": "pt"}
-    save_network(load_network(folder), tmp_path / "again")
+    load_network(folder).save_pretrained(tmp_path / "again")
     for name in ("config.json", "model.safetensors"):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 def test_saving_replaces_an_earlier_set(folder):
     other = network(2, NetworkConfig(hidden_units=2))
-    save_network(other, folder)
+    other.save_pretrained(folder)
     assert_same(load_network(folder), other)
 
 
@@ -73,13 +73,13 @@ def test_an_interrupted_save_leaves_the_earlier_set(folder, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", fail_on_weights)
     with pytest.raises(OSError, match=re.escape(f"could not be written to {folder}: disk full")):
-        save_network(network(2, NetworkConfig(momentum=0.5)), folder)
+        network(2, NetworkConfig(momentum=0.5)).save_pretrained(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert_same(load_network(folder), network())
 
 
 def test_a_network_of_another_dtype_is_saved_in_fp32(tmp_path):
-    save_network(network().bfloat16(), tmp_path)
+    network().bfloat16().save_pretrained(tmp_path)
     assert_same(load_network(tmp_path), network().bfloat16().float())
 
 
@@ -117,7 +117,7 @@ def test_every_bundled_set_loads():
 
 def test_a_bundled_name_comes_before_a_folder_and_a_path_object_is_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_network(network(), "default")
+    network().save_pretrained("default")
     assert fingerprint(load_network("default")) != fingerprint(network())
     for source in ("./default", Path("default"), tmp_path / "default"):
         assert_same(load_network(source), network())
@@ -125,7 +125,7 @@ def test_a_bundled_name_comes_before_a_folder_and_a_path_object_is_a_folder(tmp_
 
 def test_a_folder_comes_before_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_network(network(), "user/name")
+    network().save_pretrained("user/name")
     assert_same(load_network("user/name"), network())
 
 
@@ -301,5 +301,5 @@ def test_fingerprint_survives_a_round_trip(folder):
 def test_fingerprint_and_files_do_not_depend_on_the_device(folder, tmp_path):
     on_gpu = network().cuda()
     assert fingerprint(on_gpu) == fingerprint(network())
-    save_network(on_gpu, tmp_path / "gpu")
+    on_gpu.save_pretrained(tmp_path / "gpu")
     assert (tmp_path / "gpu" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()

@@ -12,16 +12,17 @@ from pathlib import Path
 import torch
 
 from ..argument_types import device as device_type
+from ..argument_types import folder as folder_type
 from ..argument_types import positive, repository
 from ..config import from_file, to_json
-from ..network import OptimizerNetwork
-from ..weights import CARD, CURVES, META_TRAIN, bundled_names, bundled_recipe, load_network, source_of
+from ..network import OptimizerNetwork, load_network
+from ..weights import CARD, CURVES, META_TRAIN, bundled_names, bundled_recipe, source_of
 from . import bar, distributed, process
 from .checkpoint import saved_steps
 from .config import MetaTrainConfig
-from .families import FAMILIES
+from .families import FAMILIES, chosen
 from .folder import claimed
-from .loop import MetaTrainingDivergedError, MetaTrainResult, meta_train
+from .loop import MetaTrainingDivergedError, MetaTrainResult, check, meta_train
 
 PROGRAM = "python -m learned_optim.meta_train"
 
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=folder_type,
         required=True,
         help="folder for the weights and their card, and for a checkpoint and a log of each stage; a run that was stopped resumes there",
     )
@@ -81,6 +82,10 @@ def run(arguments: argparse.Namespace, again: str) -> int:
         with distributed.joined(arguments.device) as device:
             configs = [from_file(MetaTrainConfig, path, by_hand=True) for name in arguments.config for path in configurations(name)]
             network = load_network(arguments.start) if arguments.start else None
+            for config in configs:
+                check(chosen(config.families), config)
+            if arguments.push:
+                check_login()
             with claimed(arguments.out):
                 try:
                     result = run_stages(arguments, configs, network, device)
@@ -90,10 +95,10 @@ def run(arguments: argparse.Namespace, again: str) -> int:
                         print(f"{reason}. {saved(arguments.out, configs)} Go on with: {again}", file=sys.stderr)
                     return 2 if isinstance(error, OSError) else 130
             if distributed.rank() == 0:
-                if arguments.push:
-                    result.network.push_to_hub(arguments.push, folder=arguments.out)
                 source = source_of(arguments.out)
                 print(f"The weights are in {arguments.out}. Use them: LearnedOptimizer(model.parameters(), {source!r})")
+                if arguments.push:
+                    push(result.network, arguments.push, arguments.out)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
@@ -107,6 +112,23 @@ def run(arguments: argparse.Namespace, again: str) -> int:
         )
         return 1
     return 0
+
+
+def check_login() -> None:
+    """Raises: PermissionError: nobody is logged in at the Hub."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise PermissionError("--push needs a login at the Hugging Face Hub: `hf auth login`, or a token in HF_TOKEN")
+
+
+def push(network: OptimizerNetwork, repo_id: str, folder: Path) -> None:
+    """Raises: OSError: the Hub refused; the message says how to try again."""
+    try:
+        network.push_to_hub(repo_id, folder=folder)
+    except (ValueError, OSError) as error:
+        again = shlex.join(["learned-optim", "push", str(folder), repo_id])
+        raise OSError(f"the weights were not published: {error}. Try again with: {again}") from error
 
 
 def configurations(name: str) -> list[Path]:

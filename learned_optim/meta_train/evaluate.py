@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from ..features import Layout
 from ..network import OptimizerNetwork
-from ..rule import State, update
+from ..rule import State, init_state, update
 from . import distributed
 from .config import MetaTrainConfig
 from .tasks import Family, sampled
-from .unroll import Rule, Unroll, begin, derive_seed
+from .unroll import Optimizees, Rule, Unroll, begin, derive_seed
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 REPLICAS = 2
@@ -66,7 +67,10 @@ class Evaluation:
 
         def curves(unroll: Unroll) -> Curves:
             rule = functools.partial(update, network)
-            return {mode: train(unroll, rule, known) for mode, known in MODES.items()}
+            params, _, buffers = unroll.optimizees
+            state = init_state(unroll.layout, network.config, (REPLICAS,), params.dtype)  # the network may be another one than the config's
+            fresh = replace(unroll, optimizees=Optimizees(params, state, buffers))
+            return {mode: train(fresh, rule, known) for mode, known in MODES.items()}
 
         found = self._over_tasks(curves)
         ratios = {name: {mode: final(curve) / final(self.adamw[name]) for mode, curve in modes.items()} for name, modes in found.items()}
@@ -81,7 +85,7 @@ class Evaluation:
 
 def train(unroll: Unroll, rule: Rule, horizon_known: bool) -> list[float]:
     """Trains for the horizon. Returns the loss after each step over the first one, the mean over the replicas."""
-    unroll = Unroll(**{**vars(unroll), "horizon_known": horizon_known})
+    unroll = replace(unroll, horizon_known=horizon_known)
     now, losses = unroll.optimizees, []
     with torch.no_grad():
         for t in range(unroll.horizon):

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..network import OptimizerNetwork
-from ..weights import load_network
+from ..network import OptimizerNetwork, load_network
 from . import bar, checkpoint, distributed, stopping
 from .averaging import average
 from .checkpoint import Progress
@@ -103,9 +102,7 @@ def meta_train(
         """The share of the budget that is used up, the same on every process."""
         return max(distributed.gather({distributed.rank(): seconds / limit}).values()) if limit else 0.0
 
-    names = config.families or tuple(families)
-    if not names or set(names) - set(families):
-        raise ValueError(f"meta_train needs families to train on; config names {list(names)}, and these were handed over: {list(families)}")
+    names = names_of(families, config)
     torch.manual_seed(config.seed)
     network = copy.deepcopy(network or OptimizerNetwork(config.network)).to(device).requires_grad_(True)
     meta_parameters = dict(network.named_parameters())
@@ -120,8 +117,6 @@ def meta_train(
         estimator: [Slot(families, config, estimator, name, index) for index in range(config.unrolls_per_family) for name in names]
         for estimator in weights
     }
-    if config.unrolls_per_step > (kept := config.unrolls_per_family * len(names)):
-        raise ValueError(f"unrolls_per_step is {config.unrolls_per_step}, but only {kept} unrolls are kept going; raise unrolls_per_family")
     with contextlib.ExitStack() as stack:
         stack.enter_context(claimed(folder))
         so_far = Progress()
@@ -200,6 +195,28 @@ def meta_train(
         if trouble:
             raise MetaTrainingDivergedError(trouble)
         return MetaTrainResult(network, so_far.history, so_far.dropped, None if start is None else start.detach(), so_far.evaluations)
+
+
+def check(families: Mapping[str, Family], config: MetaTrainConfig) -> None:
+    """Refuses what a run would refuse before its first meta-step; for stages that begin when others have taken their hours.
+
+    Raises:
+        ValueError: see `meta_train`.
+    """
+    names_of(families, config)
+    meta_parameters = dict(OptimizerNetwork(config.network).named_parameters())
+    hold(meta_parameters, config)
+    make_meta_optimizer([weight for group in by_estimator(meta_parameters, config).values() for weight in group.values()], config)
+
+
+def names_of(families: Mapping[str, Family], config: MetaTrainConfig) -> tuple[str, ...]:
+    """The families to train on."""
+    names = config.families or tuple(families)
+    if not names or set(names) - set(families):
+        raise ValueError(f"meta_train needs families to train on; config names {list(names)}, and these were handed over: {list(families)}")
+    if config.unrolls_per_step > (kept := config.unrolls_per_family * len(names)):
+        raise ValueError(f"unrolls_per_step is {config.unrolls_per_step}, but only {kept} unrolls are kept going; raise unrolls_per_family")
+    return names
 
 
 @torch.no_grad()

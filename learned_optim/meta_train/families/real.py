@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from ..tasks import Task
 from .sampling import ACTIVATIONS, choose, mlp_module, supervised
 
+NEEDS_SKLEARN = "the families `tabular` and `digits` need scikit-learn: pip install scikit-learn, or name other families"
+
 
 @functools.cache
 def load(name: str) -> tuple[Tensor, Tensor]:
@@ -23,9 +25,7 @@ def load(name: str) -> tuple[Tensor, Tensor]:
     try:
         from sklearn import datasets
     except ImportError:
-        raise ImportError(
-            "the families `tabular` and `digits` need scikit-learn: pip install scikit-learn, or name other families"
-        ) from None
+        raise ImportError(NEEDS_SKLEARN) from None
     found: Any = getattr(datasets, f"load_{name}")(return_X_y=True)
     inputs, targets = (torch.from_numpy(array) for array in found)
     order = torch.randperm(len(inputs), generator=Generator().manual_seed(0))
