@@ -52,6 +52,14 @@ def load_network(source: str | os.PathLike[str], *, revision: str | None = None)
         revision: branch, tag or commit of the Hub repository; None means its main branch. Config and weights come from one commit. While
             the Hub cannot be reached, that is the commit which the cache saw last.
 
+    Examples:
+        >>> import torch
+        >>> from learned_optim import LearnedOptimizer, load_network
+        >>> network = load_network("small")
+        >>> network.config.lstm_format
+        'int8'
+        >>> optimizer = LearnedOptimizer(torch.nn.Linear(4, 1).parameters(), network)
+
     Raises:
         ValueError: the files are damaged, of a newer format, of other shapes or not finite; or `revision` is given for another source
             than the Hub.
