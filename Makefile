@@ -22,10 +22,12 @@ test-integrations: $(VENV)/test-integrations.stamp $(TIMM)/stamp ## run the test
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile $(INTEGRATIONS)
 	$(TIMM)/bin/pytest -k "timm or integrations" $(INTEGRATIONS)
 
-lint: $(VENV)/test.stamp docs ## check style, formatting, types and the documentation
+lint: $(VENV)/test.stamp docs ## check style, formatting, types, spelling, and the documentation with its links and examples
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/pytest --doctest-modules learned_optim
 
 docs: $(VENV)/docs.stamp ## build the guide and reference in site/, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +44,26 @@ def target(page: str, link: str) -> str | None:
     return path
 
 
-def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Adds the files that the navigation names or pages link to, and those that these link to."""
-    waiting = [in_repository(file.src_uri) for file in files.documentation_pages()]
-    waiting += map(in_repository, re.findall(rf"{REPOSITORY}[^'\"]+", str(config.nav)))
-    seen: set[str] = set()
+def reached(paths: Iterable[str]) -> list[str]:
+    """These files of the repository, those that they link to, and so on."""
+    waiting, seen = list(paths), dict[str, None]()
     while waiting:
         path = waiting.pop()
         if path in seen:
             continue
-        seen.add(path)
-        if files.get_file_from_path(in_site(path)) is None:
-            files.append(File.generated(config, in_site(path), abs_src_path=str(ROOT / path)))
+        seen[path] = None
         if path.endswith(".md"):
             prose = FENCE.split((ROOT / path).read_text(encoding="utf-8"))[::2]
             waiting += filter(None, (target(path, found[3]) for part in prose for found in LINK.finditer(part)))
+    return list(seen)
+
+
+def on_files(files: Files, *, config: MkDocsConfig) -> Files:
+    """Adds the files that the navigation names or pages link to, and those that these link to."""
+    pages = [in_repository(file.src_uri) for file in files.documentation_pages()]
+    for path in reached([*pages, *map(in_repository, re.findall(rf"{REPOSITORY}[^'\"]+", str(config.nav)))]):
+        if files.get_file_from_path(in_site(path)) is None:
+            files.append(File.generated(config, in_site(path), abs_src_path=str(ROOT / path)))
     return files
 
 

@@ -1,5 +1,6 @@
 """A language model whose weights go on learning while it reads, by a meta-learned rule: a medium-term memory of the article.
 
+    pip install ".[demo]" -c constraints.txt
     python examples/dynamical_language_model.py
 
 After Wolf, Chaumond & Delangue 2018, "Meta-Learning a Dynamical Language Model". Three levels of memory: the recurrent net's hidden state;

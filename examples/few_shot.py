@@ -1,5 +1,6 @@
 """Learning to learn from a handful of examples: a learned initialization, a learned optimizer, both together, and a net that reads them.
 
+    pip install ".[demo]" -c constraints.txt
     python examples/few_shot.py
 
 Sinusoids by ten points, and five digits, or letters of a made-up alphabet, by one picture of each; what is tested on was not met before.

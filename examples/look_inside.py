@@ -1,5 +1,6 @@
 """What the optimizer network has learned, in pictures.
 
+    pip install ".[demo]" -c constraints.txt
     python examples/look_inside.py
 
 How it answers sequences of gradients, and a matrix of them, beside Adam and Muon; the step size that it gives each tensor of a small

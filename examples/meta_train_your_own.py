@@ -1,4 +1,7 @@
-"""Meta-trains the default weights on your own problem. Arguments, optional: meta-steps, and the Hub's "user/name" to push them to."""
+"""Meta-trains the default weights on your own problem. Arguments, optional: meta-steps, and the Hub's "user/name" to push them to.
+
+pip install . -c constraints.txt
+"""
 
 import sys
 

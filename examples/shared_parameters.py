@@ -1,5 +1,6 @@
 """Meta-training through a language model with tied embeddings and weight drop, in memory that grows with the root of the unroll.
 
+    pip install ".[demo]" -c constraints.txt
     python examples/shared_parameters.py
 
 The model is made like an AWD-LSTM (Merity et al. 2018, "Regularizing and Optimizing LSTM Language Models"): embedding and read-out are one

@@ -3,6 +3,8 @@
 A small GPT is pretrained on Python's manual, then learns to tell which module of the standard library a passage of code comes from. Nothing
 is downloaded. Optional argument: steps of fine-tuning. Five minutes on one core. What is printed is written to
 runs/trainer_classifier/results.json too.
+
+    pip install ".[transformers]" -c constraints.txt
 """
 
 import argparse

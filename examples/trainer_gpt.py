@@ -2,6 +2,8 @@
 
 The data are the bytes of Python's manual, which comes with Python. Optional argument: optimizer steps. Five minutes on one core. What is
 printed is written to runs/trainer_gpt/results.json too.
+
+    pip install ".[transformers]" -c constraints.txt
 """
 
 import functools

@@ -1,5 +1,6 @@
 """Five estimators of the same meta-gradient, by how much of the training each one sees: bias, noise, memory, time, and what becomes of it.
 
+    pip install ".[demo]" -c constraints.txt
     python examples/unrolls.py
 
 A small net learns a noisy regression in HORIZON steps, and its loss on clean data, averaged over them, is differentiated by the optimizer

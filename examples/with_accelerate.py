@@ -1,5 +1,7 @@
 """LearnedOptimizer in a training loop of one's own with accelerate, checkpoints included. Optional argument: steps.
 
+    pip install . accelerate -c constraints.txt
+
 On several processes: accelerate launch --num_processes 2 examples/with_accelerate.py
 """
 

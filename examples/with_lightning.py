@@ -1,4 +1,7 @@
-"""LearnedOptimizer in Lightning, which tells it how many steps training will have. Optional argument: steps."""
+"""LearnedOptimizer in Lightning, which tells it how many steps training will have. Optional argument: steps.
+
+pip install . lightning -c constraints.txt
+"""
 
 import sys
 

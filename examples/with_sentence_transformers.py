@@ -1,4 +1,7 @@
-"""LearnedOptimizer in sentence-transformers: word vectors that match numbers with their names. Optional argument: steps."""
+"""LearnedOptimizer in sentence-transformers: word vectors that match numbers with their names. Optional argument: steps.
+
+pip install ".[transformers]" sentence-transformers datasets -c constraints.txt
+"""
 
 import sys
 

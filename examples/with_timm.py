@@ -1,4 +1,9 @@
-"""LearnedOptimizer in timm's registry: its factory, and so its train.py, then knows it as --opt learned. Optional argument: steps."""
+"""LearnedOptimizer in timm's registry: its factory, and so its train.py, then knows it as --opt learned. Optional argument: steps.
+
+In an environment of its own, since torchvision loads only beside the torch that it was made with:
+
+    pip install . timm torchvision -c constraints-timm.txt
+"""
 
 import sys
 

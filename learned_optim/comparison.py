@@ -250,6 +250,19 @@ def compare(
         out: a folder for `compare.json` and, where matplotlib is installed, `compare.png`.
         show: print the table and the verdict, and show a progress bar.
 
+    Examples:
+        >>> import torch
+        >>> from learned_optim import compare
+        >>> from learned_optim.meta_train import ModuleTask
+        >>> inputs = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+        >>> batches = [(inputs, inputs.sin().sum(1, keepdim=True))]
+        >>> problem = ModuleTask(lambda: torch.nn.Linear(4, 1), batches, torch.nn.functional.mse_loss)
+        >>> result = compare(problem, steps=20, seeds=1, learning_rates=[1e-2], show=False)
+        >>> [row.optimizer for row in result.rows][:2]
+        ['LearnedOptimizer', 'LearnedOptimizer, total_steps']
+        >>> result.row("LearnedOptimizer").loss < result.row(result.best).loss
+        True
+
     Raises:
         ValueError: the problem is none, its loss is not finite at the start, or an argument is out of range.
         KeyboardInterrupt: Ctrl-C, before anything could be compared.

@@ -221,5 +221,13 @@ def load_network(source: str | os.PathLike[str], *, revision: str | None = None)
     Args:
         source: the name of a bundled set, a local folder, or an id on the Hugging Face Hub ("user/name").
         revision: branch, tag or commit of a Hub repository.
+
+    Examples:
+        >>> import torch
+        >>> from learned_optim import LearnedOptimizer, load_network
+        >>> network = load_network("small")
+        >>> network.config.lstm_format
+        'int8'
+        >>> optimizer = LearnedOptimizer(torch.nn.Linear(4, 1).parameters(), network)
     """
     return OptimizerNetwork.from_pretrained(source, revision)

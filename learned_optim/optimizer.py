@@ -81,6 +81,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Any other key that is no scheduler's is refused.
 
+    Examples:
+        >>> import torch
+        >>> from learned_optim import LearnedOptimizer
+        >>> inputs = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = LearnedOptimizer(model.parameters(), total_steps=50)
+        >>> for _ in range(50):
+        ...     loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> loss.item() < 0.1
+        True
+
     Raises:
         ValueError: a hyperparameter is out of range, or the weights cannot be used as asked; the message names the file and the reason. Or
             parameters belong to FSDP1 or DeepSpeed's ZeRO, or are a part of ZeroRedundancyOptimizer's without `parts_group`.

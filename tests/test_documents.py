@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hub_server import HubServer
@@ -116,18 +117,31 @@ def test_messages_of_the_troubleshooting_are_printed_somewhere() -> None:
     assert not [message for message in messages if not any(message in text for text in texts)]
 
 
-def test_a_link_of_the_guide_that_leads_nowhere_is_refused() -> None:
-    mkdocs = pytest.importorskip("mkdocs.exceptions", reason="needs mkdocs: make docs")
+@pytest.fixture
+def hooks() -> ModuleType:
+    pytest.importorskip("mkdocs", reason="needs mkdocs: make docs")
     spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
     assert spec is not None
     assert spec.loader is not None
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_link_that_leads_nowhere_is_refused(hooks: ModuleType) -> None:
     assert hooks.target("docs/use.md", "../README.md") == "README.md"
     assert hooks.target("docs/use.md", "../examples") == "examples/README.md"
     assert hooks.target("docs/use.md", "../examples/results") is None
     for link in ("nowhere.md", "../nowhere.py", "../../README.md"):
-        with pytest.raises(mkdocs.PluginError, match=f"docs/use.md links to {link}"):
+        with pytest.raises(hooks.PluginError, match=f"docs/use.md links to {link}"):
             hooks.target("docs/use.md", link)
     for path in ("docs/use.md", "README.md", "examples/few_shot.py"):
         assert hooks.in_repository(hooks.in_site(path)) == path
+
+
+def test_links_of_every_markdown_file_are_looked_at(hooks: ModuleType) -> None:
+    """The site's build looks at those of its pages, so each file must be one."""
+    folders = ("benchmarks", "docs", "examples", "integrations", "learned_optim", "pretrained")
+    files = [*ROOT.glob("*.md"), *(path for folder in folders for path in (ROOT / folder).rglob("*.md"))]
+    reached = hooks.reached(f"docs/{page.name}" for page in GUIDE)
+    assert not {path.relative_to(ROOT).as_posix() for path in files}.difference(reached)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -11,7 +12,10 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+PROGRAMS = [path for path in sorted(EXAMPLES.glob("*.py")) if "__main__" in path.read_text(encoding="utf-8")]
+INSTALL = re.compile(r'^ *pip install (?:"?\.(?:\[([\w-]+)\])?"?)([\w -]*?) -c (constraints\S*\.txt)$', re.MULTILINE)
 
 
 def run(name: str, *arguments: str, folder: Path) -> str:
@@ -23,7 +27,7 @@ def run(name: str, *arguments: str, folder: Path) -> str:
 
 
 def test_meta_train_your_own(tmp_path: Path) -> None:
-    assert len((EXAMPLES / "meta_train_your_own.py").read_text().splitlines()) < 40
+    assert len((EXAMPLES / "meta_train_your_own.py").read_text().splitlines()) < 43
     out = run("meta_train_your_own.py", "1", folder=tmp_path)
     losses = dict(re.findall(r"^(\S+(?: [\d.]+)?) +final loss ([\d.]+)", out, re.MULTILINE))
     assert list(losses)[:2] == ["default", "mine"]
@@ -42,3 +46,12 @@ def test_meta_train_your_own_and_push(tmp_path: Path, monkeypatch: pytest.Monkey
         files = hub.repositories["user/mine"].commits[commit]
     assert {"config.json", "model.safetensors", "meta_train.json"} <= files.keys()
     assert "mine" in files["README.md"].decode(), "the model card of the run"
+
+
+@pytest.mark.parametrize("path", [*PROGRAMS, EXAMPLES / "meta_train_your_own.py"], ids=lambda path: path.stem)
+def test_says_what_to_install(path: Path) -> None:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    ((extra, packages, constraints),) = INSTALL.findall(text)
+    assert not extra or f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    pinned = (ROOT / constraints).read_text(encoding="utf-8")
+    assert all(f"\n{package}==" in pinned for package in packages.split())

@@ -49,6 +49,11 @@ for _ in range(20):
 assert losses[-1] < losses[0], losses
 """
 
+PRINT_WARNINGS = """
+import warnings
+warnings.showwarning = lambda message, *_: print(message)
+"""
+
 HYGIENE = """
 import sys
 import learned_optim
@@ -89,7 +94,7 @@ def checkout(tmp_path_factory):
     target = tmp_path_factory.mktemp("checkout")
     for name in (*SOURCES, "tests"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("pyproject.toml", PYPROJECT["project"]["readme"], "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", PYPROJECT["project"]["readme"], "LICENSE"):
         shutil.copy(ROOT / name, target)
     return target
 
@@ -136,7 +141,9 @@ def test_wheel_contents(wheel):
     for name in ("coordinate", "arithmetic"):
         expected.add(f"learned_optim/kernels/{name}.c")
         if cpu.library() is not None:  # there is a C compiler
-            expected.add(f"learned_optim/kernels/{name}{importlib.machinery.EXTENSION_SUFFIXES[-2]}")
+            compiled = f"learned_optim/kernels/{name}{importlib.machinery.EXTENSION_SUFFIXES[-2]}"
+            expected.add(compiled)
+            assert zipfile.ZipFile(wheel).getinfo(compiled).file_size < 1e6, "there is debug information in it"
     assert {f"learned_optim/pretrained/default/{name}" for name in ("config.json", "model.safetensors")} <= expected
 
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -150,6 +157,16 @@ def test_wheel_trains_a_model_outside_the_repository_without_the_network(wheel, 
     assert (new_python.parent / "learned-optim").exists()
     for place in python("-W", "error", "-c", NO_NETWORK + WHERE + TRAIN, executable=new_python, cwd=tmp_path).split():
         assert Path(place).is_relative_to(tmp_path / "venv")
+
+
+def test_wheel_from_a_machine_without_a_compiler_is_for_any_platform_and_says_what_is_missing(checkout, new_python, tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", str(tmp_path / "none"))
+    python("-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, checkout, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    install(new_python, wheel)
+    said = python("-c", PRINT_WARNINGS + TRAIN, executable=new_python, cwd=tmp_path)
+    assert said.count("Install gcc or clang") == 1
 
 
 def test_editable_install_has_every_package_and_the_weights(checkout, new_python, tmp_path):

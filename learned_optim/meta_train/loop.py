@@ -85,6 +85,16 @@ def meta_train(
         tensorboard: log to TensorBoard too, in the folder.
         command: how to make the run again, for the model card.
 
+    Examples:
+        >>> import torch
+        >>> from learned_optim import LearnedOptimizer, load_network
+        >>> from learned_optim.meta_train import MetaTrainConfig, ModuleTask, meta_train
+        >>> inputs = torch.randn(32, 4)
+        >>> task = ModuleTask(lambda: torch.nn.Linear(4, 1), [(inputs, inputs.sum(1, keepdim=True))], torch.nn.functional.mse_loss)
+        >>> config = MetaTrainConfig(meta_steps=1, horizon_min=5, horizon_max=5, evaluate_every=1)  # a real run takes some hundred
+        >>> result = meta_train(task, config, network=load_network("default"))
+        >>> optimizer = LearnedOptimizer(torch.nn.Linear(4, 1).parameters(), result.network)
+
     Raises:
         ValueError: there is nothing to train on, or the folder holds a run with another configuration or a damaged checkpoint.
         OSError: the folder cannot be written to, or another process has it (BlockingIOError).

@@ -75,6 +75,16 @@ class ModuleTask:
     Parameters that do not require a gradient (a frozen backbone) are left as `build` makes them. One that the module uses twice (tied
     weights) is one entry, under its first name. Buffers, such as BatchNorm's running statistics, evolve with each optimizee.
 
+    Examples:
+        >>> import torch
+        >>> from learned_optim.meta_train import ModuleTask
+        >>> def batch(generator):
+        ...     inputs = torch.randn(32, 4, generator=generator)
+        ...     return inputs, inputs.sin().sum(1, keepdim=True)
+        >>> task = ModuleTask(lambda: torch.nn.Linear(4, 1), batch, torch.nn.functional.mse_loss)
+        >>> task.shapes
+        {'weight': torch.Size([1, 4]), 'bias': torch.Size([1])}
+
     Raises:
         ValueError: there is nothing to train, or the data hold no batch, or what is none.
     """
