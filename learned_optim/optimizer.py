@@ -545,7 +545,8 @@ def reference_step(
         else:
             sit_out(layout)
         return
-    change, new = update(network, layout, grad, joined, total_steps)
+    with layout.device:  # whatever the default device: torch.where makes tensors of numbers there
+        change, new = update(network, layout, grad, joined, total_steps)
 
     bits = [random_bits(layout.places(k), state["control"][0]) for k, state in enumerate(states)]
     for key, tensor in tensors.items():
