@@ -6,7 +6,6 @@ Kernels take addresses, so a tensor of another size, dtype or device would have 
 from __future__ import annotations
 
 import itertools
-import math
 import numbers
 import operator
 from collections.abc import Callable, Sequence
@@ -16,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from . import sharding
 from .config import NetworkConfig
 from .features import Layout
+from .network import OptimizerNetwork
 from .storage import BLOCK, DTYPES, stored
 
 PARAMETER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -28,8 +29,13 @@ PARAMETER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OPTIONS = ("lr", "weight_decay", "total_steps", "maximize", "matrices", "stacked", "weights")
 CARRIED = ("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale")
 
+DTYPE = operator.attrgetter("dtype")
+
 LATER = ("maximize", "matrices", "stacked")  # options that checkpoints from before them lack
 
+LARGEST = torch.finfo(torch.float32).max  # of an lr or a weight decay
+
+NO_LR = "lr multiplies the learned update and must not be negative, got {}, and must be finite; 1.0 is the default"
 SMALL_LR = 0.01  # up to here an lr is more likely AdamW's than a multiplier
 
 
@@ -43,6 +49,12 @@ def check_keys(group: dict[str, Any]) -> None:
             f"LearnedOptimizer does not know the group option{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}, and would ignore what "
             f"is meant by it; leave it out. A group has {', '.join(OPTIONS[:-1])}."
         )
+
+
+def ignored_options(group: dict[str, Any]) -> list[str]:
+    """What somebody wrote into a group since it was added, and nothing reads."""
+    cycled = ("momentum",) if "base_momentum" in group or "max_momentum" in group else ()
+    return sorted(str(key) for key in group if key not in OPTIONS + CARRIED + cycled)
 
 
 def check_caller(frame: FrameType, parts_group: object) -> None:
@@ -62,29 +74,52 @@ def check_caller(frame: FrameType, parts_group: object) -> None:
 
 def check_group(group: dict[str, Any]) -> None:
     """Refuses numbers that are none or out of range, and puts Python's own in place of NumPy's, which checkpoints would not load with
-    `weights_only=True`."""
+    `weights_only=True`.
+
+    Raises:
+        ValueError: with the option's name and the reason.
+    """
+    if missing := [key for key in OPTIONS if key not in group]:
+        raise ValueError(f"a parameter group lacks {', '.join(missing)}")
     lr, weight_decay = group["lr"], group["weight_decay"]
     if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-    elif isinstance(lr, numbers.Real):
-        group["lr"] = lr = float(lr)
+        check_tensor_lr(lr, may_wait=True)
+    elif not _is_number(lr):
+        raise ValueError(f"lr must be a number or a tensor with one element, got {lr!r:.80}")
+    elif not 0 <= lr <= LARGEST:
+        raise ValueError(NO_LR.format(f"{lr!s:.80}"))
     else:
-        raise ValueError(f"lr must be a number or a tensor with one element, got {lr!r}")
-    if not 0 <= lr < math.inf:
-        raise ValueError(f"lr multiplies the learned update and must not be negative, got {lr}, and must be finite; 1.0 is the default")
-    if not isinstance(weight_decay, numbers.Real) or not 0 <= float(weight_decay) < math.inf:
-        raise ValueError(f"weight_decay must not be negative, got {weight_decay}, and must be finite")
+        group["lr"] = float(lr)
+    if not _is_number(weight_decay) or not 0 <= weight_decay <= LARGEST:
+        raise ValueError(f"weight_decay must be a number and must not be negative, got {weight_decay!s:.80}, and must be finite")
     group["weight_decay"] = float(weight_decay)
     for key, what in (("total_steps", "optimizer steps"), ("matrices", "matrices in the whole model")):
         count = group[key]
-        if count is not None and (not isinstance(count, numbers.Integral) or count < 1):
-            raise ValueError(f"{key} must be a positive number of {what}, or None where it is not known; got {count!r}")
-        group[key] = count if count is None else int(count)
+        if count is None:
+            continue
+        if not isinstance(count, numbers.Integral) or isinstance(count, bool) or not 1 <= int(count) < 2**63:
+            raise ValueError(f"{key} must be a positive number of {what}, or None where it is not known; got {count!r:.80}")
+        group[key] = int(count)
     for key in ("maximize", "stacked"):
-        if group[key] not in (True, False):
-            raise ValueError(f"{key} must be True or False, got {group[key]!r}")
+        if isinstance(group[key], Tensor) or group[key] not in (True, False):
+            raise ValueError(f"{key} must be True or False, got {group[key]!r:.80}")
         group[key] = bool(group[key])
+
+
+def check_tensor_lr(lr: Tensor, *, may_wait: bool) -> None:
+    """Refuses an lr that is a tensor and no number of the kind that an lr is.
+
+    Args:
+        may_wait: whether to look at the number where that waits for a GPU.
+    """
+    if lr.numel() != 1 or lr.is_complex() or lr.is_meta:
+        raise ValueError(f"Tensor lr must be 1-element, real and no meta tensor, got shape {tuple(lr.shape)}, {lr.dtype} on {lr.device}")
+    if (may_wait or lr.device.type == "cpu") and not 0 <= lr.item() <= LARGEST:
+        raise ValueError(NO_LR.format(lr))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 # Parameters and gradients
@@ -120,12 +155,31 @@ def check_parameter(param: Tensor, name: str) -> None:
             f"LearnedOptimizer trains real floating-point parameters, got one of dtype {param.dtype} and shape {tuple(param.shape)}, "
             f"{name}. It takes float32, float64, bfloat16 and float16."
         )
-    if param.layout is not torch.strided:
-        raise ValueError(f"LearnedOptimizer trains dense parameters, and {name} has the layout {param.layout}")
+    if param.layout is not torch.strided or param.is_nested:
+        raise ValueError(f"LearnedOptimizer trains dense parameters, and {name} {_kind(param)}")
     if param.is_neg():
         raise ValueError(f"{name} is a negated view, which cannot be changed in place; build it of tensor.resolve_neg()")
-    if is_plain(param) and any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
+    if is_plain(param) and _overlaps(param):
         raise ValueError(f"several elements of {name} are one place in memory (an expanded tensor); build it of tensor.contiguous()")
+
+
+def is_lazy(param: Tensor) -> bool:
+    """Whether a parameter of a lazy module has no shape yet."""
+    return isinstance(param, UninitializedParameter)
+
+
+def _kind(tensor: Tensor) -> str:
+    return "is a nested tensor" if tensor.is_nested else f"has the layout {tensor.layout}"
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements of a tensor share memory: each stride must reach beyond all that smaller ones span."""
+    reach = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1):
+        if stride < reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 def check_place(param: Tensor, name: str) -> None:
@@ -140,6 +194,10 @@ def check_place(param: Tensor, name: str) -> None:
             f"LearnedOptimizer trains plain tensors and DTensors of them, and {name} is a {type(part).__name__}, which keeps its numbers "
             "elsewhere"
         )
+    if part.is_meta:
+        raise RuntimeError(f"{name} is on the device meta, which holds no numbers; build the optimizer after the model has some")
+    if not _has_memory(part):
+        raise RuntimeError(f"{name} has lost its memory: something that shards or offloads models has freed it, or never gave it any")
     try:
         check_parameter(param, name)
     except ValueError as error:
@@ -199,9 +257,47 @@ def usable_gradient(grad: Tensor, param: Tensor, name: str) -> Tensor:
     return grad.clone() if grad._is_zerotensor() else grad  # which has no memory
 
 
+def check_mode() -> None:
+    """Refuses to step where tensors are made without numbers.
+
+    Raises:
+        RuntimeError: under FakeTensorMode or the like.
+    """
+    if type(made := torch.empty(0, device="cpu")) is not Tensor:
+        raise RuntimeError(f"LearnedOptimizer changes numbers in memory, and inside this mode tensors are made as {type(made).__name__}")
+
+
 def is_finite(grad: Tensor) -> bool:
     """Whether a step can be made of a gradient: whether its square is a number in fp32."""
     return bool(grad.detach().float().square().sum().isfinite())
+
+
+# Optimizer weights
+
+
+def usable_network(network: OptimizerNetwork) -> OptimizerNetwork:
+    """The network in fp32 and without gaps, which kernels read by address.
+
+    Raises:
+        ValueError: a weight is NaN or infinite, or on the device meta.
+    """
+    network.float()
+    for name, weight in network.named_parameters():
+        if weight.is_meta or not weight.isfinite().all():
+            problem = "on the device meta" if weight.is_meta else "not finite"
+            raise ValueError(f"the optimizer weights {name} are {problem}; load them again")
+        weight.data = weight.data.contiguous()
+    return network
+
+
+def check_weights(weights: Sequence[Tensor]) -> None:
+    """Refuses optimizer weights that a kernel on a CPU would read as something else.
+
+    Raises:
+        RuntimeError: somebody has changed the optimizer's network.
+    """
+    if any(weight.dtype != torch.float32 or not weight.is_contiguous() or weight.device.type != "cpu" for weight in weights):
+        raise RuntimeError("the weights of LearnedOptimizer.network were moved or cast, and are read as they were made: in float32")
 
 
 # State
@@ -223,10 +319,14 @@ def trouble(value: Any, shape: tuple[int, ...], name: str, key: str) -> str | No
     what = f"the state {key!r} of {name}"
     if not isinstance(value, Tensor):
         return f"{what} is no tensor but {value!r:.80}"
+    if value.is_nested:
+        return f"{what} {_kind(value)}"
     if tuple(value.shape) != shape:
         return f"{what} has the shape {tuple(value.shape)}, and the parameter as it is now needs {shape}"
     if value.layout is not torch.strided or value.is_quantized:
         return f"{what} is no dense tensor but one of layout {value.layout}"
+    if is_plain(value) and not value._is_zerotensor() and not _has_memory(value):
+        return f"{what} has lost its memory"
     return None
 
 
@@ -239,6 +339,8 @@ def fitted(param: Tensor, name: str, state: Any, config: NetworkConfig, controls
     """
     if not isinstance(state, dict):
         raise ValueError(f"the state of {name} is no dictionary but {state!r:.80}")
+    if param.is_meta:
+        raise ValueError(f"{name} is on the device meta, which holds no numbers; load the state after the model has some")
     pieces = expected(param, config, controls)
     sharded = sharding.is_sharded(param)
     if missing := [key for key in pieces if key not in state]:
@@ -272,18 +374,28 @@ def fitted(param: Tensor, name: str, state: Any, config: NetworkConfig, controls
         if dtype.is_floating_point and not copied.isfinite().all():
             raise ValueError(f"{what} holds numbers that are not finite in {dtype}, of {value.dtype} in the checkpoint")
         found[key] = copied
-    if (found["control"][:1] < 0).any() or (found["moments"][1:] < 0).any():
-        raise ValueError(f"the state of {name} holds a negative clock or second moment, which none ever is")
+    if problem := impossible(found):
+        raise ValueError(f"the state of {name} holds {problem}")
     if sharded:
         return {key: value if key == "control" else sharding.like(param, value, len(value)) for key, value in found.items()}
     return found
 
 
+def impossible(state: dict[str, Tensor]) -> str | None:
+    """Numbers that no step leaves in a state, or None: steps would make NaN of them."""
+    for key, value in state.items():
+        numbers = value[:1] if key == "moments" else value  # a second moment is a square already
+        if value.is_floating_point() and not (value.isfinite().all() and numbers.float().square().isfinite().all()):
+            return f"numbers in {key!r} that are not finite, or whose squares are not"
+    negative = (state["control"][:1] < 0).any() or (state["moments"][1:] < 0).any()
+    return "a negative clock or second moment" if negative else None
+
+
 class Ledger:
     """What an optimizer knows of a device: how often tensors were left out of a step, and which tensors its kernels may take addresses of.
 
-    To look at the state of each parameter anew at each step would take a share of small models' steps that shows. So what was found to fit
-    is kept, and looked at again only where a tensor, its address or the parameter's shape is another one.
+    To look at each parameter and its state anew at each step would take a share of small models' steps that shows. So what was found to fit
+    is kept, and looked at again only where a tensor, its address, dtype or shape is another one.
     """
 
     def __init__(self, device: torch.device, config: NetworkConfig, controls: int, name: Callable[[Tensor], str]) -> None:
@@ -294,10 +406,11 @@ class Ledger:
         self.memory: dict[Any, Any] = {}  # what kernels want to find again at the next step
         self._layout: Layout | None = None
         self._tensors: list[Tensor] = []
+        self._params: list[Any] = []  # addresses and dtypes
         self._places: list[int] = []
 
-    def check(self, layout: Layout, params: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
-        """Refuses parameters and states that do not fit each other.
+    def check(self, layout: Layout, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
+        """Refuses parameters, gradients and states that do not fit each other.
 
         Args:
             layout: of the parameters' shapes.
@@ -305,15 +418,23 @@ class Ledger:
         Raises:
             RuntimeError: with the parameter's name and what does not fit.
         """
+        if 0 in map(Tensor.data_ptr, grads):
+            for param, grad in zip(params, grads, strict=True):
+                if not _has_memory(grad):
+                    raise RuntimeError(f"the gradient of {self.name(param)} has lost its memory; call zero_grad() where that was freed")
         try:
             tensors = [*params, *itertools.chain.from_iterable(map(self.kept, states))]
         except KeyError:
             tensors = []
+        found = [*map(Tensor.data_ptr, params), *map(DTYPE, params)]
         same = layout is self._layout and len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
-        if not same:
+        if not same or found != self._params:
             self._layout, self._places = None, []
             self._look(params, states)
-            self._layout, self._tensors = layout, tensors
+            # Parts of sharded tensors are others at each step, and a GPU would have to be waited for.
+            if layout.device.type == "cpu" and not isinstance(layout, sharding.ShardedLayout):
+                self._look_at_numbers(params, states)
+            self._layout, self._tensors, self._params = layout, tensors, found
 
     def check_places(self, places: list[int], params: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
         """The same, for a kernel that has found these addresses: of the same tensors they change where somebody swapped their memory."""
@@ -322,6 +443,7 @@ class Ledger:
             self._places = places
 
     def _look(self, params: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
+        seen: set[int] = set()
         for param, state in zip(params, states, strict=True):
             name = self.name(param)
             check_place(param, name)
@@ -334,12 +456,24 @@ class Ledger:
                     problem = f"the state {key!r} of {name} is {value.dtype} on {value.device}, and must be {dtype} on {param.device}"
                 if problem is None and not (is_plain(value) and value.is_contiguous() and not value.is_neg() and _has_memory(value)):
                     problem = f"the state {key!r} of {name} is no plain tensor without gaps that has memory of its own"
+                if problem is None and value.data_ptr() in seen:
+                    problem = f"the state {key!r} of {name} is in the memory of other state"
                 if problem is not None:
                     raise RuntimeError(
                         f"{problem}. Where a parameter was replaced or grew, delete its optimizer.state entry to start anew."
                     )
+                seen.add(value.data_ptr())
+
+    def _look_at_numbers(self, params: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
+        for param, state in zip(params, states, strict=True):
+            if state["control"][0] == 0:  # not begun
+                continue
+            if problem := impossible(dict(zip(self.keys, self.kept(state), strict=True))):
+                raise RuntimeError(f"the state of {self.name(param)} holds {problem}; delete its optimizer.state entry to start anew")
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    size = tensor.element_size() * (tensor.storage_offset() + tensor.numel())
-    return tensor.is_meta or (not tensor._is_zerotensor() and tensor.untyped_storage().nbytes() >= size)
+    """Whether memory was allotted to all of a tensor's elements."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = tensor.element_size() * (tensor.storage_offset() + last + 1) if tensor.numel() else 0
+    return tensor.is_meta or (not tensor._is_zerotensor() and tensor.untyped_storage().nbytes() >= needed)

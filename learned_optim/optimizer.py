@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import numbers
+import operator
 import os
 import sys
 import warnings
@@ -35,6 +36,7 @@ MOST_LAYOUTS = 4  # of sharded parameters that are kept
 # What may be a table: matrices with so many rows, and so many times as many as columns. What is one: where this share of the rows or less
 # has a gradient. Of a hidden layer with rectifiers some half has none.
 ROWS, TALL, FEW = 1024, 4, 0.25
+OPTIONS = operator.itemgetter(*checks.OPTIONS)
 TABLE = Control._fields.index("table")
 KERNELS = ("auto", "reference", "compiled", "triton")
 
@@ -125,7 +127,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"kernel must be one of {list(KERNELS)}, got {kernel!r}")
         self.kernel = kernel
         network = copy.deepcopy(pretrained) if isinstance(pretrained, OptimizerNetwork) else load_network(pretrained, revision=revision)
-        self.network = network.float().requires_grad_(False)
+        self.network = checks.usable_network(network).requires_grad_(False)
         self.kernels: dict[str, str] = {}  # what runs on each type of device
         self.error_if_nonfinite = error_if_nonfinite
         self._skipped, self._warned = 0, False  # tensors before this object was a copy; whether the user knows of them
@@ -134,7 +136,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         checks.check_caller(sys._getframe(1), parts_group)
         self._parts = None if parts_group is None else sharding.Parts(parts_group)
         self._layouts: dict[Any, sharding.ShardedLayout] = {}  # of the last steps; not those of all optimizers, as they hold meshes
-        self._given: list[list[int]] = []  # dimensions of each group's parameters
+        self._given: list[tuple[dict[str, Any], list[int]]] = []  # each group and the dimensions of its parameters
+        self._options: list[tuple[Any, ...]] = []  # what the groups said at the last step
         self._tables: dict[Tensor, bool] = {}  # what is known of parameters that may be tables, see `Layout`
         defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "weights": fingerprint(self.network)}
         super().__init__(params, defaults | {"maximize": False, "matrices": matrices, "stacked": False})
@@ -161,13 +164,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
             checks.check_group(group)
             for param in group["params"]:
                 # What is frozen may be of any kind, as the integers of a quantised model, unless it gets a gradient one day.
-                if param.requires_grad:
+                if param.requires_grad and not checks.is_lazy(param):
                     checks.check_parameter(param, self._name(param))
                     checks.check_format(param, self._name(param), self.network.config)
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             raise
-        self._given.append([param.ndim for param in group["params"]])
+        self._given.append((group, [0 if checks.is_lazy(param) else param.ndim for param in group["params"]]))
 
     @property
     def skipped(self) -> int:
@@ -180,7 +183,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for k, member in enumerate(group["params"]):
                 if member is param or sharding.local(member) is param:
                     names = group.get("param_names")
-                    return f"parameter {names[k]!r}" if names else f"parameter {k} of group {i}"
+                    return f"parameter {names[k]!r}" if names and k < len(names) else f"parameter {k} of group {i}"
         return "a parameter"
 
     @overload
@@ -206,7 +209,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.is_inference_mode_enabled():  # state that is made there could be changed nowhere else
+            with torch.inference_mode(False), torch.no_grad():
+                self._move()
+        else:
+            self._move()
+        return loss
 
+    def _move(self) -> None:
+        checks.check_mode()
+        self._check_groups()
         # Each parameter with its gradient and group; a dict, so that a parameter named twice moves once.
         by_device: dict[torch.device, dict[int, tuple[Tensor, Tensor, dict[str, Any]]]] = defaultdict(dict)
         for group in self.param_groups:
@@ -222,7 +234,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             warnings.warn(
                 "LearnedOptimizer.step() found no gradient on any of its parameters, so it changed nothing. Call loss.backward() first, "
                 "and check that the optimizer was built from the parameters of the model that is being trained.",
-                stacklevel=6,  # the caller of `step`, behind four wrappers of torch
+                stacklevel=7,  # the caller of `step`, behind four wrappers of torch
             )
         work = [self._prepare(device, members.values()) for device, members in by_device.items()]
         if self.error_if_nonfinite:
@@ -240,9 +252,31 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     f"the gradient of {', '.join(found) or 'a parameter'} is not finite, or its square is not. Such parameters and their "
                     "state stay as they are in that step, and the others move on; the optimizer's attribute"
                     " `skipped` counts them, and this is said once. With error_if_nonfinite=True the step raises instead.",
-                    stacklevel=6,
+                    stacklevel=7,
                 )
-        return loss
+
+    def _check_groups(self) -> None:
+        """Looks at what groups say where that has changed since the last step.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        found = []
+        for k, group in enumerate(self.param_groups):
+            try:
+                options = (*OPTIONS(group), len(group))
+            except KeyError:
+                options = ()
+            if k >= len(self._options) or len(options) != len(self._options[k]) or not all(map(operator.is_, options, self._options[k])):
+                checks.check_group(group)
+                if ignored := checks.ignored_options(group):
+                    names = ", ".join(ignored)
+                    warnings.warn(f"parameter group {k} was given {names}, which LearnedOptimizer does not know and ignores", stacklevel=8)
+                options = (*OPTIONS(group), len(group))
+            elif isinstance(group["lr"], Tensor):
+                checks.check_tensor_lr(group["lr"], may_wait=False)
+            found.append(options)
+        self._options = found
 
     def _prepare(
         self, device: torch.device, members: Iterable[tuple[Tensor, Tensor, dict[str, Any]]]
@@ -263,7 +297,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             checks.check_place(param, self._name(param))
             checks.check_format(param, self._name(param), self.network.config)
         if fresh:
-            for group, given in zip(self.param_groups, self._given, strict=False):
+            for group, given in self._given:
                 checks.check_flattened(group, given, f"parameter group with {len(given)} parameters")
         for param, state in fresh:
             state.update(init_state(param, self.network.config))
@@ -288,10 +322,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if device not in self._ledgers:
             self._ledgers[device] = Ledger(device, self.network.config, CONTROL, self._name)
         ledger = self._ledgers[device]
-        ledger.check(layout, params, states)
+        ledger.check(layout, params, grads, states)
         horizons = layout.per_tensor([group["total_steps"] or math.inf for group in groups])
         rates, decays = ([group[key] for group in groups] for key in ("lr", "weight_decay"))
-        kernel = self._choose_kernel(device, stacklevel=8)
+        kernel = self._choose_kernel(device, stacklevel=9)
         if isinstance(layout, sharding.ShardedLayout) and (kernel == "triton" or layout.runs is None):
             kernel = "reference"  # the other kernels do not know where in their tensors the coordinates of these parts lie
         step = _step_function(kernel)
@@ -363,7 +397,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Where a copy wakes up, other kernels may run.
         own = {"network": self.network, "kernel": self.kernel, "kernels": {}, "error_if_nonfinite": self.error_if_nonfinite}
-        own |= {"_parts": self._parts, "_layouts": {}, "_given": self._given, "_tables": {}, "_networks": {}}
+        own |= {"_parts": self._parts, "_layouts": {}, "_given": self._given, "_options": [], "_tables": {}, "_networks": {}}
         return {**super().__getstate__(), **own, "_skipped": self.skipped, "_ledgers": {}, "_warned": self._warned}
 
     @torch.no_grad()
@@ -377,7 +411,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
             ValueError: the groups do not match, the state belongs to other weights or does not fit its parameter, or a number is out of
                 range; the optimizer is as before.
         """
+        if torch.is_inference_mode_enabled():  # state that is made there could be changed nowhere else
+            with torch.inference_mode(False):
+                self.load_state_dict(state_dict)
+            return
         fitted: dict[Tensor, dict[str, Tensor]] = {}
+        given = {id(group): dimensions for group, dimensions in self._given}
+        dimensions = [given.get(id(group)) for group in self.param_groups]
 
         def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             fitted.clear()
@@ -385,16 +425,19 @@ class LearnedOptimizer(torch.optim.Optimizer):
             state = dict(state_dict["state"])
             for index, param in members.items():
                 # An optimizer that has not begun may carry entries of the user's already.
-                if state.get(index) and any(key in state[index] for key in self._keys()):
+                entry = state.get(index, {})
+                if not isinstance(entry, dict) or any(key in entry for key in self._keys()):
                     name = self._name(param)
-                    fitted[param] = checks.fitted(param, name, state[index], self.network.config, CONTROL)
-                    state[index] = {key: value for key, value in state[index].items() if key not in fitted[param]}
+                    fitted[param] = checks.fitted(param, name, entry, self.network.config, CONTROL)
+                    state[index] = {key: value for key, value in entry.items() if key not in fitted[param]}
             options = {key: self.defaults[key] for key in checks.LATER}
             return {**state_dict, "state": state, "param_groups": [options | group for group in state_dict["param_groups"]]}
 
         def restore(_: torch.optim.Optimizer) -> None:
             for group in self.param_groups:
                 checks.check_group(group)
+            groups = zip(self.param_groups, dimensions, strict=True)  # which torch has replaced
+            self._given = [(group, known) for group, known in groups if known is not None]
             for param, state in fitted.items():
                 self.state[param] = {**state, **self.state[param]}
             self._tables.clear()
@@ -433,8 +476,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         indices = [index for group in saved for index in group["params"]]
         if len(set(indices)) < len({id(param) for group in self.param_groups for param in group["params"]}):
             raise ValueError("parameter groups of the state name a parameter twice")
-        if strays := [key for key in state_dict["state"] if isinstance(key, int) and key not in indices]:
+        ours = [key for key, entry in state_dict["state"].items() if isinstance(entry, dict) and "control" in entry]
+        numbered = [key for key in state_dict["state"] if isinstance(key, int)]
+        if strays := [key for key in dict.fromkeys([*numbered, *ours]) if key not in indices]:
             raise ValueError(f"the state has entries {strays} of parameters that none of its groups names")
+        for theirs, group in zip(saved, self.param_groups, strict=True):
+            names, others = group.get("param_names") or [], theirs.get("param_names") or []
+            if moved := [one for one, other in zip(names, others, strict=False) if one != other and one in others]:
+                raise ValueError(
+                    f"the state has the parameters in another order: {', '.join(moved)} stand elsewhere in it. Give the optimizer "
+                    "model.named_parameters() in the order in which the checkpoint was made."
+                )
         return dict(zip(indices, (param for group in self.param_groups for param in group["params"]), strict=True))
 
 
@@ -507,7 +559,8 @@ def reference_step(
         else:
             sit_out(layout)
         return
-    change, new = update(network, layout, grad, joined, total_steps)
+    with layout.device:  # whatever the default device: torch.where makes tensors of numbers there
+        change, new = update(network, layout, grad, joined, total_steps)
 
     bits = [random_bits(layout.places(k), state["control"][0]) for k, state in enumerate(states)]
     for key, tensor in tensors.items():

@@ -1,15 +1,12 @@
-"""Damages files that the package reads, at random, and sees what happens: `python tests/fuzz.py --count 10000`.
+"""Damages files that the package reads, at random, and sees what happens.
 
 A damaged file must be refused by a ValueError or an OSError that names it, or be read; weights are finite then, and a checkpoint is never
-read unless it is whole. Anything else stops the program with the damaged file kept for a look. tests/test_fuzz.py runs a few of each.
+read unless it is whole. tests/test_fuzz.py runs a few of each, and attacks.py as many as one likes.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -122,25 +119,3 @@ def fuzz(target: Target, count: int, seed: int) -> tuple[Counter[str], float]:
         slowest = max(slowest, time.perf_counter() - began)
     target.file.write_bytes(whole)
     return found, slowest
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=10_000, help="damaged files of each kind (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    print("| file | damaged | refused by name | read | anything else | slowest |\n| --- | --- | --- | --- | --- | --- |")
-    for name, target in targets(folder).items():
-        try:
-            found, slowest = fuzz(target, arguments.count, arguments.seed)
-        except BaseException:
-            print(f"{target.file} is the file that this happened with", file=sys.stderr)
-            raise
-        print(f"| {name} | {arguments.count} | {found['refused']} | {found['read']} | 0 | {slowest:.2f} s |", flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

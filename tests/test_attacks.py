@@ -5,23 +5,30 @@ Either all goes well, and then the compiled kernel does what the rule says; or a
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
+import signal
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from attacks import FINE, KILLS, REFUSED, Attack, gradient_attacks, kill, state_attacks, tried
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optimizer_helpers import assert_same, make_model, train, values
 from test_kernels import assert_near
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import lr_scheduler
 
-from learned_optim import LearnedOptimizer
+from learned_optim import LearnedOptimizer, load_network
 from learned_optim.features import Layout
+from learned_optim.kernels import cpu
 
 SEARCH = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -107,6 +114,56 @@ def test_mutated_state_loads_or_is_refused(data: st.DataObject) -> None:
     assert len(set(refused)) <= 1
     for one, two in zip(*(model.parameters() for model, _ in pairs), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "attack"), list(state_attacks())[::23], ids=lambda value: value if isinstance(value, str) else "")
+def test_a_few_of_the_attacks_on_states(name: str, attack: Attack) -> None:
+    assert tried(attack) in (REFUSED, FINE), name
+
+
+@pytest.mark.parametrize("name", ["meta-training", "saving"])
+def test_killed_runs_go_on_with_the_same_bits(tmp_path: Path, name: str) -> None:
+    assert kill(KILLS[name], tmp_path / "kills", kills=2, seed=1)["the same bits"] >= 1
+
+
+@pytest.mark.parametrize("entry", [None, "x", [1]])
+def test_a_state_that_is_no_dictionary_is_refused(entry: Any) -> None:
+    _, optimizer = make()
+    saved = optimizer.state_dict()
+    saved["state"][0] = entry
+    with pytest.raises(ValueError, match="the state of parameter 'gain' is no dictionary"):
+        make()[1].load_state_dict(saved)
+
+
+def test_states_under_other_keys_are_not_left_out() -> None:
+    """JSON makes text of numbers, and all parameters would begin anew."""
+    _, optimizer = make()
+    saved = optimizer.state_dict()
+    saved["state"] = {str(key): state for key, state in saved["state"].items()}
+    with pytest.raises(ValueError, match=r"entries \['0', .* of parameters that none of its groups names"):
+        make()[1].load_state_dict(saved)
+
+
+def test_parameters_in_another_order_are_told_by_their_names() -> None:
+    pair = [(name, nn.Parameter(torch.ones(4))) for name in ("scale", "shift")]
+    for _, param in pair:
+        param.grad = torch.ones(4)
+    optimizer = LearnedOptimizer(pair)
+    optimizer.step()
+    with pytest.raises(ValueError, match="the parameters in another order: shift, scale stand elsewhere"):
+        LearnedOptimizer(pair[::-1]).load_state_dict(optimizer.state_dict())
+    LearnedOptimizer([(f"module.{name}", param) for name, param in pair]).load_state_dict(optimizer.state_dict())
+
+
+def test_state_in_the_memory_of_other_state_is_refused() -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = LearnedOptimizer(params)
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.state[params[1]]["lstm"] = optimizer.state[params[0]]["lstm"]
+    with pytest.raises(RuntimeError, match="state 'lstm' of parameter 1 of group 0 is in the memory of other state"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -214,40 +271,128 @@ def test_entries_of_the_user_stay_in_the_state() -> None:
 # Gradients and parameters
 
 
-class Labelled(Tensor):
-    """A subclass that only has a name."""
+NOT_TRAINED = {f"parameter: {kind}" for kind in ("float8", "complex", "expanded", "overlapping", "negated", "zeros that have no memory")}
+NOT_TRAINED |= {f"parameter: {kind}" for kind in ("freed", "on meta", "sparse", "mkldnn", "nested")}
+NOT_TRAINED |= {"gradient: sparse", "gradient: freed"}
 
 
-GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "plain": lambda grad: grad,
-    "parameter": lambda grad: nn.Parameter(grad),
-    "subclass": lambda grad: grad.as_subclass(Labelled),
-    "negated": lambda grad: torch._neg_view(-grad),
-    "zeros that have no memory": lambda grad: torch._efficientzerotensor(grad.shape),
-    "expanded": lambda grad: grad.flatten()[0].expand(grad.shape),
-    "transposed": lambda grad: grad.mT.contiguous().mT if grad.dim() > 1 else grad,
-    "with gaps": lambda grad: grad.repeat_interleave(2, -1)[..., ::2] if grad.dim() else grad,
-    "offset": lambda grad: torch.cat([torch.ones(1), grad.flatten()])[1:].view(grad.shape),
-    "part of a graph": lambda grad: grad.clone().requires_grad_() * 1,
-    "denormal": lambda grad: grad * 1e-40,
-    "huge": lambda grad: grad * 1e15,
-}
+@pytest.mark.parametrize(("name", "attack"), list(gradient_attacks()), ids=lambda value: value if isinstance(value, str) else "")
+def test_kinds_of_gradients_and_parameters(name: str, attack: Attack) -> None:
+    expected = REFUSED if name in NOT_TRAINED else FINE
+    assert tried(attack) == expected
 
 
-@pytest.mark.parametrize("kind", GRADIENTS)
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 4), (4, 3, 2, 2)])
-def test_kinds_of_gradients(kind: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("kernel", ["compiled", "reference"])
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda param: param.untyped_storage().resize_(0), "has lost its memory"),
+        (lambda param: param.untyped_storage().resize_(16), "has lost its memory"),
+        (lambda param: setattr(param, "data", torch.ones(1).expand(4, 3)), "one place in memory"),
+        (lambda param: setattr(param, "data", torch._neg_view(torch.ones(4, 3))), "a negated view"),
+        (lambda param: setattr(param, "data", param.data.to(torch.complex64)), "real floating-point"),
+    ],
+)
+def test_a_parameter_whose_memory_was_swapped_is_looked_at_again(kernel: str, edit: Callable[[Tensor], Any], message: str) -> None:
+    params = [nn.Parameter(torch.ones(4, 3)) for _ in range(2)]
+    optimizer = LearnedOptimizer(params, kernel=kernel)
+    for param in params:
+        param.grad = torch.ones(4, 3)
+    optimizer.step()
+    before = params[0].detach().clone()
+    params[1].grad = None
+    edit(params[1])
+    params[1].grad = torch.ones(params[1].shape, dtype=params[1].dtype)
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert params[0].equal(before)
+
+
+def test_lazy_parameters() -> None:
+    model = nn.LazyLinear(3)
+    optimizer = LearnedOptimizer(model.named_parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert optimizer.state[model.weight]["moments"].shape == (2, 3, 4)
+
+
+# Modes
+
+
+@pytest.mark.parametrize("kernel", ["compiled", "reference"])
+@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), torch.inference_mode, lambda: torch.autograd.set_detect_anomaly(True)])
+def test_a_first_step_or_a_load_in_another_mode_is_the_same(kernel: str, mode: Callable[[], Any]) -> None:
+    """A default device is none of the optimizer's, and state made in inference mode can be changed outside of it."""
     results = []
-    for kernel in ("compiled", "reference"):
-        param = nn.Parameter(torch.ones(shape))
-        optimizer = LearnedOptimizer([param], kernel=kernel)
-        for seed in range(2):
-            plain = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-            param.grad = GRADIENTS[kind](plain)
+    for inside in (contextlib.nullcontext, mode):
+        params = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(3))]
+        optimizer = LearnedOptimizer(params, kernel=kernel)
+        for param in params:
+            param.grad = torch.full(param.shape, 0.5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that anomalies are looked for
+            with inside():
+                optimizer.step()
             optimizer.step()
-        results.append(param.detach())
-    assert_near(results[:1], results[1:], 1e-3)
-    assert kind in ("zeros that have no memory", "denormal") or not results[0].equal(torch.ones(shape))
+            with inside():
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.step()
+        results.append([param.detach() for param in params])
+    assert_same(*results)
+
+
+def test_where_tensors_have_no_numbers_a_step_is_refused() -> None:
+    model, optimizer = make()
+    before = copy.deepcopy((values(model), optimizer.state_dict()))
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="inside this mode tensors are made as FakeTensor"):
+        optimizer.step()
+    assert_same((values(model), optimizer.state_dict()), before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
+def test_threads_of_the_compiled_kernel_after_a_fork() -> None:
+    """A child has none of its parent's, and would wait for them for ever."""
+    assert cpu.pool(1).submit(lambda: 3).result() == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that forks of processes with threads may hang
+        child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(cpu.pool(1).submit(lambda: 3).result())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+
+
+# The optimizer's weights
+
+
+@pytest.mark.parametrize("kernel", ["compiled", "reference"])
+def test_weights_that_are_no_numbers_are_refused(kernel: str) -> None:
+    for weight, message in ((torch.tensor(torch.nan), "not finite"), (torch.tensor(1.0, device="meta"), "on the device meta")):
+        network = load_network("default")
+        network.log_step_size = nn.Parameter(weight)
+        with pytest.raises(ValueError, match=rf"the optimizer weights log_step_size are {message}"):
+            LearnedOptimizer([nn.Parameter(torch.ones(3))], network, kernel=kernel)
+
+
+def test_weights_with_gaps_are_read_as_they_are() -> None:
+    results = []
+    for gaps in (False, True):
+        network = load_network("default")
+        for weight in network.coordinate.parameters():
+            weight.data = weight.data.mT.contiguous().mT if gaps and weight.dim() > 1 else weight.data
+        model = make_model()
+        train(model, LearnedOptimizer(model.parameters(), network), range(3))
+        results.append(values(model))
+    assert_same(*results)
+
+
+def test_weights_that_were_cast_since_are_not_read_as_what_they_were() -> None:
+    model, optimizer = make("compiled")
+    before = values(model)
+    optimizer.network.half()
+    with pytest.raises(RuntimeError, match=r"the weights of LearnedOptimizer.network were moved or cast"):
+        optimizer.step()
+    assert_same(values(model), before)
 
 
 @pytest.mark.parametrize(
@@ -371,6 +516,63 @@ def test_numpy_numbers_become_pythons() -> None:
         [nn.Parameter(torch.ones(3))], lr=np.float32(0.5), weight_decay=np.float64(0.25), total_steps=np.int64(9)
     ).param_groups[0]
     assert [type(group[key]) for key in ("lr", "weight_decay", "total_steps")] == [float, float, int]
+
+
+@pytest.mark.parametrize("kernel", ["compiled", "reference"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(
+            ("lr", value)
+            for value in (torch.nan, torch.inf, -1.0, "1", None, 1j, 10**400, 1e39, True, torch.ones(2), torch.tensor(torch.nan))
+        ),
+        *(("weight_decay", value) for value in (torch.nan, -1.0, "x", True, torch.tensor(0.1))),
+        *((key, value) for key in ("total_steps", "matrices") for value in (0, 1.5, torch.nan, "9", True, 10**400)),
+        *((key, value) for key in ("maximize", "stacked") for value in (None, "yes", torch.tensor(True))),
+    ],
+)
+def test_what_is_written_into_a_group_is_looked_at_before_a_step(kernel: str, key: str, value: Any) -> None:
+    model, optimizer = make(kernel)
+    before = values(model)
+    kept = optimizer.param_groups[0][key]
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(ValueError, match=f"(?i){key} "):
+        optimizer.step()
+    assert_same(values(model), before)
+    del optimizer.param_groups[0][key]
+    with pytest.raises(ValueError, match=f"a parameter group lacks {key}"):
+        optimizer.step()
+    optimizer.param_groups[0][key] = kept
+    optimizer.step()
+    with pytest.raises(ValueError, match=f"(?i){key} "):
+        LearnedOptimizer([{"params": [nn.Parameter(torch.ones(3))], key: value}], kernel=kernel)
+
+
+def test_a_tensor_lr_that_becomes_no_number() -> None:
+    lr = torch.tensor(1.0)
+    model, optimizer = make(lr=lr)
+    lr.fill_(torch.nan)
+    with pytest.raises(ValueError, match="lr multiplies the learned update"):
+        optimizer.step()
+    assert all(param.isfinite().all() for param in model.parameters())
+
+
+def test_an_option_that_is_written_into_a_group_later_is_named_once() -> None:
+    _, optimizer = make()
+    optimizer.param_groups[0]["betas"] = (0.9, 0.99)
+    with pytest.warns(UserWarning, match="parameter group 0 was given betas, which LearnedOptimizer does not know and ignores") as record:
+        optimizer.step()
+    assert record[0].filename == __file__
+    optimizer.step()
+
+
+def test_groups_may_be_taken_away() -> None:
+    params = [nn.Parameter(torch.ones(shape)) for shape in ((4, 3), (2, 3), (3,))]
+    optimizer = LearnedOptimizer([{"params": params[:2]}, {"params": params[2:]}])
+    del optimizer.param_groups[0]
+    params[2].grad = torch.ones(3)
+    optimizer.step()
+    assert params[2].ne(1).all()
 
 
 # Which tensors an optimizer was given

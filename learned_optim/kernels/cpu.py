@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import itertools
 import operator
+import os
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import Ledger
+from ..checks import Ledger, check_weights
 from ..config import FORMATS
 from ..features import BUCKETS, LAYOUTS, Layout
 from ..network import OptimizerNetwork
@@ -108,15 +109,19 @@ def pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers)
 
 
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=pool.cache_clear)  # which has none of its parent's threads, and would wait for them
+
+
 class Blocks:
     """What passes over tensors of a layout need to know of it."""
 
     def __init__(self, layout: Layout) -> None:
         table = [(k, begin, min(begin + BLOCK, size)) for k, size in enumerate(layout.sizes) for begin in range(0, size, BLOCK)]
-        self.table = torch.tensor(table, dtype=torch.int64).view(-1, 3)  # (tensor, begin, end) of each block, (count, 3)
+        self.table = torch.tensor(table, dtype=torch.int64, device="cpu").view(-1, 3)  # (tensor, begin, end) of each block, (count, 3)
         runs = layout.runs or [] if isinstance(layout, ShardedLayout) else [Run(0, size, size) for size in layout.sizes]
         self.places = list(zip(*runs, strict=True))  # where the tensors' coordinates lie in whole ones
-        self.counts = torch.tensor(layout.counts)  # sizes of the whole tensors, (K,)
+        self.counts = torch.tensor(layout.counts, device="cpu")  # sizes of the whole tensors, (K,)
         self.roots = self.counts.float().sqrt()  # (K,)
         starts = itertools.accumulate(layout.sizes, initial=0)
         self.starts = [4 * start for start in starts][:-1]  # of the tensors among the directions, in bytes
@@ -163,7 +168,8 @@ class Passes:
         columns += [[first + start for start in self.blocks.starts], *(found[column::width] for column in range(width))]
         columns += [[0] * self.count] * (COLUMNS - len(columns))
         self.table = array("q", itertools.chain.from_iterable(zip(*columns, strict=True)))
-        self.sums = torch.empty(len(self.blocks.table) + self.count, BUCKETS + 1, dtype=torch.float64)  # of blocks, then of tensors
+        rows = len(self.blocks.table) + self.count  # of blocks, then of tensors
+        self.sums = torch.empty(rows, BUCKETS + 1, dtype=torch.float64, device="cpu")
         tables = self.table.buffer_info()[0], self.blocks.table.data_ptr()
         self.job = Job(*tables, len(self.blocks.table), 0, self.sums.data_ptr(), *(FORMATS.index(fmt) for fmt in formats))
         # A thread needs some 30 microseconds to wake up, in which another has done four blocks.
@@ -178,7 +184,7 @@ class Passes:
         function(job, *arguments)
         for other in others:
             other.result()
-        means, blocks = torch.empty(columns, self.count, dtype=torch.float32), self.job.count
+        means, blocks = torch.empty(columns, self.count, dtype=torch.float32, device="cpu"), self.job.count
         totals = self.sums.view(-1)[(BUCKETS + 1) * blocks :]
         of_blocks = self.job.sums, self.job.blocks, blocks, columns
         numbers = self.blocks.counts.data_ptr(), self.count, totals.data_ptr(), means.data_ptr()
@@ -198,9 +204,9 @@ def run_once(name: str, function: Callable[..., Sequence[Tensor]], *arguments: T
     return function(*arguments)
 
 
-def read_once(network: OptimizerNetwork) -> list[object]:
-    """What decides what tensors have once, besides that itself."""
-    return [network, network.config, *network._parameters.values(), *network.controller._parameters.values()]
+def read_once(network: OptimizerNetwork) -> list[Any]:
+    """The weights that decide what tensors have once."""
+    return [*network._parameters.values(), *network.controller._parameters.values()]
 
 
 def step(
@@ -216,12 +222,17 @@ def step(
 ) -> None:
     """One step of the rule, see `learned_optim.optimizer.reference_step`."""
     config, lstm = network.config, network.coordinate
+    once_read = read_once(network)
+    weights = addresses([lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out])
+    if ledger is not None and (places := [*weights, *addresses(once_read)]) != ledger.memory.get("weights"):
+        check_weights([*lstm.parameters(), *once_read])
+        ledger.memory["weights"] = places
     flat = [grad if grad.dtype == torch.float32 and grad.is_contiguous() else grad.float().contiguous() for grad in grads]
-    directions = torch.empty(sum(layout.sizes), dtype=torch.float32)
+    directions = torch.empty(sum(layout.sizes), dtype=torch.float32, device="cpu")
     fused = [param.dtype == torch.float32 and param.is_contiguous() for param in params]
     passes = Passes(layout, params, fused, flat, directions, states, [config.moment_format, config.lstm_format], ledger)
 
-    rows = torch.empty(CONTROL, len(params), dtype=torch.float32)
+    rows = torch.empty(CONTROL, len(params), dtype=torch.float32, device="cpu")
     passes.control("gather", rows)
     means = passes.run("moments", 4, config.second_moment)
     if not passes.finite:
@@ -255,10 +266,9 @@ def step(
         return [follow(control, clock, sums[:-1] * gain * roots, sums[-1] * gain.square()).rows()]
 
     # What tensors have once is computed by way of a recording, where there is somewhere to keep it.
-    once = run_once if ledger is None else ledger.memory.setdefault("replay", Replay()).of(read_once(network))
+    once = run_once if ledger is None else ledger.memory.setdefault("replay", Replay()).of([network, network.config, *once_read])
     step_size, constants, *numbers = once("decide", of_tensors, rows, means, total_steps)
     decays = config.momentum, config.second_moment
-    weights = [weight.data_ptr() for weight in (lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out)]
     (mean_square,) = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), *decays, constants.data_ptr())
 
     orthogonal = is_orthogonal(layout, config)
@@ -269,7 +279,7 @@ def step(
         if decayed := [k for k, chosen in enumerate(orthogonal) if chosen and weight_decay[k]]:
             mean_square[decayed] = torch.cat(layout.mean_squares(parts, decayed))
     rates, decays_of = layout.per_tensor(lr), layout.per_tensor(weight_decay)
-    kinds = torch.tensor(orthogonal, dtype=torch.float32), layout.is_table
+    kinds = torch.tensor(orthogonal, dtype=torch.float32, device="cpu"), layout.is_table
     gain, factors = once("lengths", lengths, mean_square, *kinds, step_size, rates, decays_of)
     sums = passes.run("apply", BUCKETS + 1, factors.data_ptr())
     (rows,) = once("finish", finish, sums, gain, passes.blocks.roots, *numbers)

@@ -129,7 +129,7 @@ class Recorder(TorchDispatchMode):
     def place(self, value: Any, shape: Sequence[int]) -> list[int]:
         """Where an argument's numbers are once it is broadcast to a shape: the first one, and strides."""
         if not isinstance(value, Tensor):
-            value = torch.tensor(float(value), dtype=torch.float32)
+            value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
             self.constants.append((self.room(value), value))
         strides = [0, 0, *value.expand(tuple(shape)).stride()][-2:]
         return [self.first(value), *strides]
@@ -187,8 +187,8 @@ class Program:
 
     def __init__(self, recorder: Recorder, arguments: int, results: Sequence[Tensor]) -> None:
         firsts = [recorder.place(value, value.shape)[0] for value in results]
-        self.instructions = torch.tensor(recorder.instructions).view(-1, 15)
-        self.arena = torch.zeros(recorder.size, dtype=torch.float32)
+        self.instructions = torch.tensor(recorder.instructions, device="cpu").view(-1, 15)
+        self.arena = torch.zeros(recorder.size, dtype=torch.float32, device="cpu")
         for place, value in recorder.constants:
             self.arena[place : place + value.numel()] = value.flatten()
         self.outside = recorder.outside[arguments:]
@@ -234,7 +234,7 @@ def record(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor
             recorder.load(value)
     except Unrecordable as error:
         return str(error), function(*arguments)
-    with recorder:
+    with torch.device("cpu"), recorder:  # whatever the default device
         results = function(*copies)
     try:
         return recorder.trouble or Program(recorder, len(arguments), results), results
