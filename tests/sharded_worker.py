@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from test_tables import load
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -381,6 +382,43 @@ def not_finite(folder: Path) -> None:
     optimizer.error_if_nonfinite = True
     with pytest.raises(RuntimeError, match="not finite"):
         train(model, optimizer, mine(), range(1), spoil)
+
+
+@contextmanager
+def counted() -> Iterator[tuple[list[int], list[int]]]:
+    """Bytes that this process sends to others in each all_to_all, and bytes of each all_reduce."""
+    parts: list[int] = []
+    sums: list[int] = []
+    send, add = dist.all_to_all_single, dist.all_reduce
+
+    def all_to_all_single(incoming: Tensor, outgoing: Tensor, taken: list[int], given: list[int], **options: Any) -> None:
+        parts.append(outgoing.element_size() * (sum(given) - given[dist.get_rank()]))
+        send(incoming, outgoing, taken, given, **options)
+
+    def all_reduce(tensor: Tensor, **options: Any) -> None:
+        sums.append(tensor.nbytes)
+        add(tensor, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", all_to_all_single)
+        patch.setattr(dist, "all_reduce", all_reduce)
+        yield parts, sums
+
+
+def traffic(folder: Path) -> None:
+    """What the simulation of large models counts is what is sent."""
+    program = load("sharded_simulation")
+    for kernel in ("compiled", "reference"):
+        model = shard(make(Text))
+        optimizer = LearnedOptimizer(model.parameters(), exact(), weight_decay=0.1, kernel=kernel)
+        train(model, optimizer, mine(), range(1))
+        backward(model, 1, mine())
+        with counted() as (parts, sums):
+            optimizer.step()
+        layout = program.layout_of([param.shape for param in model.parameters()], dist.get_world_size(), dist.get_rank())
+        assert parts == program.parts_sent(layout)
+        assert min(parts) > 0
+        assert sums == program.sums_sent(layout, kernel)
 
 
 def sharded_pair() -> tuple[nn.Module, LearnedOptimizer]:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from test_distributed import torchrun
+from test_tables import load
 from torch import nn
 from torch.distributed.tensor import Partial, Shard, distribute_tensor
 
@@ -29,6 +30,7 @@ TWO = [
     "parts_without_gradients",
     "tensor_parallel",
     "not_finite",
+    "traffic",
     "save_checkpoint",
     "load_checkpoint",
 ]
@@ -115,6 +117,18 @@ def test_a_run_outlives_a_killed_process(two: tuple[Path, str], tmp_path: Path) 
     (tmp_path / "end.pt").write_bytes((two[0] / "end.pt").read_bytes())
     log = run(2, tmp_path, "survive", restarts=1)
     assert_passed(tmp_path, 2, "survive", log)
+
+
+def test_bytes_of_operations_are_counted() -> None:
+    program, one = load("sharded_simulation"), torch.ones(100)
+    with program.Counter() as counter:
+        two = one + 1
+        three = two * 2
+        del two
+        four = three.view(10, 10) + 1
+    assert four.sum() == 500
+    assert counter.moved == 3 * 800
+    assert counter.most == 800
 
 
 @pytest.fixture
