@@ -6,31 +6,15 @@ import lightning
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.nn import functional as F
-
-from learned_optim import LearnedOptimizer
+from with_lightning import Regression
 
 STEPS, DEVICES = int(sys.argv[1]) if len(sys.argv) > 1 else 200, 2
 
 
-class Regression(lightning.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))
-
+class Sharded(Regression):
     def configure_model(self):
         if not isinstance(self.net, FSDPModule):  # Lightning comes here before each test too
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])  # of a large model each block first
-
-    def training_step(self, batch):
-        x, y = batch
-        return F.mse_loss(self.net(x), y)
-
-    def test_step(self, batch):
-        self.log("loss", self.training_step(batch), sync_dist=True)
-
-    def configure_optimizers(self):
-        return LearnedOptimizer(self.parameters(), total_steps=int(self.trainer.estimated_stepping_batches))
 
 
 if __name__ == "__main__":
@@ -45,7 +29,7 @@ if __name__ == "__main__":
         logger=False,
         enable_progress_bar=False,
     )
-    model = Regression()
+    model = Sharded()
     (before,) = trainer.test(model, loader, verbose=False)
     trainer.fit(model, loader)
     (after,) = trainer.test(model, loader, verbose=False)
