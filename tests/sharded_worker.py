@@ -622,7 +622,7 @@ def main() -> None:
     with joined(arguments.backend):
         for name in arguments.names or (FOUR if dist.get_world_size() == 4 else TWO + MORE):
             file = arguments.folder / f"{name}.{dist.get_rank()}.json"
-            if again and file.exists():
+            if again and file.exists() and not json.loads(file.read_text()):  # passed; what the killed one took with it runs again
                 continue
             outcome = ""
             try:
