@@ -35,6 +35,7 @@ PRETRAINED = "benchmarks/quality/results/pretrained.json"
 HISTORY = "benchmarks/quality/results/history.json"  # of the weights before, by hand: where the default weights change, they get a row
 SPEED = "benchmarks/results/speed.json"
 ITERATIONS = "benchmarks/results/iterations.json"
+SHARDED = "benchmarks/results/sharded.json"
 DEMO = "benchmarks/results/demo.json"
 ENGINE = "benchmarks/meta_training/results"
 EXAMPLES = "examples/results"
@@ -574,6 +575,50 @@ def speed_tensors(files: Files) -> str:
     """)
 
 
+def gigabytes(value: float) -> str:
+    return f"{value / 1e9:.1f}" if value >= 1e9 or not value else f"{value / 1e9:.2f}"
+
+
+def sharded(files: Files) -> str:
+    """What a step of a sharded model would cost each GPU."""
+    labels = {"ours": "LearnedOptimizer", "ours, kernels": "the same, if the Triton kernels took shards"}
+    parts = ("seconds of links", "seconds of products", "seconds of memory", "seconds")
+    rows = [
+        [
+            "each GPU, a step",
+            "state, GB",
+            "for the step, GB",
+            "sent, GB",
+            "links, ms",
+            "products, ms",
+            "memory, ms",
+            "all, ms",
+            "of an iteration",
+        ]
+    ]
+    for model in files(SHARDED)["models"]:
+        training = model["forward and backward"]["seconds of products"]
+        rows.append([bold(f"{model['model']} on {model['GPUs']}"), *[""] * 8])
+        for name, one in model["optimizers"].items():
+            sizes = [gigabytes(one[key]) for key in ("state", "temporary", "sent")]
+            share = one["seconds"] / (one["seconds"] + training)
+            rows.append([labels.get(name, name), *sizes, *(f"{1e3 * one[key]:.1f}" for key in parts), f"{share:.0%}"])
+    return table(rows)
+
+
+def sharded_notes(files: Files) -> str:
+    found = files(SHARDED)
+    assumed, counted, models = found["assumed"], found["PyTorch operations, bytes a weight"], found["models"]
+    links = listing(f"{model['link, bytes a second'] / 1e9:.0f} GB/s between {model['GPUs']} GPUs" for model in models)
+    sent = [model["forward and backward"]["sent"] / 1e9 for model in models]
+    return prose(f"""
+        Assumed: {links}, {1e6 * assumed["latency"]:.0f} µs a collective, {assumed["fp32"] / 1e12:.0f} TFLOP/s of products in fp32 and
+        {assumed["bf16"] / 1e12:.0f} in bfloat16, {assumed["memory"] / 1e12:.0f} TB/s of memory, {assumed["tokens"]:,} tokens a GPU and
+        batch, and that nothing overlaps. FSDP2 itself sends {sent[0]:.1f} and {sent[1]:.1f} GB in an iteration. PyTorch operations move
+        {counted["moved"]:,.0f} bytes a weight, and hold at least {counted["temporary"]:.0f} at a time.
+    """)
+
+
 # The meta-training engine
 
 
@@ -713,6 +758,8 @@ BLOCKS: dict[str, Callable[[Files], str]] = {
     "speed.kernel": speed_kernel,
     "speed.roofline": speed_roofline,
     "speed.tensors": speed_tensors,
+    "sharded": sharded,
+    "sharded.notes": sharded_notes,
     "estimators.bias": estimators_bias,
     "estimators.short_horizon": estimators_short_horizon,
     "engine.memory": engine_memory,

@@ -2,7 +2,10 @@
 
     pip install . accelerate -c constraints.txt
 
-On several processes: accelerate launch --num_processes 2 examples/with_accelerate.py
+On several processes, and with FSDP2, which spreads parameters, gradients and optimizer state over GPUs (on CPUs accelerate does not):
+
+    accelerate launch --num_processes 2 examples/with_accelerate.py
+    accelerate launch --num_processes 2 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy NO_WRAP examples/with_accelerate.py
 """
 
 import sys
@@ -17,7 +20,7 @@ from learned_optim import LearnedOptimizer
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 200
 
 if __name__ == "__main__":
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerator = Accelerator(gradient_accumulation_steps=2)
     set_seed(0)
     inputs = torch.randn(1024, 8)
     data = torch.utils.data.TensorDataset(inputs, inputs.sin().sum(1, keepdim=True))

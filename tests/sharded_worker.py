@@ -1,13 +1,19 @@
-"""What `tests/test_sharded.py` has several processes do, started by torchrun: each check by its name, and what became of it in a file."""
+"""What `tests/test_sharded.py` has several processes do, started by torchrun: each check by its name, and what became of it in a file.
+
+    torchrun --nproc-per-node 2 tests/sharded_worker.py runs/sharded --backend nccl
+
+runs all checks for so many processes on as many GPUs. `--steps 50 --width 128 --layers 5` makes runs longer and the GPT one of a million
+weights.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import json
 import os
 import signal
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +26,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from test_tables import load
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -34,28 +41,66 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
 
-STEPS = 8
+STEPS, WIDTH, LAYERS, DEVICE = 8, 24, 2, "cpu"  # what the command line may change
+HEADS = 4
+DTYPES = torch.float32, torch.bfloat16
+
+TWO = [
+    "fully_sharded",
+    "fully_sharded_reference",
+    "fully_sharded_images",
+    "fully_sharded_adapters",
+    "fully_sharded_words",
+    "state_is_sharded",
+    "distributed_data_parallel",
+    "zero_redundancy",
+    "parts_without_gradients",
+    "tensor_parallel",
+    "not_finite",
+    "traffic",
+    "save_checkpoint",
+    "load_checkpoint",
+]
+MORE = ["stacked_experts", "state_of_one_process", "default_weights", "mixed_precision", "offloaded", "flattened"]
+FOUR = [
+    "fully_sharded",
+    "fully_sharded_images",
+    "fully_sharded_adapters",
+    "state_is_sharded",
+    "distributed_data_parallel",
+    "zero_redundancy",
+    "tensor_parallel",
+    "two_dimensions",
+    "hybrid",
+    "save_checkpoint",
+]
 
 
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.head = width // HEADS
+        self.before, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        # Keys have no bias: its gradient would be zero but for rounding, and no optimizer without units takes the same steps from noise.
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        normed = self.before(inputs)
+        heads = [part(normed).unflatten(-1, (-1, self.head)).transpose(1, 2) for part in (self.query, self.key, self.value)]
+        inputs = inputs + self.out(nn.functional.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2))
         return inputs + self.down(self.up(self.norm(inputs)).tanh())
 
 
 class Text(nn.Module):
-    """A table, blocks of matrices, and a vector with fewer elements than there are processes."""
+    """A GPT: a table, blocks of matrices, and a vector with fewer elements than there are processes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Embedding(37, 24)
-        self.blocks = nn.ModuleList([Block(24) for _ in range(2)])
-        self.head = nn.Linear(24, 37, bias=False)
+        self.table = nn.Embedding(37, WIDTH)
+        self.blocks = nn.ModuleList([Block(WIDTH) for _ in range(LAYERS)])
+        self.head = nn.Linear(WIDTH, 37, bias=False)
         self.gain = nn.Parameter(torch.ones(1))
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -104,7 +149,7 @@ class Words(nn.Module):
 
 def make(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    return kind().to(dtype)
+    return kind().to(DEVICE, dtype)
 
 
 def exact() -> OptimizerNetwork:
@@ -118,8 +163,8 @@ def exact() -> OptimizerNetwork:
 def backward(model: nn.Module, step: int, part: tuple[int, int]) -> float:
     """Gradients of one of so many parts of a step's batch."""
     generator = torch.Generator().manual_seed(step)
-    inputs = torch.randint(0, 37, (16, 5), generator=generator).chunk(part[1])[part[0]].flatten()
-    loss = nn.functional.cross_entropy(model(inputs).float(), (3 * inputs + 1) % 37)
+    inputs = torch.randint(0, 37, (16, 5), generator=generator).chunk(part[1])[part[0]].to(DEVICE)
+    loss = nn.functional.cross_entropy(model(inputs).float().view(-1, 37), (3 * inputs.flatten() + 1) % 37)
     loss.backward()
     return loss.item()
 
@@ -128,10 +173,10 @@ def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     part: tuple[int, int] = (0, 1),
-    steps: range = range(STEPS),
+    steps: range | None = None,
     between: Callable[[int], None] | None = None,
 ) -> None:
-    for step in steps:
+    for step in range(STEPS) if steps is None else steps:
         optimizer.zero_grad()
         backward(model, step, part)
         if between is not None:
@@ -140,19 +185,24 @@ def train(
 
 
 def whole(tensor: Any) -> Tensor:
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().float()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().float().cpu()
 
 
 def local(tensor: Any) -> Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
-def assert_close(model: nn.Module, expected: nn.Module, tolerance: float = 1e-5) -> None:
-    """Up to rounding, in units of a parameter's root mean square."""
-    for (name, param), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+def difference(model: nn.Module, expected: nn.Module) -> float:
+    """The largest one, in units of a parameter's root mean square."""
+    found = []
+    for param, other in zip(model.parameters(), expected.parameters(), strict=True):
         scale = whole(other).square().mean().sqrt() + 1e-2
-        difference = ((whole(param) - whole(other)).abs().max() / scale).item()
-        assert difference < tolerance, (name, difference)
+        found.append(((whole(param) - whole(other)).abs().max() / scale).item())
+    return max(found)
+
+
+def assert_close(model: nn.Module, expected: nn.Module, tolerance: float = 1e-5) -> None:
+    assert difference(model, expected) < tolerance
 
 
 def shard(model: nn.Module, **options: Any) -> nn.Module:
@@ -165,15 +215,58 @@ def mine() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def compare(kind: type[nn.Module], tolerance: float = 1e-5, dtype: torch.dtype = torch.float32, **options: Any) -> None:
-    """FSDP2 and one process."""
-    options = {"pretrained": exact(), **options}
-    alone, model = make(kind, dtype), shard(make(kind, dtype))
-    train(alone, LearnedOptimizer(alone.parameters(), **options))
-    optimizer = LearnedOptimizer(model.parameters(), **options)
-    train(model, optimizer, mine())
-    assert_close(model, alone, tolerance)
-    assert_same_control(optimizer)
+def adamw(params: Any, **_: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=3e-3, weight_decay=0.1)
+
+
+def ours(params: Any, **options: Any) -> LearnedOptimizer:
+    return LearnedOptimizer(params, exact(), weight_decay=0.1, **options)
+
+
+Spread = tuple[nn.Module, torch.optim.Optimizer, tuple[int, int]]  # and a process's part of the batch
+
+
+def fsdp2(model: nn.Module, make_optimizer: Any, **options: Any) -> Spread:
+    shard(model, **options)
+    return model, make_optimizer(model.parameters()), mine()
+
+
+def ddp(model: nn.Module, make_optimizer: Any) -> Spread:
+    model = nn.parallel.DistributedDataParallel(model)
+    return model, make_optimizer(model.parameters()), mine()
+
+
+def zero(model: nn.Module, make_optimizer: Any) -> Spread:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.parallel.DistributedDataParallel(model)
+    make_part = functools.partial(make_optimizer, parts_group=dist.group.WORLD)
+    return model, ZeroRedundancyOptimizer(model.parameters(), make_part), mine()
+
+
+def tensors(model: nn.Module, make_optimizer: Any) -> Spread:
+    tensor_parallel_model(model, init_device_mesh(DEVICE, (dist.get_world_size(),)))
+    return model, make_optimizer(model.parameters()), (0, 1)
+
+
+def both(model: nn.Module, make_optimizer: Any) -> Spread:
+    mesh = init_device_mesh(DEVICE, (2, dist.get_world_size() // 2), mesh_dim_names=("data", "tensor"))
+    shard(tensor_parallel_model(model, mesh["tensor"]), mesh=mesh["data"])
+    return model, make_optimizer(model.parameters()), (mesh.get_coordinate()[0], 2)
+
+
+def compare(spread: Callable[..., Spread], kind: type[nn.Module] = Text, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    """One process and several differ by at most ten times as much as they do with AdamW, whose difference counts as 1e-6 at least."""
+    found = []
+    for make_optimizer in (adamw, functools.partial(ours, **options)):
+        alone = make(kind, dtype)
+        train(alone, make_optimizer(alone.parameters()))
+        model, optimizer, part = spread(make(kind, dtype), make_optimizer)
+        train(model, optimizer, part)
+        found.append(difference(model, alone))
+    assert found[1] < 10 * max(found[0], 1e-6), found
+    if spread is not zero:  # whose processes have other parameters each
+        assert_same_control(optimizer)
 
 
 def assert_same_control(optimizer: torch.optim.Optimizer) -> None:
@@ -188,23 +281,61 @@ def assert_same_control(optimizer: torch.optim.Optimizer) -> None:
 
 
 def fully_sharded(folder: Path) -> None:
-    compare(Text, weight_decay=0.1)
+    for dtype in DTYPES:
+        compare(fsdp2, dtype=dtype)
 
 
 def fully_sharded_reference(folder: Path) -> None:
-    compare(Text, weight_decay=0.1, kernel="reference")
+    compare(fsdp2, kernel="reference")
 
 
 def fully_sharded_images(folder: Path) -> None:
-    compare(Images, 2e-4)  # inputs that are seldom seen have small gradients; DistributedDataParallel differs by as much
+    compare(fsdp2, Images)
 
 
 def fully_sharded_words(folder: Path) -> None:
-    compare(Words)
+    compare(fsdp2, Words)
 
 
 def fully_sharded_adapters(folder: Path) -> None:
-    compare(Adapters, total_steps=2 * STEPS)
+    compare(fsdp2, Adapters, total_steps=2 * STEPS)
+
+
+def distributed_data_parallel(folder: Path) -> None:
+    for kind in (Text, Images, Adapters):
+        compare(ddp, kind)
+    compare(ddp, dtype=torch.bfloat16)
+
+
+def zero_redundancy(folder: Path) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns when it is imported
+
+    for kind in (Text, Images, Adapters):  # many matrices, and two, which move further
+        compare(zero, kind)
+    compare(zero, kernel="reference")
+    compare(zero, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="parts_group"):
+        ZeroRedundancyOptimizer(make(Text).parameters(), LearnedOptimizer)
+
+
+def tensor_parallel(folder: Path) -> None:
+    for dtype in DTYPES:
+        compare(tensors, dtype=dtype)
+    compare(tensors, kernel="reference")
+
+
+def two_dimensions(folder: Path) -> None:
+    for dtype in DTYPES:
+        compare(both, dtype=dtype)
+
+
+def hybrid(folder: Path) -> None:
+    mesh = init_device_mesh(DEVICE, (2, dist.get_world_size() // 2), mesh_dim_names=("replicas", "shards"))
+    compare(functools.partial(fsdp2, mesh=mesh))
+
+
+def offloaded(folder: Path) -> None:
+    compare(functools.partial(fsdp2, offload_policy=CPUOffloadPolicy(pin_memory=False)))
 
 
 class Experts(nn.Module):
@@ -215,7 +346,7 @@ class Experts(nn.Module):
         self.table, self.experts = nn.Embedding(37, 12), nn.Parameter(torch.randn(5, 37, 12) / 4)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return torch.einsum("eoi,ni->no", self.experts.tanh(), self.table(inputs))
+        return torch.einsum("eoi,...i->...o", self.experts.tanh(), self.table(inputs))
 
 
 def stacked_experts(folder: Path) -> None:
@@ -242,11 +373,10 @@ def state_of_one_process(folder: Path) -> None:
 
 
 def default_weights(folder: Path) -> None:
-    compare(Text, 3e-3, pretrained="default")
-
-
-def bfloat16_parameters(folder: Path) -> None:
-    compare(Text, 0.05, torch.bfloat16)
+    alone, model = make(Text), shard(make(Text))
+    for one, part in ((alone, (0, 1)), (model, mine())):
+        train(one, LearnedOptimizer(one.parameters()), part)
+    assert_close(model, alone, 3e-3)
 
 
 def mixed_precision(folder: Path) -> None:
@@ -257,13 +387,6 @@ def mixed_precision(folder: Path) -> None:
     train(alone, LearnedOptimizer(alone.parameters(), exact()))
     assert_close(model, alone, 0.2)
     assert_same_control(optimizer)
-
-
-def offloaded(folder: Path) -> None:
-    model, alone = shard(make(Text), offload_policy=CPUOffloadPolicy(pin_memory=False)), make(Text)
-    train(model, LearnedOptimizer(model.parameters(), exact()), mine())
-    train(alone, LearnedOptimizer(alone.parameters(), exact()))
-    assert_close(model, alone)
 
 
 def state_is_sharded(folder: Path) -> None:
@@ -278,27 +401,6 @@ def state_is_sharded(folder: Path) -> None:
     weights = sum(local(param).numel() for param in model.parameters())
     assert counts == [8 * weights, 10 * weights]
     assert weights < 1.1 / dist.get_world_size() * sum(param.numel() for param in model.parameters())
-
-
-def distributed_data_parallel(folder: Path) -> None:
-    alone, model = make(Text), nn.parallel.DistributedDataParallel(make(Text))
-    train(alone, LearnedOptimizer(alone.parameters(), exact()))
-    train(model, LearnedOptimizer(model.parameters(), exact()), mine())
-    assert_close(model, alone)
-
-
-def zero_redundancy(folder: Path) -> None:
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns when it is imported
-
-    for kind in (Text, Images):  # many matrices and two, which move further
-        for kernel in ("auto", "reference"):
-            alone, model = make(kind), nn.parallel.DistributedDataParallel(make(kind))
-            train(alone, LearnedOptimizer(alone.parameters(), exact()))
-            ours = functools.partial(LearnedOptimizer, pretrained=exact(), kernel=kernel, parts_group=dist.group.WORLD)
-            train(model, ZeroRedundancyOptimizer(model.parameters(), ours), mine())
-            assert_close(model, alone, 2e-4 if kind is Images else 1e-5)
-    with pytest.raises(ValueError, match="parts_group"):
-        ZeroRedundancyOptimizer(model.parameters(), LearnedOptimizer)
 
 
 def parts_without_gradients(folder: Path) -> None:
@@ -325,39 +427,9 @@ def parts_without_gradients(folder: Path) -> None:
 
 def tensor_parallel_model(model: nn.Module, mesh: Any) -> nn.Module:
     for block in model.blocks:
-        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        columns = dict.fromkeys(("query", "key", "value", "up"), ColwiseParallel())
+        parallelize_module(block, mesh, columns | {"out": RowwiseParallel(), "down": RowwiseParallel()})
     return model
-
-
-def tensor_parallel(folder: Path) -> None:
-    for kernel in ("auto", "reference"):
-        alone, model = make(Text), tensor_parallel_model(make(Text), init_device_mesh("cpu", (dist.get_world_size(),)))
-        options = {"weight_decay": 0.1, "kernel": kernel}
-        train(alone, LearnedOptimizer(alone.parameters(), exact(), **options))
-        optimizer = LearnedOptimizer(model.parameters(), exact(), **options)
-        train(model, optimizer)
-        assert_close(model, alone)
-        assert_same_control(optimizer)
-
-
-def two_dimensions(folder: Path) -> None:
-    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("data", "tensor"))
-    alone, model = make(Text), shard(tensor_parallel_model(make(Text), mesh["tensor"]), mesh=mesh["data"])
-    train(alone, LearnedOptimizer(alone.parameters(), exact()))
-    optimizer = LearnedOptimizer(model.parameters(), exact())
-    train(model, optimizer, (mesh.get_coordinate()[0], 2))
-    assert_close(model, alone)
-    assert_same_control(optimizer)
-
-
-def hybrid(folder: Path) -> None:
-    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicas", "shards"))
-    alone, model = make(Text), shard(make(Text), mesh=mesh)
-    train(alone, LearnedOptimizer(alone.parameters(), exact()))
-    optimizer = LearnedOptimizer(model.parameters(), exact())
-    train(model, optimizer, mine())
-    assert_close(model, alone)
-    assert_same_control(optimizer)
 
 
 def not_finite(folder: Path) -> None:
@@ -381,6 +453,43 @@ def not_finite(folder: Path) -> None:
     optimizer.error_if_nonfinite = True
     with pytest.raises(RuntimeError, match="not finite"):
         train(model, optimizer, mine(), range(1), spoil)
+
+
+@contextmanager
+def counted() -> Iterator[tuple[list[int], list[int]]]:
+    """Bytes that this process sends to others in each all_to_all, and bytes of each all_reduce."""
+    parts: list[int] = []
+    sums: list[int] = []
+    send, add = dist.all_to_all_single, dist.all_reduce
+
+    def all_to_all_single(incoming: Tensor, outgoing: Tensor, taken: list[int], given: list[int], **options: Any) -> None:
+        parts.append(outgoing.element_size() * (sum(given) - given[dist.get_rank()]))
+        send(incoming, outgoing, taken, given, **options)
+
+    def all_reduce(tensor: Tensor, **options: Any) -> None:
+        sums.append(tensor.nbytes)
+        add(tensor, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", all_to_all_single)
+        patch.setattr(dist, "all_reduce", all_reduce)
+        yield parts, sums
+
+
+def traffic(folder: Path) -> None:
+    """What the simulation of large models counts is what is sent."""
+    program = load("sharded_simulation")
+    for kernel in ("compiled", "reference") if DEVICE == "cpu" else ("reference",):
+        model = shard(make(Text))
+        optimizer = LearnedOptimizer(model.parameters(), exact(), weight_decay=0.1, kernel=kernel)
+        train(model, optimizer, mine(), range(1))
+        backward(model, 1, mine())
+        with counted() as (parts, sums):
+            optimizer.step()
+        layout = program.layout_of([param.shape for param in model.parameters()], dist.get_world_size(), dist.get_rank())
+        assert parts == program.parts_sent(layout)
+        assert min(parts) > 0
+        assert sums == program.sums_sent(layout, kernel)
 
 
 def sharded_pair() -> tuple[nn.Module, LearnedOptimizer]:
@@ -467,6 +576,7 @@ def flattened(folder: Path) -> None:
 
 def survive(folder: Path) -> None:
     """Saves after three steps and loses a process in the next; begun again, it goes on and ends as if nothing had happened."""
+    folder = folder / "killed"  # has the end of a run of two
     if (folder / "checkpoint" / ".metadata").exists():
         load_checkpoint(folder)
         return
@@ -480,27 +590,50 @@ def survive(folder: Path) -> None:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def joined(backend: str) -> Iterator[None]:
     # torchrun's store outlives a restart, and with it the addresses of the processes before.
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=30))
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"  # what is offloaded is summed on CPUs
+    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=30))
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    global STEPS, WIDTH, LAYERS, DEVICE
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("folder", type=Path, help="where results and checkpoints go; it should be empty")
+    options.add_argument("names", nargs="*", help="checks; all for so many processes where none is named")
+    options.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
+    for name, value in (("steps", STEPS), ("width", WIDTH), ("layers", LAYERS)):
+        options.add_argument(f"--{name}", type=int, default=value)
+    arguments = options.parse_args()
+    STEPS, WIDTH, LAYERS = arguments.steps, arguments.width, arguments.layers
+    DEVICE = "cuda" if arguments.backend == "nccl" else "cpu"
     torch.set_num_threads(1)
-    folder, names = Path(sys.argv[1]), sys.argv[2:]
-    with joined():
-        for name in names:
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    again = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
+    with joined(arguments.backend):
+        for name in arguments.names or (FOUR if dist.get_world_size() == 4 else TWO + MORE):
+            file = arguments.folder / f"{name}.{dist.get_rank()}.json"
+            if again and file.exists() and not json.loads(file.read_text()):  # passed; what the killed one took with it runs again
+                continue
             outcome = ""
             try:
-                globals()[name](folder)
+                globals()[name](arguments.folder)
             except Exception:
                 outcome = traceback.format_exc()
-            (folder / f"{name}.{dist.get_rank()}.json").write_text(json.dumps(outcome))
+            file.write_text(json.dumps(outcome))
+            if dist.get_rank() == 0:
+                print(f"{name}: {outcome or 'passed'}", flush=True)
             dist.barrier()  # does not return where another process is elsewhere by now
+
+
+if __name__ == "__main__":
+    main()

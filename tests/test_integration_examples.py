@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from test_distributed import torchrun
 from test_examples import EXAMPLES, PROGRAMS, run
 from test_research_examples import TABLE as RESEARCH
 
@@ -17,9 +18,12 @@ TABLE = [
     ("sft_lora.py", ["trl", "peft", "datasets"], 5, r": (\d\.\d{3}) before, (\d\.\d{3}) after 5 steps"),
     ("with_accelerate.py", ["accelerate"], 20, r"^loss (\d\.\d{3}) at the first step, (\d\.\d{3})"),
     ("with_lightning.py", ["lightning"], 20, r"^loss (\d\.\d{3}) before, (\d\.\d{3}) after"),
+    ("with_lightning_fsdp2.py", ["lightning"], 20, r"^loss (\d\.\d{3}) before, (\d\.\d{3}) after"),  # it starts its two processes
     ("with_sentence_transformers.py", ["sentence_transformers", "datasets"], 20, r": (\d+)% before, (\d+)% after"),
     ("with_timm.py", ["timm"], 3, r"^loss (\d\.\d{3}) at the first step, (\d\.\d{3})"),
 ]
+
+SHARDED = "trainer_fsdp2.py"  # runs in two processes only
 
 
 @pytest.mark.slow
@@ -41,5 +45,33 @@ def test_example(name: str, modules: list[str], steps: int, pattern: str, tmp_pa
         assert after > before if "sentence" in name else after < before
 
 
+def two_processes(name: str, steps: int, folder: Path, shim: bool = True, **environment: str) -> tuple[float, float]:
+    """The losses that an example prints, once."""
+    pytest.importorskip("accelerate", reason="needs accelerate: make test-integrations", exc_type=Exception)
+    script = [*([str(Path(__file__).parent / "sharded_accelerate.py")] if shim else []), str(EXAMPLES / name)]
+    done = torchrun(2, folder, *script, str(steps), ACCELERATE_USE_CPU="true", **environment)
+    assert done.returncode == 0, done.stderr
+    ((before, after),) = re.findall(r"^loss (\d\.\d{3}) .*, (\d\.\d{3}) ", done.stdout, re.MULTILINE)
+    return float(before), float(after)
+
+
+@pytest.mark.slow
+def test_accelerate_trains_with_fsdp2_as_without(tmp_path: Path) -> None:
+    copies = two_processes("with_accelerate.py", 20, tmp_path, shim=False)
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}  # as accelerate launch sets them
+    sharded = two_processes("with_accelerate.py", 20, tmp_path, **fsdp)
+    assert sharded == pytest.approx(copies, abs=0.002)
+    assert sharded[1] < sharded[0]
+    assert len(list((tmp_path / "runs/with_accelerate/optimizer_0").glob("*.distcp"))) == 2
+
+
+@pytest.mark.slow
+def test_trainer_with_fsdp2_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    first, second = (two_processes(SHARDED, steps, tmp_path) for steps in (10, 20))
+    assert second[1] < first[1] < first[0]
+    steps = [json.loads(path.read_text())["global_step"] for path in sorted((tmp_path / "runs").rglob("trainer_state.json"))]
+    assert steps == [10, 20]
+
+
 def test_every_example_is_run() -> None:
-    assert {path.name for path in PROGRAMS} == {*(f"{name}.py" for name in RESEARCH), *(row[0] for row in TABLE)}
+    assert {path.name for path in PROGRAMS} == {*(f"{name}.py" for name in RESEARCH), *(row[0] for row in TABLE), SHARDED}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,38 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from test_distributed import torchrun
+from test_tables import load
 from torch import nn
 from torch.distributed.tensor import Partial, Shard, distribute_tensor
 
 from learned_optim import LearnedOptimizer
-
-TWO = [
-    "fully_sharded",
-    "fully_sharded_reference",
-    "fully_sharded_images",
-    "fully_sharded_adapters",
-    "fully_sharded_words",
-    "bfloat16_parameters",
-    "state_is_sharded",
-    "distributed_data_parallel",
-    "zero_redundancy",
-    "parts_without_gradients",
-    "tensor_parallel",
-    "not_finite",
-    "save_checkpoint",
-    "load_checkpoint",
-]
-MORE = [
-    "stacked_experts",
-    "state_of_one_process",
-    "default_weights",
-    "mixed_precision",
-    "offloaded",
-    "save_checkpoint",
-    "load_full",
-    "flattened",
-]
-FOUR = ["fully_sharded", "fully_sharded_images", "fully_sharded_adapters", "two_dimensions", "hybrid", "tensor_parallel", "zero_redundancy"]
 
 
 def run(processes: int, folder: Path, *names: str, restarts: int = 0) -> str:
@@ -53,7 +27,13 @@ def run(processes: int, folder: Path, *names: str, restarts: int = 0) -> str:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("two")
-    return folder, run(2, folder, *TWO)
+    return folder, run(2, folder, *worker.TWO)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("four")
+    return folder, run(4, folder, *worker.FOUR)
 
 
 def assert_passed(folder: Path, processes: int, name: str, log: str) -> None:
@@ -63,21 +43,24 @@ def assert_passed(folder: Path, processes: int, name: str, log: str) -> None:
         assert not (outcome := json.loads(found.read_text())), outcome
 
 
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", worker.TWO)
 def test_two_processes_train_as_one(two: tuple[Path, str], name: str) -> None:
     assert_passed(two[0], 2, name, two[1])
 
 
-def alone() -> tuple[nn.Module, LearnedOptimizer]:
-    model = worker.make(worker.Text)
-    return model, LearnedOptimizer(model.named_parameters(), weight_decay=0.1, total_steps=20)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", worker.FOUR)
+def test_four_processes_train_as_one(four: tuple[Path, str], name: str) -> None:
+    assert_passed(four[0], 4, name, four[1])
 
 
+@pytest.mark.parametrize("saved", ["two", pytest.param("four", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:torch.distributed is")  # DCP says that it will use one process
-def test_one_process_goes_on_with_the_checkpoint_of_two(two: tuple[Path, str]) -> None:
-    folder, log = two
+def test_one_process_goes_on_with_the_checkpoint_of_several(request: pytest.FixtureRequest, saved: str) -> None:
+    folder, log = request.getfixturevalue(saved)
     assert_passed(folder, 2, "save_checkpoint", log)
-    model, optimizer = alone()
+    model = worker.make(worker.Text)
+    optimizer = LearnedOptimizer(model.named_parameters(), weight_decay=0.1, total_steps=20)
     content = worker.checkpoint_of(model, optimizer)
     dcp.load(content, checkpoint_id=folder / "checkpoint", no_dist=True)
     worker.set_model_state_dict(model, content["model"])
@@ -87,34 +70,29 @@ def test_one_process_goes_on_with_the_checkpoint_of_two(two: tuple[Path, str]) -
 
 
 @pytest.mark.slow
-def test_two_processes_do_more(tmp_path: Path) -> None:
-    log = run(2, tmp_path, *MORE)
-    for name in MORE:
-        assert_passed(tmp_path, 2, name, log)
+def test_two_processes_go_on_with_what_four_saved_and_outlive_a_killed_one(two: tuple[Path, str], four: tuple[Path, str]) -> None:
+    """One start of two processes for all that needs no other."""
+    folder = four[0]
+    for (saved, log), processes in ((two, 2), (four, 4)):
+        assert_passed(saved, processes, "save_checkpoint", log)
+    (folder / "killed").mkdir()
+    shutil.copy(two[0] / "end.pt", folder / "killed")
+    names = ["load_checkpoint", "load_full", *worker.MORE, "survive"]
+    log = run(2, folder, *names, restarts=1)
+    for name in names:
+        assert_passed(folder, 2, name, log)
 
 
-@pytest.mark.slow
-def test_four_processes_train_as_one(tmp_path: Path) -> None:
-    log = run(4, tmp_path, *FOUR)
-    for name in FOUR:
-        assert_passed(tmp_path, 4, name, log)
-
-
-@pytest.mark.slow
-def test_two_processes_go_on_with_the_checkpoint_of_four(tmp_path: Path) -> None:
-    log = run(4, tmp_path, "save_checkpoint")
-    assert_passed(tmp_path, 4, "save_checkpoint", log)
-    log = run(2, tmp_path, "load_checkpoint", "load_full")
-    for name in ("load_checkpoint", "load_full"):
-        assert_passed(tmp_path, 2, name, log)
-
-
-@pytest.mark.slow
-def test_a_run_outlives_a_killed_process(two: tuple[Path, str], tmp_path: Path) -> None:
-    assert_passed(two[0], 2, "save_checkpoint", two[1])
-    (tmp_path / "end.pt").write_bytes((two[0] / "end.pt").read_bytes())
-    log = run(2, tmp_path, "survive", restarts=1)
-    assert_passed(tmp_path, 2, "survive", log)
+def test_bytes_of_operations_are_counted() -> None:
+    program, one = load("sharded_simulation"), torch.ones(100)
+    with program.Counter() as counter:
+        two = one + 1
+        three = two * 2
+        del two
+        four = three.view(10, 10) + 1
+    assert four.sum() == 500
+    assert counter.moved == 3 * 800
+    assert counter.most == 800
 
 
 @pytest.fixture

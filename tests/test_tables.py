@@ -26,7 +26,7 @@ def load(name: str) -> ModuleType:
 
 
 tables = load("tables")
-FILES = "QUALITY", "LEARNED", "PRETRAINED", "MNIST", "HISTORY", "SPEED", "ITERATIONS", "DEMO"
+FILES = "QUALITY", "LEARNED", "PRETRAINED", "MNIST", "HISTORY", "SPEED", "ITERATIONS", "SHARDED", "DEMO"
 USED = [path for name, path in vars(tables).items() if name in FILES]
 
 
