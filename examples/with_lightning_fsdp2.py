@@ -1,6 +1,6 @@
 """Lightning with FSDP2: parameters, gradients and optimizer state are spread over its processes, two of them. Optional argument: steps.
 
-    pip install . lightning -c constraints.txt
+pip install . lightning -c constraints.txt
 """
 
 import sys
