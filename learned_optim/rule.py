@@ -100,7 +100,7 @@ class Control(NamedTuple):
     swing: Tensor  # the same, where long gradients count for more, (..., K)
     length: Tensor  # the recent root mean square of its gradient, (..., K)
     correction: Tensor  # the logarithm of its step size's, (..., K)
-    climbed: Tensor  # what its warm-up has gained on the first step's size, a logarithm, (..., K)
+    climbed: Tensor  # what its warm-up has gained on the first step's size, a logarithm; above full length until it is over, (..., K)
     table: Tensor  # whether it is a table, see `Layout`: 1 if it is, -1 if not, 0 while nobody has looked, (..., K)
     path: Tensor  # a sketch of its mean update, (BUCKETS, ..., K)
 
@@ -261,7 +261,7 @@ def step_sizes(
     swing = torch.lerp(control.swing, turn, weight * (size / length).clamp(min=1))
     straight = straightness(control.path, clock)
     correction, braked, inertia = network.controller(trend, swing, steady, straight, age, progress, known, control.correction)
-    climbed, warm = network.controller.climb(trend, control.climbed)
+    climbed, warm = network.controller.climb(trend, turn, control.climbed)
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
     schedule = torch.where(known > 0, annealed, decayed)

@@ -32,18 +32,22 @@ def with_and_without() -> tuple[OptimizerNetwork, OptimizerNetwork]:
     return network, plain
 
 
+def shares(gradients: list[torch.Tensor]) -> list[float]:
+    """What the warm-up leaves of each step."""
+    return [one / other for one, other in zip(*(update_sizes(gradients, network) for network in with_and_without()), strict=True)]
+
+
 def test_a_first_step_is_a_fiftieth_and_agreeing_gradients_end_the_warm_up_within_six_steps():
     gradients = [torch.ones(20, 30)] * 12
-    shares = [one / other for one, other in zip(*(update_sizes(gradients, network) for network in with_and_without()), strict=True)]
-    assert math.isclose(shares[0], 0.02, rel_tol=0.05)
-    assert all(later >= earlier - 1e-6 for earlier, later in itertools.pairwise(shares))
-    assert all(math.isclose(share, 1, rel_tol=1e-4) for share in shares[6:])
+    found = shares(gradients)
+    assert math.isclose(found[0], 0.02, rel_tol=0.05)
+    assert all(later >= earlier - 1e-6 for earlier, later in itertools.pairwise(found))
+    assert all(math.isclose(share, 1, rel_tol=1e-4) for share in found[6:])
 
 
 def test_gradients_that_turn_back_keep_steps_short():
     gradients = [torch.ones(20, 30) * (-1) ** t for t in range(20)]
-    shares = [one / other for one, other in zip(*(update_sizes(gradients, network) for network in with_and_without()), strict=True)]
-    assert max(shares) < 0.03
+    assert max(shares(gradients)) < 0.03
 
 
 def test_the_warm_up_is_left_for_good():
@@ -51,6 +55,28 @@ def test_the_warm_up_is_left_for_good():
     gradients = [torch.ones(20, 30)] * 12 + [torch.ones(20, 30) * (-1) ** t for t in range(30)]
     one, other = update_sizes(gradients, network), update_sizes(gradients, plain)
     assert all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(one[8:], other[8:], strict=True))
+
+
+def noisy(count: int) -> list[torch.Tensor]:
+    """Gradients that agree by about as much as those of a small batch: their cosines with the momentum are about 0.2."""
+    generator = torch.Generator().manual_seed(0)
+    return [0.3 + torch.randn(20, 30, generator=generator) for _ in range(count)]
+
+
+def test_full_steps_that_turn_back_at_once_are_taken_back():
+    """Adapters look so: gradients agree until steps are as long as the model bears, and the mean of ten is late to tell."""
+    agreeing = noisy(40)
+    reached = next(t for t, share in enumerate(shares(agreeing)) if share > 0.99)
+    turning = [torch.ones(20, 30) * (-1) ** (t + 1) for t in range(40)]
+    assert shares(agreeing[: reached + 1] + turning)[-1] < 0.1
+    assert shares([*agreeing, *turning])[-1] > 0.99  # full steps had proved themselves
+
+
+def test_steps_do_not_lengthen_while_the_last_gradient_turns_back():
+    gradients = noisy(6)
+    before, after = shares([*gradients, -gradients[-1]])[-2:]
+    assert 0.02 < before < 0.9
+    assert after <= before + 1e-6
 
 
 def test_a_trained_model_is_not_lost_in_fine_tuning():
