@@ -39,7 +39,9 @@ PRETRAINED_RUNS = ROOT / "benchmarks/quality/results/pretrained_runs.jsonl.xz"
 # Where runs scatter most, formats of the state are compared with more seeds than the benchmark's six.
 MORE_SEEDS = {100: ["tabular", "ill-conditioned"], 24: ["reinforcement", "mlp", "physics", "resnet", "cnn", "new digits"]}
 SIZES = ["1e4", "1e5", "1e6", "2097152", "1e7", "1e8"]
-PRETRAINED = ["minilm polarity"]  # of the tasks of pretrained.py, those whose baselines are complete
+# Of the tasks of pretrained.py, those that AdamW is tuned on, and those that have only Trainer's default beside ours.
+TUNED = ["minilm polarity", "transformer sklearn"]
+PRETRAINED = [*TUNED, "minilm polarity lora", "minilm polarity head", "minilm polarity last layers"]
 MNIST = ["mnist mlp", "mnist vit", "wikitext transformer", "wikitext fine-tuning"]
 
 
@@ -109,7 +111,9 @@ def quality(folder: Path, weights: str) -> None:
 def pretrained(folder: Path, weights: str) -> None:
     """Needs the extra `pretrained-models`."""
     unpack(PRETRAINED_RUNS, folder / "runs.jsonl")
-    python("benchmarks/quality/pretrained.py", "--out", folder, "--tasks", *PRETRAINED)
+    python("benchmarks/quality/pretrained.py", "--out", folder, "--tasks", *TUNED)
+    untuned = "Trainer-default 5e-05 linear", "learned", "learned+T"
+    python("benchmarks/quality/pretrained.py", "--out", folder, "--tasks", *PRETRAINED, "--optimizers", *untuned)
     publish(folder, "benchmarks/quality/results", {"results.json": "pretrained.json"})
     pack(folder / "runs.jsonl", PRETRAINED_RUNS, weights)
 

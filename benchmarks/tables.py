@@ -224,9 +224,11 @@ def quality_pretrained(files: Files) -> str:
     shown |= {"AdamW, best of six": "", "Trainer's default": "Trainer-default 5e-05 linear"}
     rows = []
     for task, found in files(PRETRAINED)["tasks"].items():
-        tuned = min((name for name in found if name.startswith("AdamW ")), key=lambda name: found[name]["loss"])
-        ends = [found[name or tuned] for name in shown.values()]
-        rows.append([task, f"{ends[0]['start']:.3f}", *(f"{one['loss']:.3f} ({one['accuracy']:.1%})" for one in ends)])
+        grid = [name for name in found if name.startswith("AdamW ")]
+        tuned = min(grid, key=lambda name: found[name]["loss"]) if len(grid) >= 6 else ""
+        ends = [found.get(name or tuned) for name in shown.values()]
+        measured = [f"{one['loss']:.3f} ({one['accuracy']:.1%})" if one else "not run" for one in ends]
+        rows.append([task, f"{found[PLAIN]['start']:.3f}", *measured])
     return table([["evaluation loss (accuracy)", "start", *shown], *rows])
 
 

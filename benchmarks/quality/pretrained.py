@@ -41,6 +41,7 @@ from learned_optim.weights import fingerprint
 PROBLEMS = PRETRAINED_DEVELOPMENT | PRETRAINED_HELD_OUT | PRETRAINED_MORE
 GRID = [f"{REFERENCE} {lr:g} linear" for lr in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)]
 TRAINER = "Trainer-default 5e-05 linear"
+NAMES = [*GRID, TRAINER, LEARNED, HORIZON]
 EVALUATIONS = 10  # of a run
 LENGTHS = (0.25, 0.5, 2.0)  # of the reference's runs, beside 1, in units of a task's steps
 BOUNDS = 0.125, 2.0  # of a speed
@@ -179,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder with wikitext-2/: adds its task")
     parser.add_argument("--held-out", action="store_true", help="the tasks that nothing is chosen on")
     parser.add_argument("--tasks", nargs="*", choices=list(PROBLEMS), metavar="TASK", help="by default all of the split")
-    parser.add_argument("--optimizers", nargs="*", default=[*GRID, TRAINER, LEARNED, HORIZON], metavar="NAME")
+    parser.add_argument("--optimizers", nargs="*", default=NAMES, metavar="NAME", help="which to run; reported is what there is")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="runs side by side, each on one thread")
     parser.add_argument("--out", type=Path, default=Path("runs/pretrained"), help="where runs.jsonl, results.json and tables.md go")
@@ -196,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
             for done in as_completed([pool.submit(train, job, arguments.pretrained) for job in todo]):
                 results.add(done.result())
                 print(said(done.result()), file=sys.stderr, flush=True)
-    report(tasks, arguments.optimizers, results, arguments.seeds, arguments.out)
+    report(tasks, list(dict.fromkeys([*NAMES, *arguments.optimizers])), results, arguments.seeds, arguments.out)
 
 
 if __name__ == "__main__":
