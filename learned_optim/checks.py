@@ -456,7 +456,7 @@ class Ledger:
                     problem = f"the state {key!r} of {name} is {value.dtype} on {value.device}, and must be {dtype} on {param.device}"
                 if problem is None and not (is_plain(value) and value.is_contiguous() and not value.is_neg() and _has_memory(value)):
                     problem = f"the state {key!r} of {name} is no plain tensor without gaps that has memory of its own"
-                if problem is None and value.data_ptr() in seen:
+                if problem is None and value.numel() and value.data_ptr() in seen:
                     problem = f"the state {key!r} of {name} is in the memory of other state"
                 if problem is not None:
                     raise RuntimeError(
