@@ -128,7 +128,8 @@ def push(network: OptimizerNetwork, repo_id: str, folder: Path) -> None:
         network.push_to_hub(repo_id, folder=folder)
     except (ValueError, OSError) as error:
         again = shlex.join(["learned-optim", "push", str(folder), repo_id])
-        raise OSError(f"the weights were not published: {error}. Try again with: {again}") from error
+        reason = " ".join(str(error).split()).rstrip(".")  # the Hub's has several lines
+        raise OSError(f"the weights were not published: {reason}. Try again with: {again}") from error
 
 
 def configurations(name: str) -> list[Path]:
