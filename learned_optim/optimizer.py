@@ -240,7 +240,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if self.error_if_nonfinite:
             self._check_finite(filter(None, work))
         if self._parts is not None and not any(work):
-            sit_out(sharding.ShardedLayout((), (), self.param_groups[0]["params"][0].device, parts=self._parts))
+            sit_out(sharding.ShardedLayout((), (), self._device(), parts=self._parts))
         for device, step, arguments in filter(None, work):
             with torch.autocast(device.type, enabled=False):
                 step(self._network_on(device), *arguments)
@@ -254,6 +254,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     " `skipped` counts them, and this is said once. With error_if_nonfinite=True the step raises instead.",
                     stacklevel=7,
                 )
+
+    def _device(self) -> torch.device:
+        """Where the parameters are; of a process that has none, where those of the others will be."""
+        params: list[Tensor] = [param for group in self.param_groups for param in group["params"]]
+        if params:
+            return params[0].device
+        assert self._parts is not None
+        return self._parts.device()
 
     def _check_groups(self) -> None:
         """Looks at what groups say where that has changed since the last step.
@@ -369,7 +377,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if isinstance(layout, sharding.ShardedLayout):  # what one process finds all must know of, or they would wait for it
                 broken = layout.total(broken)
             found += [self._name(param) for param, bad in zip(params, broken.tolist(), strict=True) if bad]
-        if self._parts is not None and self._parts.any(bool(found), self.param_groups[0]["params"][0].device) and not found:
+        if self._parts is not None and self._parts.any(bool(found), self._device()) and not found:
             found = ["a parameter of another process"]
         if found:
             raise RuntimeError(

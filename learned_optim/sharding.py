@@ -307,6 +307,10 @@ class Parts:
     def __reduce__(self) -> Any:
         raise TypeError("an optimizer with a parts_group cannot be pickled, as processes cannot; save its state_dict()")
 
+    def device(self) -> torch.device:
+        """Where tensors must be to be exchanged."""
+        return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(self.group) else torch.device("cpu")
+
     def any(self, here: bool, device: torch.device) -> bool:
         """Whether something is so in any process."""
         flag = torch.tensor([float(here)], device=device)
