@@ -127,11 +127,10 @@ class Controller(nn.Module):
 
     **Warm-up.** First steps are short enough to be undone: steps of the prior's size destroy a model that was trained before within two of
     them, and no gradient shows afterwards what it was. They *climb*, from `e^log_start` of what the rest says, by `climb_rate` times the
-    mean of all trends, or of all last cosines where that is less: by the time that a mean of ten steps turns, steps that lengthen by a
-    third each time have gone ten times too far. They fall back where the mean of all trends is negative. From scratch gradients agree, and
-    full length takes a few steps. In fine-tuning they hardly do, and steps settle at the length at which the agreement ends. Full steps
-    have yet to prove themselves, since the trend still speaks of shorter ones: the warm-up is over once gradients have agreed for as long
-    as would have lengthened them by `e^PROOF` more, and until then what turns back takes it back.
+    mean of all trends, and fall back where that is negative. From scratch gradients agree, and full length takes a few steps. In
+    fine-tuning they hardly do, and steps settle at the length at which the agreement ends. Full steps have yet to prove themselves, since
+    the trend, a mean of ten steps, still speaks of shorter ones: the warm-up is over once gradients have agreed for as long as would have
+    lengthened steps by `e^PROOF` more, without turning back. Until then steps still fall back.
     """
 
     def __init__(self) -> None:
@@ -145,7 +144,7 @@ class Controller(nn.Module):
         self.brake = nn.Parameter(torch.tensor(1.5))
         self.inertia = nn.Parameter(torch.tensor(3.0))
         self.log_start = nn.Parameter(torch.tensor(math.log(0.02)))  # at most 0, which is no warm-up
-        self.climb_rate = nn.Parameter(torch.tensor(4.0))
+        self.climb_rate = nn.Parameter(torch.tensor(3.0))
 
     def forward(
         self,
@@ -187,19 +186,18 @@ class Controller(nn.Module):
         correction = (correction + path + torch.where(known > 0, self.log_rate.exp() * annealed, endless)).clamp(-3, 3)
         return correction, self.brake * (swing + BRAKE).clamp(max=0), self.inertia * longer
 
-    def climb(self, trend: Tensor, turn: Tensor, climbed: Tensor) -> tuple[Tensor, Tensor]:
+    def climb(self, trend: Tensor, climbed: Tensor) -> tuple[Tensor, Tensor]:
         """One step of the warm-up.
 
         Args:
             trend: as in `forward`, (..., K).
-            turn: the last cosine of each tensor's gradient and momentum, (..., K).
             climbed: what has been gained so far, a logarithm, (..., K).
 
         Returns:
             the same after this step, and the logarithm of the warm-up's factor.
         """
-        trend, turn = (cosine.mean(-1, keepdim=True) for cosine in (trend, turn))
-        rise = self.climb_rate * (torch.minimum(trend, turn).clamp(min=0) + RETREAT * trend.clamp(max=0))
+        mean = trend.mean(-1, keepdim=True)
+        rise = self.climb_rate * (mean.clamp(min=0) + RETREAT * mean.clamp(max=0))
         full = -self.log_start
         begin = torch.where(rise < 0, torch.minimum(climbed, full), climbed)
         goes_on = (full > 0) & (climbed < full + PROOF)

@@ -261,7 +261,7 @@ def step_sizes(
     swing = torch.lerp(control.swing, turn, weight * (size / length).clamp(min=1))
     straight = straightness(control.path, clock)
     correction, braked, inertia = network.controller(trend, swing, steady, straight, age, progress, known, control.correction)
-    climbed, warm = network.controller.climb(trend, turn, control.climbed)
+    climbed, warm = network.controller.climb(trend, control.climbed)
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
     schedule = torch.where(known > 0, annealed, decayed)
