@@ -32,6 +32,7 @@ QUALITY = "benchmarks/quality/results/results.json"
 MNIST = "benchmarks/quality/results/mnist_wikitext.json"
 LEARNED = "benchmarks/quality/results/learned.json"  # the same tasks with the present weights; ablations may be of those before
 PRETRAINED = "benchmarks/quality/results/pretrained.json"
+TRAINER = "Trainer-default 5e-05 linear"
 HISTORY = "benchmarks/quality/results/history.json"  # of the weights before, by hand: where the default weights change, they get a row
 SPEED = "benchmarks/results/speed.json"
 ITERATIONS = "benchmarks/results/iterations.json"
@@ -161,11 +162,11 @@ def summary(files: Files) -> str:
 
     scratch = [f"{found[name]['speed']:.2f}" for name in names]
     worst = [f"{found[name]['worst']['speed']:.2f} ({found[name]['worst']['task']})" for name in names]
-    tasks = files(PRETRAINED)["tasks"].values()
-    baseline = [min(one["loss"] for name, one in task.items() if name.startswith("AdamW ")) for task in tasks]
-    tuning = [
-        f"{geometric_mean(task[name]['loss'] / least for task, least in zip(tasks, baseline, strict=True)):.2f}" for name in names[:2]
-    ]
+    every = files(PRETRAINED)["tasks"].values()
+    tasks = [task for task in every if tuned(task)]
+    tuning = [f"{geometric_mean(task[name]['loss'] / task[tuned(task)]['loss'] for task in tasks):.2f}" for name in names[:2]]
+    ratios = {name: [task[name]["loss"] / task[TRAINER]["loss"] for task in every] for name in names[:2]}
+    beside = [f"{geometric_mean(found):.2f} ({max(found):.2f})" for found in ratios.values()]
     models = records(files(ITERATIONS)["iterations"])
 
     def cost(name: str) -> str:
@@ -178,6 +179,7 @@ def summary(files: Files) -> str:
             row(f"from scratch: speed in steps, mean of {len(found[PLAIN]['tasks'])} tasks", scratch, max),
             row("from scratch: speed on the worst task", worst, max),
             row(f"fine-tuning: final loss / tuned AdamW's, {word(len(tasks))} model{'s' * (len(tasks) > 1)}", [*tuning, "1.00", ""], min),
+            [f"the same / Trainer's default AdamW's, mean of {word(len(every))} tasks (worst one)", *beside, "", ""],
             [f"time of an iteration / with AdamW, {word(len(models))} models on a CPU", *[cost(MINE)] * 2, "1", cost("Muon")],
             ["state, bytes a weight", *[f"{state(files)[MINE]:.0f}"] * 2, f"{state(files)['AdamW']:.0f}", ""],
         ]
@@ -218,15 +220,19 @@ def quality_since(files: Files) -> str:
     return table([[f"speed, geometric mean of {len(tasks)} tasks (worst one)", *names], *rows])
 
 
+def tuned(found: dict[str, Any]) -> str:
+    """The best of AdamW's settings on a pretrained model; none where its grid was not run."""
+    grid = [name for name in found if name.startswith("AdamW ")]
+    return min(grid, key=lambda name: float(found[name]["loss"])) if len(grid) >= 6 else ""
+
+
 def quality_pretrained(files: Files) -> str:
     """What fine-tuning a real pretrained model ends at."""
     shown = {"LearnedOptimizer, no settings": PLAIN, "with `total_steps`": HORIZON}
-    shown |= {"AdamW, best of six": "", "Trainer's default": "Trainer-default 5e-05 linear"}
+    shown |= {"AdamW, best of six": "", "Trainer's default": TRAINER}
     rows = []
     for task, found in files(PRETRAINED)["tasks"].items():
-        grid = [name for name in found if name.startswith("AdamW ")]
-        tuned = min(grid, key=lambda name: found[name]["loss"]) if len(grid) >= 6 else ""
-        ends = [found.get(name or tuned) for name in shown.values()]
+        ends = [found.get(name or tuned(found)) for name in shown.values()]
         measured = [f"{one['loss']:.3f} ({one['accuracy']:.1%})" if one else "not run" for one in ends]
         rows.append([task, f"{found[PLAIN]['start']:.3f}", *measured])
     return table([["evaluation loss (accuracy)", "start", *shown], *rows])
