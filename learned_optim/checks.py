@@ -91,7 +91,7 @@ def check_group(group: dict[str, Any]) -> None:
     else:
         group["lr"] = float(lr)
     if not _is_number(weight_decay) or not 0 <= weight_decay <= LARGEST:
-        raise ValueError(f"weight_decay must be a number and must not be negative, got {weight_decay!s:.80}, and must be finite")
+        raise ValueError(f"weight_decay must not be negative, got {weight_decay!s:.80}, and must be a finite number")
     group["weight_decay"] = float(weight_decay)
     for key, what in (("total_steps", "optimizer steps"), ("matrices", "matrices in the whole model")):
         count = group[key]

@@ -200,8 +200,8 @@ class Controller(nn.Module):
         rise = self.climb_rate * (mean.clamp(min=0) + RETREAT * mean.clamp(max=0))
         full = -self.log_start
         begin = torch.where(rise < 0, torch.minimum(climbed, full), climbed)
-        goes_on = (full > 0) & (climbed < full + PROOF)
-        climbed = torch.where(goes_on, (begin + rise).clamp(min=-DEPTH), climbed)
+        after = torch.where(full + PROOF - climbed > 0, (begin + rise).clamp(min=-DEPTH), climbed)
+        climbed = torch.where(full > 0, after, climbed)
         return climbed, (self.log_start + climbed).clamp(max=0)
 
 
