@@ -88,8 +88,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         >>> from learned_optim import LearnedOptimizer
         >>> inputs = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
         >>> model = torch.nn.Linear(4, 1)
-        >>> optimizer = LearnedOptimizer(model.parameters(), total_steps=50)
-        >>> for _ in range(50):
+        >>> optimizer = LearnedOptimizer(model.parameters(), total_steps=200)
+        >>> for _ in range(200):
         ...     loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
         ...     optimizer.zero_grad()
         ...     loss.backward()
