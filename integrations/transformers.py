@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
-from learned_optim.inspection import BOUND
+from learned_optim.network import MOST
 from learned_optim.rule import Control
 from learned_optim.weights import fingerprint
 
@@ -186,7 +186,7 @@ class _Watch(TrainerCallback):
             states = [optimizer.state[param] for param in group["params"] if param in optimizer.state]
             if states:
                 corrections = Control.of(torch.stack([state["control"] for state in states], -1)).correction
-                self.figures[f"at_bound/group_{i}"] = (corrections.abs() >= BOUND).float().mean().item()
+                self.figures[f"at_bound/group_{i}"] = (corrections.abs() >= MOST).float().mean().item()
         self._before = []
 
     def on_log(self, *_: Any, **__: Any) -> None:

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .network import OptimizerNetwork
+from .network import MOST, OptimizerNetwork
 from .report import aligned, count, plain
 from .rule import CONTROL, Control
 from .storage import bytes_per_weight
 from .weights import fingerprint
 
-BOUND = 3.0  # of the logarithm of a step size's correction, see `learned_optim.network.Controller`
 BEHIND = 0.9  # a tensor with less than this share of the others' steps was left out of some
 SHOWN = 20  # tensors of a group that the text has
 WIDTH = 120  # of lines of text
@@ -278,7 +277,7 @@ def _tensor(name: str, state: Mapping[str, Tensor], network: OptimizerNetwork | 
         shape=list(moments.shape[1:]),
         steps=int(control.step),
         factor=math.exp(correction),
-        at_bound="" if abs(correction) < BOUND else "longest" if correction > 0 else "shortest",
+        at_bound="" if abs(correction) < MOST else "longest" if correction > 0 else "shortest",
         warm_up=None if network is None else math.exp(min(0.0, network.controller.log_start.item() + climbed)),
         trend=control.trend.item(),
         gradient_rms=control.length.item(),

@@ -15,6 +15,8 @@ from .config import NetworkConfig
 from .features import EVEN, ODD, CoordinateFeatures
 from .weights import Pretrained
 
+MOST = 3.0  # of the correction, a logarithm, on either side of 0
+
 # Without a horizon: the trend that says for certain that steps only bounce about in noise, and the steps before it counts in full.
 BOUND, LEAD = 0.1, 30.0
 
@@ -94,7 +96,7 @@ class Controller(nn.Module):
 
         k' = k + rate * 2 (1 - t / T) * fading * (c if c > 0 else caution * w * c)      where the horizon is known, else
         k' = k + rate * fading^2 * max(c, 0)
-               - shrink * (w * clamp(-c / BOUND, 0, 1) / (t + LEAD) + max(-h - LEAP, 0)),   both with |k'| <= 3.
+               - shrink * (w * clamp(-c / BOUND, 0, 1) / (t + LEAD) + max(-h - LEAP, 0)),   both with |k'| <= MOST.
 
     - `c` is a mean, since one cosine scatters, and a rule that answers one sign more than the other would turn scatter into growth.
     - Correcting fades. Once the scale is found, the cosine shows the schedule and the noise.
@@ -183,7 +185,7 @@ class Controller(nn.Module):
         annealed = 2 * left * fading * (longer + self.log_caution.exp() * shorter)
         bouncing = steady * (-trend / BOUND).clamp(0, 1) / (age + LEAD) + (-swing - LEAP).clamp(min=0)
         endless = self.log_rate.exp() * fading**2 * longer - self.shrink * bouncing
-        correction = (correction + path + torch.where(known > 0, self.log_rate.exp() * annealed, endless)).clamp(-3, 3)
+        correction = (correction + path + torch.where(known > 0, self.log_rate.exp() * annealed, endless)).clamp(-MOST, MOST)
         return correction, self.brake * (swing + BRAKE).clamp(max=0), self.inertia * longer
 
     def climb(self, trend: Tensor, climbed: Tensor) -> tuple[Tensor, Tensor]:

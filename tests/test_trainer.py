@@ -24,7 +24,8 @@ from trainer_helpers import Counting, StopAt, arguments, clocks, gpt, helped, in
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from learned_optim import LearnedOptimizer, load_network
-from learned_optim.integrations.transformers import BOUND, LearnedOptimizerTrainer
+from learned_optim.integrations.transformers import LearnedOptimizerTrainer
+from learned_optim.network import MOST
 from learned_optim.rule import Control
 from learned_optim.weights import fingerprint
 
@@ -336,7 +337,7 @@ def test_the_bound_is_the_controllers(known: float) -> None:
     ones = torch.ones(1)
     for far in (-100 * ones, 100 * ones):
         correction, *_ = network().controller(0 * ones, 0 * ones, ones, 0 * ones, ones, 0 * ones, known * ones, far)
-        assert correction.abs().item() == BOUND
+        assert correction.abs().item() == MOST
 
 
 # Ways to train
