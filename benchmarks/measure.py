@@ -42,6 +42,12 @@ SIZES = ["1e4", "1e5", "1e6", "2097152", "1e7", "1e8"]
 # Of the tasks of pretrained.py, those that AdamW is tuned on, and those that have only Trainer's default beside ours.
 TUNED = ["minilm polarity", "transformer sklearn"]
 PRETRAINED = [*TUNED, "minilm polarity lora", "minilm polarity head", "minilm polarity last layers"]
+# Kinds of problem that the weights are specialised for, with the minutes for it.
+KINDS = {
+    "curves": ["--budgets", 1, 3, 10],
+    "digits": ["--budgets", 1, 3, 10],
+    "sentences": ["--budgets", 15, "--problems", 8, "--tuning", 2],
+}
 MNIST = ["mnist mlp", "mnist vit", "wikitext transformer", "wikitext fine-tuning"]
 
 
@@ -141,6 +147,14 @@ def own(folder: Path) -> None:
     publish(folder, "examples/results/meta_train_your_own", {"results.json": "results.json"})
 
 
+def specialise(folder: Path) -> None:
+    """Needs the extra `pretrained-models`."""
+    for kind, options in KINDS.items():
+        python("benchmarks/meta_training/specialise.py", kind, "--out", folder / kind, *options)
+        names = {"results.json": f"specialise_{kind}.json", "plot.png": f"specialise_{kind}.png"}
+        publish(folder / kind, "benchmarks/meta_training/results", names)
+
+
 def losses(printed: str) -> dict[str, dict[str, float]]:
     rows = re.findall(r"^(\S+(?: [\d.]+)?) +final loss ([\d.]+) ± ([\d.]+) ", printed, re.MULTILINE)
     if len(rows) < 3:
@@ -168,6 +182,7 @@ def parts(weights: str, data: Path | None) -> dict[str, Callable[[Path], None]]:
         "trainer_gpt": lambda _: trainer("trainer_gpt"),
         "trainer_classifier": lambda _: trainer("trainer_classifier"),
         "meta_train_your_own": own,
+        "specialise": specialise,
         "look_inside": lambda _: python("examples/look_inside.py", "--out", "examples/results/look_inside"),
         "iterations": iterations,
         "speed": speed,

@@ -737,6 +737,28 @@ def engine_processes(files: Files) -> str:
     return table([*rows, ["ratio, median of two", *(bold(f"{found['gains'][way]:.2f}") for way in ways)]])
 
 
+KINDS = {"curves": "curves, a small net"}
+
+
+def engine_specialise(files: Files) -> str:
+    rows = [
+        ["", "minutes of meta-training", "default", "specialised", "best baseline, tuned", "specialised / best", "steps to default's end"]
+    ]
+    for kind, label in KINDS.items():
+        found = files(f"{ENGINE}/specialise_{kind}.json")
+        results, best = found["results"], found["best"]
+        for name in found["runs"]:
+            one = results[name]
+            ratio, low, high = one["over the best baseline"]
+            reached = one["steps to default's end"]
+            ends = [f"{results[each]['curve'][-1]:.2g}" for each in ("default", name, best)]
+            ends[2] += f" ({best} {found['settings'][best]})"
+            share = f"{100 * reached:.0f} %" if reached <= 1 else "not reached"
+            rows.append([label, name.removesuffix(" min"), *ends, f"{bold(f'{ratio:.2f}', high < 1)} ({low:.2f} to {high:.2f})", share])
+            label = ""
+    return table(rows)
+
+
 BLOCKS: dict[str, Callable[[Files], str]] = {
     "summary": summary,
     "quality.summary": quality_summary,
@@ -776,6 +798,7 @@ BLOCKS: dict[str, Callable[[Files], str]] = {
     "engine.pes": engine_pes,
     "engine.throughput": engine_throughput,
     "engine.processes": engine_processes,
+    "engine.specialise": engine_specialise,
 }
 
 

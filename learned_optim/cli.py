@@ -28,7 +28,7 @@ A learned optimizer for PyTorch. In Python, one line takes AdamW's place:
   optimizer = learned_optim.LearnedOptimizer(model.parameters())"""
 EPILOG = f"{PROGRAM} COMMAND --help explains a command, with examples. Start with: {PROGRAM} demo"
 DEFAULT = "default"  # the bundled weights
-COMPARED = "compared_problem"  # the name that a user's file is imported under; its own may be that of a package
+MINE = "problem_of_mine"  # the name that a user's file is imported under; its own may be that of a package
 
 
 class CommandError(Exception):
@@ -142,6 +142,38 @@ def _compare(args: Namespace) -> None:
         raise KeyboardInterrupt(f"What was known by then is above{kept}. A comparison starts anew: {args.again}")
 
 
+def _specialise_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("problem", metavar="FILE.py:NAME", help="a ModuleTask, or a function of a torch.Generator that returns one")
+    parser.add_argument("--steps", type=positive, required=True, metavar="N", help="that your models train for")
+    parser.add_argument("--budget", required=True, metavar="TIME", help='how long it may take, "30 min" for one')
+    parser.add_argument(
+        "--out", type=folder, required=True, metavar="DIR", help="folder for the weights; a run that was stopped resumes there"
+    )
+    parser.add_argument("--start", default=DEFAULT, metavar="NAME", help="weights to begin with, as in --pretrained (%(default)s)")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda (%(default)s)")
+
+
+def _specialise(args: Namespace) -> None:
+    from .meta_train import MetaTrainingDivergedError, meta_train
+    from .weights import source_of
+
+    network = _load(args.start)
+    path, problem = _named(args.problem)
+    options = {"folder": args.out, "device": args.device, "network": network, "command": args.again}
+    try:
+        result = meta_train(problem, steps=args.steps, budget=args.budget, **options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"The best weights so far are in {args.out}, if a meta-step was done. Go on with: {args.again}") from None
+    except MetaTrainingDivergedError as error:
+        raise CommandError(f"{error}. The best weights so far are in {args.out}") from error
+    except Exception as error:  # most are of the user's model, data or loss
+        raise CommandError(_told(error, path)) from error
+    if result.evaluations:
+        scores = [evaluation["score"] for evaluation in result.evaluations]
+        print(f"Final loss on held-out problems: {min(scores):.3f} of tuned AdamW's, with {args.start} {scores[0]:.3f}.")
+    print(f"Use them: LearnedOptimizer(model.parameters(), {source_of(args.out)!r}, total_steps={args.steps})")
+
+
 def _named(text: str) -> tuple[Path, Any]:
     """Runs a file of Python; returns its path and what has the name in it."""
     file, colon, name = text.rpartition(":")
@@ -150,18 +182,18 @@ def _named(text: str) -> tuple[Path, Any]:
         raise CommandError(f"the problem must be given as FILE.py:NAME, my_file.py:problem say, got {text!r}")
     if not path.is_file():
         raise CommandError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(COMPARED, path)
+    spec = importlib.util.spec_from_file_location(MINE, path)
     if spec is None or spec.loader is None:
         raise CommandError(f"{path} cannot be loaded as Python")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))  # as if the file were run
-    sys.modules[COMPARED] = module  # where dataclasses and pickle look
+    sys.modules[MINE] = module  # where dataclasses and pickle look
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise CommandError(_told(error, path)) from error
     if not hasattr(module, name):
-        there = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == COMPARED]
+        there = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == MINE]
         raise CommandError(f"{path} has no {name!r}; it defines {', '.join(there) or 'nothing'}")
     return path, getattr(module, name)
 
@@ -336,6 +368,12 @@ COMMANDS = {
         arguments=_compare_arguments,
         run=_compare,
         examples=("my_file.py:problem --steps 300 --out runs/compare", "my_file.py:problem --json > compare.json"),
+    ),
+    "specialise": Command(
+        summary="meta-train optimizer weights for a kind of problem of yours",
+        arguments=_specialise_arguments,
+        run=_specialise,
+        examples=('my_file.py:problem --steps 300 --budget "30 min" --out runs/mine',),
     ),
     "meta-train": Command(
         summary="meta-train optimizer weights, as python -m learned_optim.meta_train does", arguments=_meta_train_arguments, run=_meta_train

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import json
 import math
@@ -23,7 +22,7 @@ from torch.optim import AdamW, Optimizer
 from tqdm.auto import tqdm
 
 from . import speed
-from .meta_train.tasks import Batch, Family, ModuleTask, sampled
+from .meta_train.tasks import Batch, Family, ModuleTask, check_problem, sampled
 from .meta_train.unroll import derive_seed, moved, seed_all
 from .network import OptimizerNetwork, load_network
 from .optimizer import LearnedOptimizer
@@ -273,7 +272,7 @@ def compare(
     for name, value, least in (("steps", steps, FEWEST_STEPS), ("seeds", seeds, 1)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    _check(problem)
+    check_problem(problem)
     network = pretrained if isinstance(pretrained, OptimizerNetwork) else load_network(pretrained)
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -296,19 +295,6 @@ def compare(
         except ImportError as error:
             print(f"compare.png is left out: {error}", file=sys.stderr)
     return result
-
-
-def _check(problem: object) -> None:
-    if isinstance(problem, ModuleTask):
-        return
-    wanted = "a learned_optim.meta_train.ModuleTask, or a function of a torch.Generator that returns one"
-    if not callable(problem) or isinstance(problem, (type, nn.Module)):
-        kind = f"the class {problem.__name__}" if isinstance(problem, type) else type(problem).__name__
-        raise ValueError(f"the problem must be {wanted}, got {kind}")
-    try:
-        inspect.signature(problem).bind(None)
-    except TypeError as error:
-        raise ValueError(f"the problem must be {wanted}; this function cannot be called with a generator: {error}") from None
 
 
 class _Trainee:

@@ -24,10 +24,10 @@ README, GUIDE = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"(?:<!-- needs: ([\w, ]+) -->\n)?```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # What takes minutes is made to take seconds.
 SHORTER = {
-    "README.md": [('budget="3 min"', "budget=3"), ("max_steps=50", "max_steps=3")],
+    "README.md": [('steps=100, budget="3 min"', "steps=5, budget=3"), ("max_steps=50", "max_steps=3")],
     "compare.md": [("steps=300", "steps=20, seeds=1, learning_rates=[0.01]")],
     "meta-training.md": [
-        ('budget="30 min"', "budget=3"),
+        ('steps=100, budget="30 min"', "steps=5, budget=3"),
         ("steps=100, pretrained", "steps=20, seeds=1, learning_rates=[0.01], pretrained"),
         ("meta_steps=100, horizon_max=100, evaluate_every=50", "meta_steps=1, horizon_min=5, horizon_max=5, evaluate_every=1"),
     ],

@@ -22,6 +22,7 @@ from learned_optim.kernels import cpu
 from learned_optim.meta_train import FAMILIES, ModuleTask, in_place
 from learned_optim.meta_train.config import MetaTrainConfig
 from learned_optim.meta_train.estimators import INITIAL, Estimate, estimator, evolved_gradient, meta_loss, perturbations
+from learned_optim.meta_train.loop import make_meta_optimizer
 from learned_optim.meta_train.unroll import Unroll
 from learned_optim.rule import update
 
@@ -268,6 +269,20 @@ def test_particles_train_as_a_network_with_their_weights_would() -> None:
                 for t in range(begin, begin + 4):
                     _, now = unroll.train_step(t, now, functools.partial(update, other))
         torch.testing.assert_close(params, now.params)
+
+
+def test_scales_are_factors_of_sigma_and_of_the_learning_rate() -> None:
+    network, unroll = double_unroll(horizon=8)
+    weights = dict(network.named_parameters())
+    plain, scaled = (
+        tiny_config(truncation=8, horizon_max=8, sigma=sigma, scales=scales) for sigma, scales in ((0.02, {}), (0.01, {"": 2.0}))
+    )
+    gradients = [evolved_gradient(estimate_once("pes", unroll, network, config)[1], weights, config, "pes") for config in (plain, scaled)]
+    torch.testing.assert_close(flat(gradients[0]), flat(gradients[1]))
+    optimizer, rates = make_meta_optimizer(weights, tiny_config(learning_rate=0.1, scales={"": 2.0, "coordinate": 0.5}))
+    found = {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+    assert found == {id(weight): 0.05 if name.startswith("coordinate") else 0.2 for name, weight in weights.items()}
+    assert sorted(rates) == [0.05, 0.2]
 
 
 @pytest.mark.skipif(cpu.library() is None, reason="needs the compiled kernel")

@@ -28,7 +28,7 @@ def run(name: str, *arguments: str, folder: Path) -> str:
 
 def test_meta_train_your_own(tmp_path: Path) -> None:
     assert len((EXAMPLES / "meta_train_your_own.py").read_text().splitlines()) < 43
-    out = run("meta_train_your_own.py", "1", folder=tmp_path)
+    out = run("meta_train_your_own.py", "0.1", folder=tmp_path)
     losses = dict(re.findall(r"^(\S+(?: [\d.]+)?) +final loss ([\d.]+)", out, re.MULTILINE))
     assert list(losses)[:2] == ["default", "mine"]
     assert len(losses) == 6
@@ -41,7 +41,7 @@ def test_meta_train_your_own_and_push(tmp_path: Path, monkeypatch: pytest.Monkey
         settings = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_token"}
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
-        out = run("meta_train_your_own.py", "1", "user/mine", folder=tmp_path)
+        out = run("meta_train_your_own.py", "0.1", "user/mine", folder=tmp_path)
         (commit,) = re.findall(r"^pushed as revision (\w+)$", out, re.MULTILINE)
         files = hub.repositories["user/mine"].commits[commit]
     assert {"config.json", "model.safetensors", "meta_train.json"} <= files.keys()

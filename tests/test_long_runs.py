@@ -84,8 +84,11 @@ def test_held_out_tasks_are_not_trained_on() -> None:
     assert not held_out & set(sampled)
 
 
-def test_a_run_ends_with_its_best_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter([0.5, 0.3, 0.9])
+@pytest.mark.parametrize(("given", "best"), [([0.6, 0.5, 0.3, 0.9], 2), ([0.2, 0.5, 0.3, 0.9], 0)])
+def test_a_run_ends_with_its_best_weights_be_they_those_that_it_began_with(
+    monkeypatch: pytest.MonkeyPatch, given: list[float], best: int
+) -> None:
+    scores = iter(given)
     seen: list[str] = []
 
     def evaluate(self: Evaluation, network: OptimizerNetwork) -> dict[str, Any]:
@@ -93,10 +96,12 @@ def test_a_run_ends_with_its_best_weights(monkeypatch: pytest.MonkeyPatch) -> No
         return {"score": next(scores), "ratios": {}, "curves": {}}
 
     monkeypatch.setattr(Evaluation, "__call__", evaluate)
-    result = meta_train(TASKS, tiny_config(meta_steps=6, evaluate_every=2))
-    assert len(set(seen)) == 3
-    assert fingerprint(result.network) == seen[1]
-    assert [item["meta_step"] for item in result.evaluations] == [1, 3, 5]
+    network = acting_network()
+    result = meta_train(TASKS, tiny_config(meta_steps=6, evaluate_every=2), network=network)
+    assert len(set(seen)) == 4
+    assert seen[0] == fingerprint(network)
+    assert fingerprint(result.network) == seen[best]
+    assert [item["meta_step"] for item in result.evaluations] == [-1, 1, 3, 5]
 
 
 class KilledError(Exception):
@@ -116,7 +121,7 @@ def test_a_killed_run_resumes_to_the_same_evaluations(tmp_path: Path, kill_after
         meta_train(TASKS, config, folder=tmp_path / "killed", progress=kill)
     resumed = meta_train(TASKS, config, folder=tmp_path / "killed")
     assert resumed.evaluations == whole.evaluations
-    assert len(resumed.evaluations) == 2
+    assert len(resumed.evaluations) == 3
     assert fingerprint(resumed.network) == fingerprint(whole.network)
 
 
@@ -141,7 +146,7 @@ def test_tensorboard_has_each_meta_step_once(tmp_path: Path) -> None:
     assert [event.value for event in events.Scalars("meta_loss")] == pytest.approx(result.meta_losses)
     assert [event.step for event in events.Scalars("score")] == [2, 5]
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["score"] for line in log if "score" in line] == [item["score"] for item in result.evaluations]
+    assert [line["score"] for line in log if "score" in line] == [item["score"] for item in result.evaluations[1:]]
 
 
 def test_a_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ examples:
   torchrun --nproc-per-node=8 -m learned_optim.meta_train --config my.json --out runs/mine
       on eight processes
 
-To train on a problem of your own, call learned_optim.meta_train.meta_train from Python.
+For a problem of your own: learned-optim specialise --help
 """
 
 

@@ -15,10 +15,11 @@ def shown(meta_steps: int, label: str, hidden: bool | None = None) -> Iterator[C
     Args:
         hidden: show nothing; None shows the bar in a terminal only.
     """
+    known: dict[str, str] = {}
     with tqdm(total=meta_steps, desc=label, unit="step", smoothing=0.05, disable=hidden) as bar:
 
         def progress(meta_step: int, figures: dict[str, float]) -> None:
-            known = {name: f"{figures[name]:.3f}" for name in ("meta_loss", "score") if name in figures}
+            known.update({name: f"{figures[name]:.3f}" for name in ("meta_loss", "score", "first_score") if name in figures})
             bar.set_postfix(**known, dropped=int(figures["dropped"]), refresh=False)
             bar.update(meta_step + 1 - bar.n)
 

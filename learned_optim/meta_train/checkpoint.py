@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..config import to_json
+from ..config import from_json, to_json
 from . import distributed
 from .config import MetaTrainConfig
 from .estimators import Weights
@@ -98,6 +98,14 @@ def load(folder: str | os.PathLike[str], config: MetaTrainConfig, device: str | 
         different = sorted(key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key))
         raise ValueError(f"{path} belongs to a run whose configuration differs in {different}; use another folder or delete it")
     return state
+
+
+def config_of(folder: str | os.PathLike[str]) -> MetaTrainConfig | None:
+    """The configuration of the run whose checkpoint is in a folder, or None if there is none that is whole."""
+    path = Path(folder) / CHECKPOINT
+    if not (path.exists() and _is_whole(path)):
+        return None
+    return from_json(MetaTrainConfig, torch.load(path, mmap=True, weights_only=True)["config"], str(path))
 
 
 def saved_steps(folder: str | os.PathLike[str]) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ..config import NetworkConfig, Ranges, check_ranges
+
+Value = TypeVar("Value")
 
 ESTIMATORS = ("exact", "first_order", "pes", "es", "reptile", "frozen")
 META_LOSSES = ("mean", "ramp", "final")
@@ -16,14 +19,14 @@ LEAST = 1e-12
 RANGES: Ranges = {
     "seed": (0, 2**63 - 1),
     **dict.fromkeys(("meta_steps", "truncation", "horizon_min", "horizon_max", "checkpoint_every"), (1, 10**8)),
-    **dict.fromkeys(("pairs", "unrolls_per_step", "unrolls_per_family", "replicas"), (1, 10**5)),
+    **dict.fromkeys(("pairs", "unrolls_per_step", "unrolls_per_family", "replicas", "held_out_tasks"), (1, 10**5)),
     **dict.fromkeys(("warmup", "evaluate_every"), (0, 10**8)),
     **dict.fromkeys(("sigma", "learning_rate"), (LEAST, 1e4)),
     **dict.fromkeys(("clip", "divergence"), (LEAST, 1e9)),
     **dict.fromkeys(("reparametrize", "loss_scale", "gradient_noise"), (0, 100)),
     **dict.fromkeys(("horizon_known", "warm_restart", "curriculum", "subbatch", "bfloat16"), (0, 1)),  # shares
 }
-HELD = 1e4  # the greatest absolute value
+HELD = SCALED = 1e4  # the greatest absolute values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +42,8 @@ class MetaTrainConfig:
         estimators: which estimator serves which meta-parameters: prefix of their names -> estimator; the longest prefix counts. The names
             are those of `OptimizerNetwork` and, for learned initial parameters, "initial". See `learned_optim.meta_train.estimators`:
             "exact" and "first_order" backprop, "pes", "es", "reptile" (initial parameters only), and "frozen" for what stays as it is.
+        scales: factors of the learning rate and of `sigma`, by prefix in the same way; 1 elsewhere. Weights of the LSTM are smaller than
+            what the controller counts in logarithms.
         held: values at which frozen scalars of the network are held during the run, by name; at its end they get their own back. A
             "controller.log_rate" of -30 and a "controller.shrink" of 0, say, keep the hypergradient out of it.
         truncation: optimizee steps that one meta-gradient sees at most. Backprop makes step sizes too small where this is less than the
@@ -80,7 +85,8 @@ class MetaTrainConfig:
         warmup: meta-steps of linear warm-up.
         clip: bound of the norm of one unroll's meta-gradient, in units of its family's usual norm.
 
-        evaluate_every: meta-steps between evaluations on held-out tasks; 0 never evaluates.
+        evaluate_every: meta-steps between evaluations on held-out tasks, of which the first is before all; 0 never evaluates.
+        held_out_tasks: held-out tasks of each family.
         divergence: the run stops where the mean meta-loss of the last 50 meta-steps is this far above its lowest.
         checkpoint_every: meta-steps between checkpoints.
     """
@@ -91,6 +97,7 @@ class MetaTrainConfig:
     meta_steps: int = 1000
 
     estimators: dict[str, str] = field(default_factory=lambda: {"": "exact"})
+    scales: dict[str, float] = field(default_factory=dict)
     held: dict[str, float] = field(default_factory=dict)
     truncation: int = 200
     recompute: bool = False
@@ -124,11 +131,15 @@ class MetaTrainConfig:
     clip: float = 2.0
 
     evaluate_every: int = 0
+    held_out_tasks: int = 1
     divergence: float = 1.0
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
+        for name, value in self.scales.items():
+            if not LEAST <= value <= SCALED:
+                raise ValueError(f"scales[{name!r}] must lie in [{LEAST}, {SCALED:,}], got {value}")
         for name, value in self.held.items():
             if not abs(value) <= HELD:
                 raise ValueError(f"held[{name!r}] must lie in [-{HELD:,}, {HELD:,}], got {value}")
@@ -148,5 +159,13 @@ class MetaTrainConfig:
 
     def estimator_of(self, name: str) -> str:
         """The estimator that serves a meta-parameter."""
-        prefixes = [prefix for prefix in self.estimators if name.startswith(prefix)]
-        return self.estimators[max(prefixes, key=len)] if prefixes else "frozen"
+        return by_prefix(self.estimators, name, "frozen")
+
+    def scale_of(self, name: str) -> float:
+        """The factor of a meta-parameter's learning rate and perturbations."""
+        return by_prefix(self.scales, name, 1.0)
+
+
+def by_prefix(values: Mapping[str, Value], name: str, otherwise: Value) -> Value:
+    """The value of the longest key that a name begins with."""
+    return values[max(found, key=len)] if (found := [prefix for prefix in values if name.startswith(prefix)]) else otherwise

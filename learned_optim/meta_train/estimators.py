@@ -210,7 +210,8 @@ def evolve(
 ) -> tuple[Unroll, Estimate]:
     """The estimators "pes" (persistent) and "es". An unroll of PES holds the optimizees of all particles, (P, R), one of ES (R,)."""
     length = min(config.truncation, unroll.horizon - unroll.step)
-    noise = {name: config.sigma * part for name, part in perturbations(weights, unroll.seed, unroll.step, config.pairs).items()}
+    drawn = perturbations(weights, unroll.seed, unroll.step, config.pairs)
+    noise = {name: config.sigma * config.scale_of(name) * part for name, part in drawn.items()}
     signs = (-1.0, 1.0) if persistent else (-1.0, 1.0, 0.0)  # ES goes on from where the unperturbed network gets
     shifts = {name: torch.cat([sign * part[: config.pairs if sign else 1] for sign in signs]) for name, part in noise.items()}
     count = len(next(iter(shifts.values())))
@@ -245,7 +246,8 @@ def evolved_gradient(estimate: Estimate, weights: Weights, config: MetaTrainConf
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for begin in begins:
         for name, part in perturbations(weights, estimate.seed, begin, config.pairs).items():
-            total[name] += torch.tensordot(differences.to(part), part, 1) / (2 * config.sigma * config.pairs)
+            deviation = config.sigma * config.scale_of(name)
+            total[name] += torch.tensordot(differences.to(part), part, 1) / (2 * deviation * config.pairs)
     return total
 
 

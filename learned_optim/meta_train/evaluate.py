@@ -33,7 +33,7 @@ Curves = dict[str, list[float]]  # mean loss over the replicas after each step
 
 
 class Evaluation:
-    """Held-out tasks, one a family, that are trained for `config.horizon_max` steps.
+    """Held-out tasks, `config.held_out_tasks` of each family, that are trained for `config.horizon_max` steps.
 
     Args:
         families: the tasks are sampled from seeds that meta-training never uses.
@@ -48,8 +48,10 @@ class Evaluation:
         adamw: dict[str, list[float]] | None = None,
     ) -> None:
         self.unrolls: dict[int, Unroll] = {}
-        self.names = list(families)
-        for index, (name, family) in enumerate(families.items()):
+        numbered = itertools.product(families.items(), range(1, config.held_out_tasks + 1))
+        tasks = {name if number == 1 else f"{name} {number}": family for (name, family), number in numbered}
+        self.names = list(tasks)
+        for index, (name, family) in enumerate(tasks.items()):
             if distributed.is_mine(index):
                 seed = derive_seed(config.seed, "held out", name)
                 task = sampled(family, Generator().manual_seed(seed), seed)

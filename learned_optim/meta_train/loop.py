@@ -30,8 +30,9 @@ from .evaluate import Evaluation
 from .folder import claimed
 from .handover import hand_over
 from .logs import Log
+from .recipe import STEPS, recipe
 from .slots import Slot
-from .tasks import Family, ModuleTask
+from .tasks import Family, ModuleTask, check_problem
 
 WINDOW = 50  # meta-steps that the check for divergence averages over
 
@@ -55,6 +56,7 @@ def meta_train(
     families: Mapping[str, Family] | Family | ModuleTask,
     config: MetaTrainConfig | None = None,
     *,
+    steps: int | None = None,
     budget: str | float | None = None,
     folder: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
@@ -71,7 +73,9 @@ def meta_train(
 
     Args:
         families: what to train on, by name; or one problem, a task or a function that samples it, whose name is "problem".
-        config: how. Without one, the run goes on from the bundled weights, or from `network`, as `MetaTrainConfig()` says.
+        config: how. Without one, the bundled weights, or `network`, are specialised for these problems by `recipe.recipe`, which looks how
+            long a training run takes.
+        steps: of a training run, where there is no config; 100 by default.
         budget: wall time after which the run ends, "30 min", "2 h" or seconds, should it not be through with its meta-steps before; the
             time before a resume counts. The learning rate falls, and horizons grow, as if it were the last meta-step's.
         folder: where the finished weights and their model card go, and until then the checkpoint and the log (`log.jsonl`); a run that
@@ -102,11 +106,17 @@ def meta_train(
         KeyboardInterrupt: Ctrl-C; the meta-step was finished, a checkpoint saved, and the best weights so far are in the folder.
     """
     if not isinstance(families, Mapping):
-        problem = families
+        check_problem(problem := families)
         families = {"problem": (lambda _: problem) if isinstance(problem, ModuleTask) else problem}
-    if config is None:
-        config, network = MetaTrainConfig(), network or load_network("default")
     limit = None if budget is None else stopping.seconds(budget)
+    if config is None:
+        network = network or load_network("default")
+        begun = None if folder is None else checkpoint.config_of(folder)
+        config = begun or recipe(families, copy.deepcopy(network).to(device), STEPS if steps is None else steps, limit, device)
+        if steps not in (None, config.horizon_max):
+            raise ValueError(f"{folder} holds a run of {config.horizon_max} steps, not {steps}; use another folder or delete it")
+    elif steps is not None:
+        raise ValueError("steps is for runs without a config, whose horizon_min and horizon_max say it")
 
     def spent(seconds: float) -> float:
         """The share of the budget that is used up, the same on every process."""
@@ -121,8 +131,7 @@ def meta_train(
     start = meta_parameters.get(INITIAL)
     own = hold(meta_parameters, config)
     weights = by_estimator(meta_parameters, config)
-    trained = [weight for group in weights.values() for weight in group.values()]
-    meta_optimizer = make_meta_optimizer(trained, config)
+    meta_optimizer, rates = make_meta_optimizer({name: weight for group in weights.values() for name, weight in group.items()}, config)
     slots = {
         estimator: [Slot(families, config, estimator, name, index) for index in range(config.unrolls_per_family) for name in names]
         for estimator in weights
@@ -140,8 +149,13 @@ def meta_train(
                         slots[estimator][index].load_state_dict(place, device)
         evaluation = None
         if config.evaluate_every:
+            began = time.perf_counter()
             evaluation = Evaluation(held_out or {name: families[name] for name in names}, config, device, so_far.adamw)
             so_far.adamw = evaluation.adamw
+            if not so_far.evaluations:
+                so_far.evaluations.append({"meta_step": -1, **evaluation(network)})
+                so_far.best = {name: weight.detach().clone() for name, weight in meta_parameters.items()}
+                so_far.seconds += time.perf_counter() - began  # a budget is for all of the run
 
         trouble = None
         with Log(folder, len(so_far.history), tensorboard) as log, stopping.after_a_meta_step() as stop:
@@ -154,8 +168,8 @@ def meta_train(
                     break
                 began, done = time.perf_counter(), meta_step + 1
                 phase = max(meta_step, math.floor(used * config.meta_steps))  # where the schedules are
-                for group in meta_optimizer.param_groups:
-                    group["lr"] = config.learning_rate * schedule(config, phase)
+                for group, rate in zip(meta_optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * schedule(config, phase)
                 meta_losses: list[float] = []
                 for estimator, served in weights.items():
                     places = slots[estimator]
@@ -181,7 +195,7 @@ def meta_train(
                 figures = {"meta_loss": so_far.history[-1], "dropped": so_far.dropped}
                 if evaluation and (done % config.evaluate_every == 0 or last):
                     so_far.evaluations.append({"meta_step": meta_step, **evaluation(network)})
-                    figures["score"] = so_far.evaluations[-1]["score"]
+                    figures |= {"score": so_far.evaluations[-1]["score"], "first_score": so_far.evaluations[0]["score"]}
                     if figures["score"] <= min(past["score"] for past in so_far.evaluations):
                         so_far.best = {name: weight.detach().clone() for name, weight in meta_parameters.items()}
                 figures["seconds"] = time.perf_counter() - began
@@ -216,7 +230,9 @@ def check(families: Mapping[str, Family], config: MetaTrainConfig) -> None:
     names_of(families, config)
     meta_parameters = dict(OptimizerNetwork(config.network).named_parameters())
     hold(meta_parameters, config)
-    make_meta_optimizer([weight for group in by_estimator(meta_parameters, config).values() for weight in group.values()], config)
+    make_meta_optimizer(
+        {name: weight for group in by_estimator(meta_parameters, config).values() for name, weight in group.items()}, config
+    )
 
 
 def names_of(families: Mapping[str, Family], config: MetaTrainConfig) -> tuple[str, ...]:
@@ -262,9 +278,14 @@ def by_estimator(meta_parameters: Weights, config: MetaTrainConfig) -> dict[str,
     return dict(served)
 
 
-def make_meta_optimizer(weights: Sequence[Tensor], config: MetaTrainConfig) -> torch.optim.Optimizer:
+def make_meta_optimizer(weights: Weights, config: MetaTrainConfig) -> tuple[torch.optim.Optimizer, list[float]]:
+    """The meta-optimizer, with a group for each scale, and the groups' peak learning rates."""
+    groups: dict[float, list[Tensor]] = {}
+    for name, weight in weights.items():
+        groups.setdefault(config.learning_rate * config.scale_of(name), []).append(weight)
+    params = [{"params": members, "lr": rate} for rate, members in groups.items()]
     try:
-        return optimizer_class(config.optimizer)(weights, lr=config.learning_rate, **config.optimizer_options)  # type: ignore[call-arg]
+        return optimizer_class(config.optimizer)(params, **config.optimizer_options), list(groups)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"cannot make the meta-optimizer {config.optimizer!r} with optimizer_options {config.optimizer_options}: {error}"

@@ -6,6 +6,7 @@ generator that is handed in, so a task is made again from its seed alone.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -169,6 +170,20 @@ def sampled(family: Family, generator: Generator, seed: int) -> Task:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return family(generator)
+
+
+def check_problem(problem: object) -> None:
+    """Refuses what neither is a task of a module's nor makes one."""
+    if isinstance(problem, ModuleTask):
+        return
+    wanted = "a learned_optim.meta_train.ModuleTask, or a function of a torch.Generator that returns one"
+    if not callable(problem) or isinstance(problem, (type, nn.Module)):
+        kind = f"the class {problem.__name__}" if isinstance(problem, type) else type(problem).__name__
+        raise ValueError(f"the problem must be {wanted}, got {kind}")
+    try:
+        inspect.signature(problem).bind(None)
+    except TypeError as error:
+        raise ValueError(f"the problem must be {wanted}; this function cannot be called with a generator: {error}") from None
 
 
 def draw_seed(generator: Generator) -> int:
