@@ -8,14 +8,15 @@ from __future__ import annotations
 import itertools
 import numbers
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import sharding
 from .config import NetworkConfig
@@ -159,6 +160,8 @@ def check_parameter(param: Tensor, name: str) -> None:
         raise ValueError(f"LearnedOptimizer trains dense parameters, and {name} {_kind(param)}")
     if param.is_neg():
         raise ValueError(f"{name} is a negated view, which cannot be changed in place; build it of tensor.resolve_neg()")
+    if param.is_inference():
+        raise ValueError(f"{name} was made in inference mode, and cannot be changed in place outside; build it of tensor.clone()")
     if is_plain(param) and _overlaps(param):
         raise ValueError(f"several elements of {name} are one place in memory (an expanded tensor); build it of tensor.contiguous()")
 
@@ -263,7 +266,7 @@ def check_mode() -> None:
     Raises:
         RuntimeError: under FakeTensorMode or the like.
     """
-    if type(made := torch.empty(0, device="cpu")) is not Tensor:
+    if is_in_torch_dispatch_mode() and type(made := torch.empty(0, device="cpu")) is not Tensor:
         raise RuntimeError(f"LearnedOptimizer changes numbers in memory, and inside this mode tensors are made as {type(made).__name__}")
 
 
@@ -366,8 +369,8 @@ def fitted(param: Tensor, name: str, state: Any, config: NetworkConfig, controls
             value = sharding.part_of(value, param)
         value = value.resolve_neg()
         if dtype == torch.int8 and value.dtype != dtype:
-            levels = value.double().round()
-            if not (levels == value).all() or (levels.abs() > -torch.iinfo(dtype).min).any():
+            levels = value.double()
+            if not (levels.round().clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max) == levels).all():
                 raise ValueError(f"{what} was kept in {value.dtype} and holds numbers that are no levels of int8")
             value = levels
         copied = value.to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)
@@ -391,6 +394,22 @@ def impossible(state: dict[str, Tensor]) -> str | None:
     return "a negative clock or second moment" if negative else None
 
 
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+class Places(NamedTuple):
+    """Addresses of parameters, gradients and state, of which each tensor's pieces come one after the other."""
+
+    params: list[int]
+    grads: list[int]
+    states: list[int]
+
+    @staticmethod
+    def of(params: Iterable[Tensor], grads: Iterable[Tensor], pieces: Iterable[Tensor]) -> Places:
+        return Places(addresses(params), addresses(grads), addresses(pieces))
+
+
 class Ledger:
     """What an optimizer knows of a device: how often tensors were left out of a step, and which tensors its kernels may take addresses of.
 
@@ -404,10 +423,11 @@ class Ledger:
         self.keys = tuple(expected(torch.empty(0), config, controls))
         self.kept = itemgetter(*self.keys)
         self.memory: dict[Any, Any] = {}  # what kernels want to find again at the next step
+        self.places = Places([], [], [])  # of what was looked at last
+        self.states: Sequence[dict[str, Any]] = []
         self._layout: Layout | None = None
         self._tensors: list[Tensor] = []
-        self._params: list[Any] = []  # addresses and dtypes
-        self._places: list[int] = []
+        self._dtypes: list[torch.dtype] = []
 
     def check(self, layout: Layout, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
         """Refuses parameters, gradients and states that do not fit each other.
@@ -418,29 +438,26 @@ class Ledger:
         Raises:
             RuntimeError: with the parameter's name and what does not fit.
         """
-        if 0 in map(Tensor.data_ptr, grads):
+        try:
+            pieces = list(itertools.chain.from_iterable(map(self.kept, states)))
+            places = Places.of(params, grads, pieces)
+        except (KeyError, TypeError, RuntimeError):  # a piece is missing, no tensor, or one that has no address
+            self._look(params, states)
+            raise
+        if 0 in places.grads:
             for param, grad in zip(params, grads, strict=True):
                 if not _has_memory(grad):
                     raise RuntimeError(f"the gradient of {self.name(param)} has lost its memory; call zero_grad() where that was freed")
-        try:
-            tensors = [*params, *itertools.chain.from_iterable(map(self.kept, states))]
-        except KeyError:
-            tensors = []
-        found = [*map(Tensor.data_ptr, params), *map(DTYPE, params)]
+        tensors, dtypes = [*params, *pieces], list(map(DTYPE, params))
         same = layout is self._layout and len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
-        if not same or found != self._params:
-            self._layout, self._places = None, []
+        # Of the same tensors addresses change where somebody swapped their memory.
+        if not same or places.params != self.places.params or places.states != self.places.states or dtypes != self._dtypes:
             self._look(params, states)
             # Parts of sharded tensors are others at each step, and a GPU would have to be waited for.
             if layout.device.type == "cpu" and not isinstance(layout, sharding.ShardedLayout):
                 self._look_at_numbers(params, states)
-            self._layout, self._tensors, self._params = layout, tensors, found
-
-    def check_places(self, places: list[int], params: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
-        """The same, for a kernel that has found these addresses: of the same tensors they change where somebody swapped their memory."""
-        if places != self._places:
-            self._look(params, states)
-            self._places = places
+            self._layout, self._tensors, self._dtypes = layout, tensors, dtypes
+        self.places, self.states = places, states
 
     def _look(self, params: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
         seen: set[int] = set()
@@ -456,6 +473,8 @@ class Ledger:
                     problem = f"the state {key!r} of {name} is {value.dtype} on {value.device}, and must be {dtype} on {param.device}"
                 if problem is None and not (is_plain(value) and value.is_contiguous() and not value.is_neg() and _has_memory(value)):
                     problem = f"the state {key!r} of {name} is no plain tensor without gaps that has memory of its own"
+                if problem is None and value.is_inference():
+                    problem = f"the state {key!r} of {name} was made in inference mode, and cannot be changed in place outside"
                 if problem is None and value.numel() and value.data_ptr() in seen:
                     problem = f"the state {key!r} of {name} is in the memory of other state"
                 if problem is not None:
