@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import numbers
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from types import FrameType
@@ -31,6 +32,7 @@ OPTIONS = ("lr", "weight_decay", "total_steps", "maximize", "matrices", "stacked
 CARRIED = ("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale")
 
 DTYPE = operator.attrgetter("dtype")
+SAID = itemgetter(*OPTIONS)
 
 LATER = ("maximize", "matrices", "stacked")  # options that checkpoints from before them lack
 
@@ -40,7 +42,7 @@ NO_LR = "lr multiplies the learned update and must not be negative, got {}, and 
 SMALL_LR = 0.01  # up to here an lr is more likely AdamW's than a multiplier
 
 
-# Hyperparameters
+# Groups
 
 
 def check_keys(group: dict[str, Any]) -> None:
@@ -123,7 +125,113 @@ def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def warn_of_lr(groups: Sequence[dict[str, Any]], stacklevel: int) -> None:
+    """Says so where an lr is of the size of AdamW's."""
+    small = {lr for group in groups if not isinstance(lr := group["lr"], Tensor) and 0 < lr <= SMALL_LR}
+    if small:
+        warnings.warn(
+            f"lr={max(small):g} multiplies the learned update, so training will be about {1 / max(small):.0f} times as slow as it was "
+            "meta-trained to be. It is no learning rate: 1.0 is the default, and what to use unless you mean this.",
+            stacklevel=stacklevel,
+        )
+
+
+def changed_options(groups: Sequence[dict[str, Any]], known: Sequence[tuple[Any, ...]], stacklevel: int) -> list[tuple[Any, ...]]:
+    """Looks at what groups say where that has changed since the last step.
+
+    Args:
+        known: what this returned then.
+
+    Returns:
+        what they say now.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    found = []
+    for k, group in enumerate(groups):
+        try:
+            options = (*SAID(group), len(group))
+        except KeyError:
+            options = ()
+        if k >= len(known) or len(options) != len(known[k]) or not all(map(operator.is_, options, known[k])):
+            check_group(group)
+            if ignored := ignored_options(group):
+                names = ", ".join(ignored)
+                warnings.warn(
+                    f"parameter group {k} was given {names}, which LearnedOptimizer does not know and ignores", stacklevel=stacklevel
+                )
+            options = (*SAID(group), len(group))
+        elif isinstance(group["lr"], Tensor):
+            check_tensor_lr(group["lr"], may_wait=False)
+        found.append(options)
+    return found
+
+
+def match(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], defaults: dict[str, Any], weights: str) -> dict[Any, Tensor]:
+    """The parameter of each index in a state dict whose groups and numbers fit.
+
+    Args:
+        groups: the optimizer's.
+        defaults: of options.
+        weights: the fingerprint of the optimizer's.
+
+    Raises:
+        ValueError: they do not.
+    """
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"this is no state of an optimizer: it lacks {key!r}")
+    _check_fingerprint(state_dict, weights)
+    saved = state_dict["param_groups"]
+    for k, group in enumerate(saved):
+        if missing := [key for key in ("params", "lr", "weight_decay", "total_steps") if key not in group]:
+            raise ValueError(f"parameter group {k} of the state lacks {', '.join(missing)}")
+    counts, mine = ([len(group["params"]) for group in each] for each in (saved, groups))
+    if counts != mine:
+        raise ValueError(f"the state has parameter groups of {counts} parameters, and the optimizer of {mine}")
+    for group in saved:
+        check_group({key: defaults[key] for key in LATER} | group)
+    indices = [index for group in saved for index in group["params"]]
+    params = [param for group in groups for param in group["params"]]
+    if len(set(indices)) < len(set(map(id, params))):
+        raise ValueError("parameter groups of the state name a parameter twice")
+    ours = [key for key, entry in state_dict["state"].items() if isinstance(entry, dict) and "control" in entry]
+    numbered = [key for key in state_dict["state"] if isinstance(key, int)]
+    if strays := [key for key in dict.fromkeys([*numbered, *ours]) if key not in indices]:
+        raise ValueError(f"the state has entries {strays} of parameters that none of its groups names")
+    for theirs, group in zip(saved, groups, strict=True):
+        names, others = group.get("param_names") or [], theirs.get("param_names") or []
+        if moved := [one for one, other in zip(names, others, strict=False) if one != other and one in others]:
+            raise ValueError(
+                f"the state has the parameters in another order: {', '.join(moved)} stand elsewhere in it. Give the optimizer "
+                "model.named_parameters() in the order in which the checkpoint was made."
+            )
+    return dict(zip(indices, params, strict=True))
+
+
+def _check_fingerprint(state_dict: dict[str, Any], mine: str) -> None:
+    for group in state_dict["param_groups"]:
+        if "weights" not in group:
+            raise ValueError("this state was not saved by a LearnedOptimizer; go on with the optimizer that saved it, or start without it")
+        if group["weights"] != mine:
+            raise ValueError(
+                f"this state was made with optimizer weights {group['weights']}, but the optimizer runs {mine}; its hidden state would "
+                "mean something else. Build LearnedOptimizer with the weights (and the revision) that the checkpoint was made with."
+            )
+
+
 # Parameters and gradients
+
+
+def name_of(param: Tensor, groups: Sequence[dict[str, Any]]) -> str:
+    """How messages call a parameter of these groups."""
+    for i, group in enumerate(groups):
+        for k, member in enumerate(group["params"]):
+            if member is param or sharding.local(member) is param:
+                names = group.get("param_names")
+                return f"parameter {names[k]!r}" if names and k < len(names) else f"parameter {k} of group {i}"
+    return "a parameter"
 
 
 def is_plain(tensor: Tensor) -> bool:
