@@ -9,7 +9,7 @@ import itertools
 import numbers
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from types import FrameType
 from typing import Any, NamedTuple
@@ -504,6 +504,31 @@ def impossible(state: dict[str, Tensor]) -> str | None:
 
 def addresses(tensors: Iterable[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
+
+
+def left_out(
+    members: Iterable[tuple[Tensor, Tensor, Any]], states: Mapping[Tensor, dict[str, Tensor]], name: Callable[[Tensor], str]
+) -> str:
+    """What to say of tensors that a step has left out.
+
+    Args:
+        members: each parameter with its gradient, and what else there is.
+    """
+    members = list(members)
+    counted = "the others move on; the optimizer's attribute `skipped` counts them, and this is said once."
+    broken = [name(param) for param, grad, _ in members if not is_finite(grad)]
+    poisoned = [
+        name(param) for param, *_ in members if impossible({key: sharding.local(states[param][key]) for key in ("control", "moments")})
+    ]
+    if poisoned and not broken:
+        return (
+            f"the state of {', '.join(poisoned[:5])} is not finite: something has written to it. Such parameters stay as they are until "
+            f"their entry of optimizer.state is deleted, and then begin anew; {counted}"
+        )
+    return (
+        f"the gradient of {', '.join(broken[:5]) or 'a parameter'} is not finite, or its square is not. Such parameters and their "
+        f"state stay as they are in that step, and {counted} With error_if_nonfinite=True the step raises instead."
+    )
 
 
 class Places(NamedTuple):

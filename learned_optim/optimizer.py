@@ -233,13 +233,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             ledger = arguments[-1]
             if not self._warned and device.type == "cpu" and ledger.skipped.item():
                 self._warned = True
-                found = [self._name(param) for param, grad, _ in by_device[device].values() if not checks.is_finite(grad)][:5]
-                warnings.warn(
-                    f"the gradient of {', '.join(found) or 'a parameter'} is not finite, or its square is not. Such parameters and their "
-                    "state stay as they are in that step, and the others move on; the optimizer's attribute"
-                    " `skipped` counts them, and this is said once. With error_if_nonfinite=True the step raises instead.",
-                    stacklevel=7,
-                )
+                warnings.warn(checks.left_out(by_device[device].values(), self.state, self._name), stacklevel=7)
 
     def _device(self) -> torch.device:
         """Where the parameters are; of a process that has none, where those of the others will be."""

@@ -469,6 +469,31 @@ def test_one_bad_gradient_is_told_once_or_raises(kernel: str, poison: float) -> 
     assert_same((values(model), optimizer.state_dict()), before)
 
 
+@pytest.mark.parametrize("kernel", ["compiled", "reference", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_moments_that_were_poisoned_in_place_stay_where_they_are(kernel: str, poison: float) -> None:
+    if kernel == "triton":
+        pytest.importorskip("triton")
+    params = [nn.Parameter(torch.ones(shape)) for shape in ((4, 3), (5,))]
+    optimizer = LearnedOptimizer(params, kernel=kernel)
+    for param in params:
+        param.grad = torch.ones(param.shape)
+    optimizer.step()
+    optimizer.state[params[0]]["moments"][0, 0, 0] = poison
+    for step in (1, 2):
+        before = [param.detach().clone() for param in params]
+        with (
+            pytest.warns(UserWarning, match="the state of parameter 0 of group 0 is not finite") if step == 1 else contextlib.nullcontext()
+        ):
+            optimizer.step()
+        assert params[0].equal(before[0])
+        assert params[1].ne(before[1]).all()
+        assert optimizer.skipped == step
+    del optimizer.state[params[0]]
+    optimizer.step()
+    assert params[0].ne(before[0]).all()
+
+
 # Groups
 
 
