@@ -1,4 +1,4 @@
-"""Writes the tables of the README, of the guide, of benchmarks/README.md and of the model cards, from the result files.
+"""Writes the tables of the README, SECURITY.md, the guide, benchmarks/README.md and the model cards, from the result files.
 
     python benchmarks/tables.py            # fills in every table
     python benchmarks/tables.py --check    # changes nothing, and fails with a diff where a table and its file differ
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/*.md", "benchmarks/README.md", "pretrained/*/README.md")
+DOCUMENTS = ("README.md", "SECURITY.md", "docs/*.md", "benchmarks/README.md", "pretrained/*/README.md")
 WIDTH = 140
 START, END = re.compile(r"( *)<!-- table: (.*?) -->"), re.compile(r" *<!-- end -->")
 
@@ -38,6 +38,7 @@ SPEED = "benchmarks/results/speed.json"
 ITERATIONS = "benchmarks/results/iterations.json"
 SHARDED = "benchmarks/results/sharded.json"
 DEMO = "benchmarks/results/demo.json"
+ATTACKS = "benchmarks/results/attacks.json"
 ENGINE = "benchmarks/meta_training/results"
 EXAMPLES = "examples/results"
 
@@ -741,9 +742,7 @@ KINDS = {"curves": "curves, a small net"}
 
 
 def engine_specialise(files: Files) -> str:
-    rows = [
-        ["", "minutes of meta-training", "default", "specialised", "best baseline, tuned", "specialised / best", "steps to default's end"]
-    ]
+    rows = [["", "minutes", "default", "specialised", "best baseline, tuned", "specialised / best", "steps to default's end"]]
     for kind, label in KINDS.items():
         found = files(f"{ENGINE}/specialise_{kind}.json")
         results, best = found["results"], found["best"]
@@ -756,6 +755,31 @@ def engine_specialise(files: Files) -> str:
             share = f"{100 * reached:.0f} %" if reached <= 1 else "not reached"
             rows.append([label, name.removesuffix(" min"), *ends, f"{bold(f'{ratio:.2f}', high < 1)} ({low:.2f} to {high:.2f})", share])
             label = ""
+    return table(rows)
+
+
+def attacks_files(files: Files) -> str:
+    rows = [["file", "damaged", "refused by name", "read", "anything else", "slowest"]]
+    for part, found in files(ATTACKS).items():
+        if part.startswith("file "):
+            counts = found["tried"], found["refused"], found["read"], found["tried"] - found["refused"] - found["read"]
+            rows.append([part.removeprefix("file "), *map(str, counts), f"{found['slowest, s']:.2f} s"])
+    return table(rows)
+
+
+def attacks_others(files: Files) -> str:
+    rows = [["what is odd", "tried", "refused by name", "as the rule says", "anything else"]]
+    for part in ("states", "gradients and parameters"):
+        found = files(ATTACKS)[part]
+        rows.append([part, *map(str, (found["tried"], found["refused"], found["fine"], len(found["other"])))])
+    return table(rows)
+
+
+def attacks_kills(files: Files) -> str:
+    rows = [["what was killed", "kills", "runs", "runs that came to the same bits"]]
+    for part, found in files(ATTACKS).items():
+        if part.startswith("kills "):
+            rows.append([part.removeprefix("kills "), *map(str, (found["kills"], found["runs"], found["the same bits"]))])
     return table(rows)
 
 
@@ -799,6 +823,9 @@ BLOCKS: dict[str, Callable[[Files], str]] = {
     "engine.throughput": engine_throughput,
     "engine.processes": engine_processes,
     "engine.specialise": engine_specialise,
+    "attacks.files": attacks_files,
+    "attacks.others": attacks_others,
+    "attacks.kills": attacks_kills,
 }
 
 

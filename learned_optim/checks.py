@@ -8,14 +8,16 @@ from __future__ import annotations
 import itertools
 import numbers
 import operator
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import sharding
 from .config import NetworkConfig
@@ -30,6 +32,7 @@ OPTIONS = ("lr", "weight_decay", "total_steps", "maximize", "matrices", "stacked
 CARRIED = ("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale")
 
 DTYPE = operator.attrgetter("dtype")
+SAID = itemgetter(*OPTIONS)
 
 LATER = ("maximize", "matrices", "stacked")  # options that checkpoints from before them lack
 
@@ -39,7 +42,7 @@ NO_LR = "lr multiplies the learned update and must not be negative, got {}, and 
 SMALL_LR = 0.01  # up to here an lr is more likely AdamW's than a multiplier
 
 
-# Hyperparameters
+# Groups
 
 
 def check_keys(group: dict[str, Any]) -> None:
@@ -122,7 +125,113 @@ def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def warn_of_lr(groups: Sequence[dict[str, Any]], stacklevel: int) -> None:
+    """Says so where an lr is of the size of AdamW's."""
+    small = {lr for group in groups if not isinstance(lr := group["lr"], Tensor) and 0 < lr <= SMALL_LR}
+    if small:
+        warnings.warn(
+            f"lr={max(small):g} multiplies the learned update, so training will be about {1 / max(small):.0f} times as slow as it was "
+            "meta-trained to be. It is no learning rate: 1.0 is the default, and what to use unless you mean this.",
+            stacklevel=stacklevel,
+        )
+
+
+def changed_options(groups: Sequence[dict[str, Any]], known: Sequence[tuple[Any, ...]], stacklevel: int) -> list[tuple[Any, ...]]:
+    """Looks at what groups say where that has changed since the last step.
+
+    Args:
+        known: what this returned then.
+
+    Returns:
+        what they say now.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    found = []
+    for k, group in enumerate(groups):
+        try:
+            options = (*SAID(group), len(group))
+        except KeyError:
+            options = ()
+        if k >= len(known) or len(options) != len(known[k]) or not all(map(operator.is_, options, known[k])):
+            check_group(group)
+            if ignored := ignored_options(group):
+                names = ", ".join(ignored)
+                warnings.warn(
+                    f"parameter group {k} was given {names}, which LearnedOptimizer does not know and ignores", stacklevel=stacklevel
+                )
+            options = (*SAID(group), len(group))
+        elif isinstance(group["lr"], Tensor):
+            check_tensor_lr(group["lr"], may_wait=False)
+        found.append(options)
+    return found
+
+
+def match(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], defaults: dict[str, Any], weights: str) -> dict[Any, Tensor]:
+    """The parameter of each index in a state dict whose groups and numbers fit.
+
+    Args:
+        groups: the optimizer's.
+        defaults: of options.
+        weights: the fingerprint of the optimizer's.
+
+    Raises:
+        ValueError: they do not.
+    """
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"this is no state of an optimizer: it lacks {key!r}")
+    _check_fingerprint(state_dict, weights)
+    saved = state_dict["param_groups"]
+    for k, group in enumerate(saved):
+        if missing := [key for key in ("params", "lr", "weight_decay", "total_steps") if key not in group]:
+            raise ValueError(f"parameter group {k} of the state lacks {', '.join(missing)}")
+    counts, mine = ([len(group["params"]) for group in each] for each in (saved, groups))
+    if counts != mine:
+        raise ValueError(f"the state has parameter groups of {counts} parameters, and the optimizer of {mine}")
+    for group in saved:
+        check_group({key: defaults[key] for key in LATER} | group)
+    indices = [index for group in saved for index in group["params"]]
+    params = [param for group in groups for param in group["params"]]
+    if len(set(indices)) < len(set(map(id, params))):
+        raise ValueError("parameter groups of the state name a parameter twice")
+    ours = [key for key, entry in state_dict["state"].items() if isinstance(entry, dict) and "control" in entry]
+    numbered = [key for key in state_dict["state"] if isinstance(key, int)]
+    if strays := [key for key in dict.fromkeys([*numbered, *ours]) if key not in indices]:
+        raise ValueError(f"the state has entries {strays} of parameters that none of its groups names")
+    for theirs, group in zip(saved, groups, strict=True):
+        names, others = group.get("param_names") or [], theirs.get("param_names") or []
+        if moved := [one for one, other in zip(names, others, strict=False) if one != other and one in others]:
+            raise ValueError(
+                f"the state has the parameters in another order: {', '.join(moved)} stand elsewhere in it. Give the optimizer "
+                "model.named_parameters() in the order in which the checkpoint was made."
+            )
+    return dict(zip(indices, params, strict=True))
+
+
+def _check_fingerprint(state_dict: dict[str, Any], mine: str) -> None:
+    for group in state_dict["param_groups"]:
+        if "weights" not in group:
+            raise ValueError("this state was not saved by a LearnedOptimizer; go on with the optimizer that saved it, or start without it")
+        if group["weights"] != mine:
+            raise ValueError(
+                f"this state was made with optimizer weights {group['weights']}, but the optimizer runs {mine}; its hidden state would "
+                "mean something else. Build LearnedOptimizer with the weights (and the revision) that the checkpoint was made with."
+            )
+
+
 # Parameters and gradients
+
+
+def name_of(param: Tensor, groups: Sequence[dict[str, Any]]) -> str:
+    """How messages call a parameter of these groups."""
+    for i, group in enumerate(groups):
+        for k, member in enumerate(group["params"]):
+            if member is param or sharding.local(member) is param:
+                names = group.get("param_names")
+                return f"parameter {names[k]!r}" if names and k < len(names) else f"parameter {k} of group {i}"
+    return "a parameter"
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -159,6 +268,8 @@ def check_parameter(param: Tensor, name: str) -> None:
         raise ValueError(f"LearnedOptimizer trains dense parameters, and {name} {_kind(param)}")
     if param.is_neg():
         raise ValueError(f"{name} is a negated view, which cannot be changed in place; build it of tensor.resolve_neg()")
+    if param.is_inference():
+        raise ValueError(f"{name} was made in inference mode, and cannot be changed in place outside; build it of tensor.clone()")
     if is_plain(param) and _overlaps(param):
         raise ValueError(f"several elements of {name} are one place in memory (an expanded tensor); build it of tensor.contiguous()")
 
@@ -263,7 +374,7 @@ def check_mode() -> None:
     Raises:
         RuntimeError: under FakeTensorMode or the like.
     """
-    if type(made := torch.empty(0, device="cpu")) is not Tensor:
+    if is_in_torch_dispatch_mode() and type(made := torch.empty(0, device="cpu")) is not Tensor:
         raise RuntimeError(f"LearnedOptimizer changes numbers in memory, and inside this mode tensors are made as {type(made).__name__}")
 
 
@@ -366,8 +477,8 @@ def fitted(param: Tensor, name: str, state: Any, config: NetworkConfig, controls
             value = sharding.part_of(value, param)
         value = value.resolve_neg()
         if dtype == torch.int8 and value.dtype != dtype:
-            levels = value.double().round()
-            if not (levels == value).all() or (levels.abs() > -torch.iinfo(dtype).min).any():
+            levels = value.double()
+            if not (levels.round().clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max) == levels).all():
                 raise ValueError(f"{what} was kept in {value.dtype} and holds numbers that are no levels of int8")
             value = levels
         copied = value.to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)
@@ -391,6 +502,47 @@ def impossible(state: dict[str, Tensor]) -> str | None:
     return "a negative clock or second moment" if negative else None
 
 
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def left_out(
+    members: Iterable[tuple[Tensor, Tensor, Any]], states: Mapping[Tensor, dict[str, Tensor]], name: Callable[[Tensor], str]
+) -> str:
+    """What to say of tensors that a step has left out.
+
+    Args:
+        members: each parameter with its gradient, and what else there is.
+    """
+    members = list(members)
+    counted = "the others move on; the optimizer's attribute `skipped` counts them, and this is said once."
+    broken = [name(param) for param, grad, _ in members if not is_finite(grad)]
+    poisoned = [
+        name(param) for param, *_ in members if impossible({key: sharding.local(states[param][key]) for key in ("control", "moments")})
+    ]
+    if poisoned and not broken:
+        return (
+            f"the state of {', '.join(poisoned[:5])} is not finite: something has written to it. Such parameters stay as they are until "
+            f"their entry of optimizer.state is deleted, and then begin anew; {counted}"
+        )
+    return (
+        f"the gradient of {', '.join(broken[:5]) or 'a parameter'} is not finite, or its square is not. Such parameters and their "
+        f"state stay as they are in that step, and {counted} With error_if_nonfinite=True the step raises instead."
+    )
+
+
+class Places(NamedTuple):
+    """Addresses of parameters, gradients and state, of which each tensor's pieces come one after the other."""
+
+    params: list[int]
+    grads: list[int]
+    states: list[int]
+
+    @staticmethod
+    def of(params: Iterable[Tensor], grads: Iterable[Tensor], pieces: Iterable[Tensor]) -> Places:
+        return Places(addresses(params), addresses(grads), addresses(pieces))
+
+
 class Ledger:
     """What an optimizer knows of a device: how often tensors were left out of a step, and which tensors its kernels may take addresses of.
 
@@ -404,10 +556,11 @@ class Ledger:
         self.keys = tuple(expected(torch.empty(0), config, controls))
         self.kept = itemgetter(*self.keys)
         self.memory: dict[Any, Any] = {}  # what kernels want to find again at the next step
+        self.places = Places([], [], [])  # of what was looked at last
+        self.states: Sequence[dict[str, Any]] = []
         self._layout: Layout | None = None
         self._tensors: list[Tensor] = []
-        self._params: list[Any] = []  # addresses and dtypes
-        self._places: list[int] = []
+        self._dtypes: list[torch.dtype] = []
 
     def check(self, layout: Layout, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
         """Refuses parameters, gradients and states that do not fit each other.
@@ -418,29 +571,26 @@ class Ledger:
         Raises:
             RuntimeError: with the parameter's name and what does not fit.
         """
-        if 0 in map(Tensor.data_ptr, grads):
+        try:
+            pieces = list(itertools.chain.from_iterable(map(self.kept, states)))
+            places = Places.of(params, grads, pieces)
+        except (KeyError, TypeError, RuntimeError):  # a piece is missing, no tensor, or one that has no address
+            self._look(params, states)
+            raise
+        if 0 in places.grads:
             for param, grad in zip(params, grads, strict=True):
                 if not _has_memory(grad):
                     raise RuntimeError(f"the gradient of {self.name(param)} has lost its memory; call zero_grad() where that was freed")
-        try:
-            tensors = [*params, *itertools.chain.from_iterable(map(self.kept, states))]
-        except KeyError:
-            tensors = []
-        found = [*map(Tensor.data_ptr, params), *map(DTYPE, params)]
+        tensors, dtypes = [*params, *pieces], list(map(DTYPE, params))
         same = layout is self._layout and len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
-        if not same or found != self._params:
-            self._layout, self._places = None, []
+        # Of the same tensors addresses change where somebody swapped their memory.
+        if not same or places.params != self.places.params or places.states != self.places.states or dtypes != self._dtypes:
             self._look(params, states)
             # Parts of sharded tensors are others at each step, and a GPU would have to be waited for.
             if layout.device.type == "cpu" and not isinstance(layout, sharding.ShardedLayout):
                 self._look_at_numbers(params, states)
-            self._layout, self._tensors, self._params = layout, tensors, found
-
-    def check_places(self, places: list[int], params: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
-        """The same, for a kernel that has found these addresses: of the same tensors they change where somebody swapped their memory."""
-        if places != self._places:
-            self._look(params, states)
-            self._places = places
+            self._layout, self._tensors, self._dtypes = layout, tensors, dtypes
+        self.places, self.states = places, states
 
     def _look(self, params: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
         seen: set[int] = set()
@@ -456,6 +606,8 @@ class Ledger:
                     problem = f"the state {key!r} of {name} is {value.dtype} on {value.device}, and must be {dtype} on {param.device}"
                 if problem is None and not (is_plain(value) and value.is_contiguous() and not value.is_neg() and _has_memory(value)):
                     problem = f"the state {key!r} of {name} is no plain tensor without gaps that has memory of its own"
+                if problem is None and value.is_inference():
+                    problem = f"the state {key!r} of {name} was made in inference mode, and cannot be changed in place outside"
                 if problem is None and value.numel() and value.data_ptr() in seen:
                     problem = f"the state {key!r} of {name} is in the memory of other state"
                 if problem is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import numbers
-import operator
 import os
 import sys
 import warnings
@@ -36,7 +35,6 @@ MOST_LAYOUTS = 4  # of sharded parameters that are kept
 # What may be a table: matrices with so many rows, and so many times as many as columns. What is one: where this share of the rows or less
 # has a gradient. Of a hidden layer with rectifiers some half has none.
 ROWS, TALL, FEW = 1024, 4, 0.25
-OPTIONS = operator.itemgetter(*checks.OPTIONS)
 TABLE = Control._fields.index("table")
 KERNELS = ("auto", "reference", "compiled", "triton")
 
@@ -144,13 +142,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # OneCycleLR and CyclicLR want to cycle some momentum, unless told otherwise, of an optimizer that has one. The rule's is not theirs
         # to change; what they write into groups has no effect.
         self.defaults["momentum"] = self.network.config.momentum
-        small = {lr for group in self.param_groups if not isinstance(lr := group["lr"], Tensor) and 0 < lr <= checks.SMALL_LR}
-        if small:
-            warnings.warn(
-                f"lr={max(small):g} multiplies the learned update, so training will be about {1 / max(small):.0f} times as slow as it was "
-                "meta-trained to be. It is no learning rate: 1.0 is the default, and what to use unless you mean this.",
-                stacklevel=2,
-            )
+        checks.warn_of_lr(self.param_groups, stacklevel=3)
         for device in {param.device: None for group in self.param_groups for param in group["params"]}:
             self._choose_kernel(device, stacklevel=3)
 
@@ -178,13 +170,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return self._skipped + sum(int(ledger.skipped) for ledger in self._ledgers.values())
 
     def _name(self, param: Tensor) -> str:
-        """How messages call a parameter."""
-        for i, group in enumerate(self.param_groups):
-            for k, member in enumerate(group["params"]):
-                if member is param or sharding.local(member) is param:
-                    names = group.get("param_names")
-                    return f"parameter {names[k]!r}" if names and k < len(names) else f"parameter {k} of group {i}"
-        return "a parameter"
+        return checks.name_of(param, self.param_groups)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -218,7 +204,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _move(self) -> None:
         checks.check_mode()
-        self._check_groups()
+        self._options = checks.changed_options(self.param_groups, self._options, stacklevel=8)
         # Each parameter with its gradient and group; a dict, so that a parameter named twice moves once.
         by_device: dict[torch.device, dict[int, tuple[Tensor, Tensor, dict[str, Any]]]] = defaultdict(dict)
         for group in self.param_groups:
@@ -247,13 +233,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             ledger = arguments[-1]
             if not self._warned and device.type == "cpu" and ledger.skipped.item():
                 self._warned = True
-                found = [self._name(param) for param, grad, _ in by_device[device].values() if not checks.is_finite(grad)][:5]
-                warnings.warn(
-                    f"the gradient of {', '.join(found) or 'a parameter'} is not finite, or its square is not. Such parameters and their "
-                    "state stay as they are in that step, and the others move on; the optimizer's attribute"
-                    " `skipped` counts them, and this is said once. With error_if_nonfinite=True the step raises instead.",
-                    stacklevel=7,
-                )
+                warnings.warn(checks.left_out(by_device[device].values(), self.state, self._name), stacklevel=7)
 
     def _device(self) -> torch.device:
         """Where the parameters are; of a process that has none, where those of the others will be."""
@@ -262,29 +242,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
             return params[0].device
         assert self._parts is not None
         return self._parts.device()
-
-    def _check_groups(self) -> None:
-        """Looks at what groups say where that has changed since the last step.
-
-        Raises:
-            ValueError: a number is out of range.
-        """
-        found = []
-        for k, group in enumerate(self.param_groups):
-            try:
-                options = (*OPTIONS(group), len(group))
-            except KeyError:
-                options = ()
-            if k >= len(self._options) or len(options) != len(self._options[k]) or not all(map(operator.is_, options, self._options[k])):
-                checks.check_group(group)
-                if ignored := checks.ignored_options(group):
-                    names = ", ".join(ignored)
-                    warnings.warn(f"parameter group {k} was given {names}, which LearnedOptimizer does not know and ignores", stacklevel=8)
-                options = (*OPTIONS(group), len(group))
-            elif isinstance(group["lr"], Tensor):
-                checks.check_tensor_lr(group["lr"], may_wait=False)
-            found.append(options)
-        self._options = found
 
     def _prepare(
         self, device: torch.device, members: Iterable[tuple[Tensor, Tensor, dict[str, Any]]]
@@ -429,7 +386,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             fitted.clear()
-            members = self._match(state_dict)
+            members = checks.match(state_dict, self.param_groups, self.defaults, fingerprint(self.network))
             state = dict(state_dict["state"])
             for index, param in members.items():
                 # An optimizer that has not begun may carry entries of the user's already.
@@ -461,41 +418,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _keys(self) -> tuple[str, ...]:
         """What the rule keeps of a parameter."""
         return tuple(checks.expected(torch.empty(0), self.network.config, CONTROL))
-
-    def _match(self, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
-        """The parameter of each index in a state dict whose groups and numbers fit.
-
-        Raises:
-            ValueError: they do not.
-        """
-        for key in ("state", "param_groups"):
-            if key not in state_dict:
-                raise ValueError(f"this is no state of an optimizer: it lacks {key!r}")
-        _check_weights(state_dict, fingerprint(self.network))
-        saved = state_dict["param_groups"]
-        for k, group in enumerate(saved):
-            if missing := [key for key in ("params", "lr", "weight_decay", "total_steps") if key not in group]:
-                raise ValueError(f"parameter group {k} of the state lacks {', '.join(missing)}")
-        counts, mine = ([len(group["params"]) for group in groups] for groups in (saved, self.param_groups))
-        if counts != mine:
-            raise ValueError(f"the state has parameter groups of {counts} parameters, and the optimizer of {mine}")
-        for group in saved:
-            checks.check_group({key: self.defaults[key] for key in checks.LATER} | group)
-        indices = [index for group in saved for index in group["params"]]
-        if len(set(indices)) < len({id(param) for group in self.param_groups for param in group["params"]}):
-            raise ValueError("parameter groups of the state name a parameter twice")
-        ours = [key for key, entry in state_dict["state"].items() if isinstance(entry, dict) and "control" in entry]
-        numbered = [key for key in state_dict["state"] if isinstance(key, int)]
-        if strays := [key for key in dict.fromkeys([*numbered, *ours]) if key not in indices]:
-            raise ValueError(f"the state has entries {strays} of parameters that none of its groups names")
-        for theirs, group in zip(saved, self.param_groups, strict=True):
-            names, others = group.get("param_names") or [], theirs.get("param_names") or []
-            if moved := [one for one, other in zip(names, others, strict=False) if one != other and one in others]:
-                raise ValueError(
-                    f"the state has the parameters in another order: {', '.join(moved)} stand elsewhere in it. Give the optimizer "
-                    "model.named_parameters() in the order in which the checkpoint was made."
-                )
-        return dict(zip(indices, (param for group in self.param_groups for param in group["params"]), strict=True))
 
 
 def is_long(param: Tensor) -> bool:
@@ -611,14 +533,3 @@ def _step_function(kernel: str) -> Callable[..., None]:
 
         return gpu.step
     return cpu.step if kernel == "compiled" else reference_step
-
-
-def _check_weights(state_dict: dict[str, Any], mine: str) -> None:
-    for group in state_dict["param_groups"]:
-        if "weights" not in group:
-            raise ValueError("this state was not saved by a LearnedOptimizer; go on with the optimizer that saved it, or start without it")
-        if group["weights"] != mine:
-            raise ValueError(
-                f"this state was made with optimizer weights {group['weights']}, but the optimizer runs {mine}; its hidden state would "
-                "mean something else. Build LearnedOptimizer with the weights (and the revision) that the checkpoint was made with."
-            )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attacks import FINE, KILLS, REFUSED, Attack, gradient_attacks, kill, state_attacks, tried
+from attacks import FINE, KILLS, REFUSED, Attack, gradient_attacks, inference, kill, state_attacks, tried
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optimizer_helpers import assert_same, make_model, train, values
@@ -182,6 +182,15 @@ def test_state_that_a_file_holds_in_another_precision_is_cast_back(pretrained: s
         assert_same(other.state_dict()["state"], optimizer.state_dict()["state"])
 
 
+def test_levels_that_a_file_has_rounded_are_refused() -> None:
+    """In float8 127 is 128, which int8 takes for -128."""
+    _, optimizer = make()
+    saved = optimizer.state_dict()
+    saved["state"][0]["lstm"] = saved["state"][0]["lstm"].to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"was kept in torch\.float8_e4m3fn and holds numbers that are no levels"):
+        make()[1].load_state_dict(saved)
+
+
 def test_refusals_name_the_parameter_and_both_sizes() -> None:
     narrow, wide = (nn.Linear(3, size) for size in (4, 5))
     optimizer = LearnedOptimizer(narrow.named_parameters())
@@ -200,6 +209,7 @@ EDITS: dict[str, Callable[[Tensor], Any]] = {
     "no memory": lambda value: torch._efficientzerotensor(value.shape, dtype=value.dtype),
     "no tensor": lambda value: value.tolist(),
     "sparse": lambda value: value.to_sparse(),
+    "of inference mode": inference,
 }
 
 
@@ -291,6 +301,7 @@ def test_kinds_of_gradients_and_parameters(name: str, attack: Attack) -> None:
         (lambda param: setattr(param, "data", torch.ones(1).expand(4, 3)), "one place in memory"),
         (lambda param: setattr(param, "data", torch._neg_view(torch.ones(4, 3))), "a negated view"),
         (lambda param: setattr(param, "data", param.data.to(torch.complex64)), "real floating-point"),
+        (lambda param: setattr(param, "data", inference(param.data)), "made in inference mode"),
     ],
 )
 def test_a_parameter_whose_memory_was_swapped_is_looked_at_again(kernel: str, edit: Callable[[Tensor], Any], message: str) -> None:
@@ -456,6 +467,31 @@ def test_one_bad_gradient_is_told_once_or_raises(kernel: str, poison: float) -> 
     with pytest.raises(RuntimeError, match=r"the gradient of parameter 'first.weight' is not finite"):
         optimizer.step()
     assert_same((values(model), optimizer.state_dict()), before)
+
+
+@pytest.mark.parametrize("kernel", ["compiled", "reference", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_moments_that_were_poisoned_in_place_stay_where_they_are(kernel: str, poison: float) -> None:
+    if kernel == "triton":
+        pytest.importorskip("triton")
+    params = [nn.Parameter(torch.ones(shape)) for shape in ((4, 3), (5,))]
+    optimizer = LearnedOptimizer(params, kernel=kernel)
+    for param in params:
+        param.grad = torch.ones(param.shape)
+    optimizer.step()
+    optimizer.state[params[0]]["moments"][0, 0, 0] = poison
+    for step in (1, 2):
+        before = [param.detach().clone() for param in params]
+        with (
+            pytest.warns(UserWarning, match="the state of parameter 0 of group 0 is not finite") if step == 1 else contextlib.nullcontext()
+        ):
+            optimizer.step()
+        assert params[0].equal(before[0])
+        assert params[1].ne(before[1]).all()
+        assert optimizer.skipped == step
+    del optimizer.state[params[0]]
+    optimizer.step()
+    assert params[0].ne(before[0]).all()
 
 
 # Groups

@@ -26,7 +26,7 @@ def load(name: str) -> ModuleType:
 
 
 tables = load("tables")
-FILES = "QUALITY", "LEARNED", "PRETRAINED", "MNIST", "HISTORY", "SPEED", "ITERATIONS", "SHARDED", "DEMO"
+FILES = "QUALITY", "LEARNED", "PRETRAINED", "MNIST", "HISTORY", "SPEED", "ITERATIONS", "SHARDED", "DEMO", "ATTACKS"
 USED = [path for name, path in vars(tables).items() if name in FILES]
 
 
@@ -77,6 +77,7 @@ def test_every_block_stands_in_a_document() -> None:
             ["docs/results.md", "pretrained/default/README.md"],
         ),
         (tables.SPEED, ("by weights", 3, 5), ["docs/cost.md", "benchmarks/README.md"]),
+        (tables.ATTACKS, ("file `config.json`", "slowest, s"), ["SECURITY.md"]),
         ("examples/results/trainer_gpt/results.json", ("evaluation loss", "LearnedOptimizerTrainer", "mean"), ["docs/integrations.md"]),
         ("benchmarks/meta_training/results/large_exact.json", ("exact", "seconds"), ["benchmarks/README.md"]),
     ],

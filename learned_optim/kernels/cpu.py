@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import Ledger, check_weights
+from ..checks import Ledger, Places, addresses, check_weights
 from ..config import FORMATS
 from ..features import BUCKETS, LAYOUTS, Layout
 from ..network import OptimizerNetwork
@@ -132,40 +132,21 @@ class Blocks:
         return Blocks(layout)
 
 
-def addresses(tensors: Iterable[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
-
-
 class Passes:
     """Passes over the same tensors.
 
     Args:
+        places: of parameters that have no gaps and are fp32, gradients that are so, and the state.
         fused: which parameters are to be changed.
-        grads: fp32 without gaps.
         directions: what the second pass writes and the third one reads, (N,).
         formats: of the moments and of the LSTM's state.
-        ledger: looks at the state where its addresses are other ones than before; None where the caller has made it itself.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        params: Sequence[Tensor],
-        fused: Sequence[bool],
-        grads: Sequence[Tensor],
-        directions: Tensor,
-        states: Sequence[State],
-        formats: Sequence[str],
-        ledger: Ledger | None,
-    ) -> None:
-        self.layout, self.blocks, self.count = layout, Blocks.of(layout), len(states)
-        kept = itemgetter(*(KEYS if "int8" in formats else KEYS[:-1]))
-        found = addresses(itertools.chain.from_iterable(map(kept, states)))
-        if ledger is not None:
-            ledger.check_places(found, params, states)
-        first, width = directions.data_ptr(), len(found) // self.count
-        columns: list[Iterable[int]] = [layout.sizes, *self.blocks.places, map(operator.mul, addresses(params), fused), addresses(grads)]
-        columns += [[first + start for start in self.blocks.starts], *(found[column::width] for column in range(width))]
+    def __init__(self, layout: Layout, places: Places, fused: Sequence[bool], directions: Tensor, formats: Sequence[str]) -> None:
+        self.layout, self.blocks, self.count = layout, Blocks.of(layout), len(fused)
+        first, width = directions.data_ptr(), len(places.states) // self.count
+        columns: list[Iterable[int]] = [layout.sizes, *self.blocks.places, map(operator.mul, places.params, fused), places.grads]
+        columns += [[first + start for start in self.blocks.starts], *(places.states[column::width] for column in range(width))]
         columns += [[0] * self.count] * (COLUMNS - len(columns))
         self.table = array("q", itertools.chain.from_iterable(zip(*columns, strict=True)))
         rows = len(self.blocks.table) + self.count  # of blocks, then of tensors
@@ -224,13 +205,19 @@ def step(
     config, lstm = network.config, network.coordinate
     once_read = read_once(network)
     weights = addresses([lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out])
-    if ledger is not None and (places := [*weights, *addresses(once_read)]) != ledger.memory.get("weights"):
+    if ledger is not None and (read := [*weights, *addresses(once_read)]) != ledger.memory.get("weights"):
         check_weights([*lstm.parameters(), *once_read])
-        ledger.memory["weights"] = places
+        ledger.memory["weights"] = read
     flat = [grad if grad.dtype == torch.float32 and grad.is_contiguous() else grad.float().contiguous() for grad in grads]
+    formats = [config.moment_format, config.lstm_format]
+    if ledger is not None and ledger.states is states:
+        places = ledger.places if all(map(operator.is_, flat, grads)) else ledger.places._replace(grads=addresses(flat))
+    else:
+        kept = itemgetter(*(KEYS if "int8" in formats else KEYS[:-1]))
+        places = Places.of(params, flat, itertools.chain.from_iterable(map(kept, states)))
     directions = torch.empty(sum(layout.sizes), dtype=torch.float32, device="cpu")
     fused = [param.dtype == torch.float32 and param.is_contiguous() for param in params]
-    passes = Passes(layout, params, fused, flat, directions, states, [config.moment_format, config.lstm_format], ledger)
+    passes = Passes(layout, places, fused, directions, formats)
 
     rows = torch.empty(CONTROL, len(params), dtype=torch.float32, device="cpu")
     passes.control("gather", rows)

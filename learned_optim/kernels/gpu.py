@@ -171,7 +171,6 @@ def step(
     padded = [size + -size % ALIGNMENT for size in layout.sizes]  # so that each tensor's directions are aligned
     found, launches = table(layout, is_orthogonal(layout, config), params, fused, flat, states, padded)
     numbers = tuple(found)
-    ledger.check_places(state_places(numbers), params, states)
     directions = params[0].new_empty(sum(padded), dtype=torch.float32)
     moment_format, lstm_format = FORMATS.index(config.moment_format), FORMATS.index(config.lstm_format)
 
@@ -260,12 +259,6 @@ def table(
         names = list(DTYPES.values())
         launches.append(Launch(first, blocks, names[grad_type], [*names, None][param_type], align))
     return list(itertools.chain.from_iterable(entries)), launches
-
-
-def state_places(numbers: Sequence[int]) -> list[int]:
-    """The addresses of the tensors' state among their entries."""
-    columns = [FIELDS.index(name) for name in ("control", *PLACES[:3])]
-    return [numbers[row + column] for row in range(0, len(numbers), len(FIELDS)) for column in columns]
 
 
 @triton.jit
