@@ -4,10 +4,10 @@
     python benchmarks/measure.py --data ../data        # MNIST and WikiText-2 too, from a folder of yours
     python benchmarks/measure.py --parts demo speed
 
-Stopped at any moment, it goes on from there: a part that is done for these weights is not run again (unless `--again`), and the quality
-benchmark keeps its runs, those of the baselines even from other weights' measurements. Parts work in runs/measure and put their results
-beside the committed ones they replace, to be looked through and committed. Nothing else should run on the machine meanwhile: times depend
-on it. PyLO takes part in `speed` where PYTHONPATH leads to it (see benchmarks/speed.py); else the tables do without.
+Stopped at any moment, it goes on from there: a part that is done for these weights and this rule is not run again (unless `--again`), and
+the quality benchmark keeps its runs, those of the baselines even from other weights' measurements. Parts work in runs/measure and put their
+results beside the committed ones they replace, to be looked through and committed. Nothing else should run on the machine meanwhile: times
+depend on it. PyLO takes part in `speed` where PYTHONPATH leads to it (see benchmarks/speed.py); else the tables do without.
 
 Where the default weights are new ones, write the figures of those before into benchmarks/quality/results/history.json first.
 
@@ -28,12 +28,15 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parent / "quality"))
 import tables
+from behaviour import behaviour, is_of
 
 from learned_optim import load_network
 from learned_optim.weights import fingerprint
 
 ROOT = tables.ROOT
+Kept = Callable[[dict[str, Any]], bool]  # whether a run is
 RUNS = ROOT / "benchmarks/quality/results/runs.jsonl.xz"
 PRETRAINED_RUNS = ROOT / "benchmarks/quality/results/pretrained_runs.jsonl.xz"
 # Where runs scatter most, formats of the state are compared with more seeds than the benchmark's six.
@@ -88,9 +91,9 @@ def unpack(packed: Path, runs: Path) -> None:
         part.replace(runs)
 
 
-def pack(runs: Path, packed: Path, weights: str) -> None:
-    """The runs of the baselines and of these weights."""
-    lines = [line for line in runs.read_text(encoding="utf-8").splitlines() if json.loads(line).get("weights", weights) == weights]
+def pack(runs: Path, packed: Path, kept: Kept) -> None:
+    """The runs that are kept: of the baselines, and of these weights with this rule."""
+    lines = [line for line in runs.read_text(encoding="utf-8").splitlines() if kept(json.loads(line))]
     packed.write_bytes(lzma.compress("".join(f"{line}\n" for line in lines).encode(), preset=9))
 
 
@@ -104,24 +107,24 @@ def learned(folder: Path) -> None:
     publish(folder, "benchmarks/quality/results", names)
 
 
-def quality(folder: Path, weights: str) -> None:
+def quality(folder: Path, kept: Kept) -> None:
     """And what depends on them: ablations, other step sizes, formats of the state."""
     unpack(RUNS, folder / "runs.jsonl")
     for seeds, tasks in MORE_SEEDS.items():
         python("benchmarks/quality", "--out", folder, "--parts", "learned", "state", "--state-seeds", seeds, "--tasks", *tasks)
     python("benchmarks/quality", "--out", folder)
     publish(folder, "benchmarks/quality/results", {name: name for name in ("results.json", "tables.md")})
-    pack(folder / "runs.jsonl", RUNS, weights)
+    pack(folder / "runs.jsonl", RUNS, kept)
 
 
-def pretrained(folder: Path, weights: str) -> None:
+def pretrained(folder: Path, kept: Kept) -> None:
     """Needs the extra `pretrained-models`."""
     unpack(PRETRAINED_RUNS, folder / "runs.jsonl")
     python("benchmarks/quality/pretrained.py", "--out", folder, "--tasks", *TUNED)
     untuned = "Trainer-default 5e-05 linear", "learned", "learned+T"
     python("benchmarks/quality/pretrained.py", "--out", folder, "--tasks", *PRETRAINED, "--optimizers", *untuned)
     publish(folder, "benchmarks/quality/results", {"results.json": "pretrained.json"})
-    pack(folder / "runs.jsonl", PRETRAINED_RUNS, weights)
+    pack(folder / "runs.jsonl", PRETRAINED_RUNS, kept)
 
 
 def mnist(folder: Path, data: Path) -> None:
@@ -172,12 +175,12 @@ def speed(folder: Path) -> None:
     publish(folder, "benchmarks/results", {"results.json": "speed.json", "plot.png": "speed.png"})
 
 
-def parts(weights: str, data: Path | None) -> dict[str, Callable[[Path], None]]:
+def parts(kept: Kept, data: Path | None) -> dict[str, Callable[[Path], None]]:
     """What is measured, in this order; each is given its folder in runs/measure."""
     found: dict[str, Callable[[Path], Any]] = {
         "learned": learned,
-        "quality": lambda folder: quality(folder, weights),
-        "pretrained": lambda folder: pretrained(folder, weights),
+        "quality": lambda folder: quality(folder, kept),
+        "pretrained": lambda folder: pretrained(folder, kept),
         "demo": demo,
         "trainer_gpt": lambda _: trainer("trainer_gpt"),
         "trainer_classifier": lambda _: trainer("trainer_classifier"),
@@ -190,31 +193,32 @@ def parts(weights: str, data: Path | None) -> dict[str, Callable[[Path], None]]:
     return found | ({"mnist": lambda folder: mnist(folder, data)} if data else {})
 
 
-def measure(chosen: dict[str, Callable[[Path], Any]], weights: str, folder: Path, again: bool = False) -> None:
-    """Runs the parts that are not done for these weights yet."""
+def measure(chosen: dict[str, Callable[[Path], Any]], mark: str, folder: Path, again: bool = False) -> None:
+    """Runs the parts that are not done for these weights and this rule yet."""
     for name, part in chosen.items():
-        stamp = folder / name / "weights"
-        if not again and stamp.exists() and stamp.read_text(encoding="utf-8") == weights:
+        stamp = folder / name / "mark"
+        if not again and stamp.exists() and stamp.read_text(encoding="utf-8") == mark:
             print(f"{name}: measured already, in {stamp.parent}")
             continue
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.unlink(missing_ok=True)
         part(stamp.parent)
-        stamp.write_text(weights, encoding="utf-8")
+        stamp.write_text(mark, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with mnist/ and wikitext-2/, for the part `mnist`")
-    parser.add_argument("--parts", nargs="*", metavar="PART", help=f"of {', '.join(parts('', Path()))}; all by default")
+    parser.add_argument("--parts", nargs="*", metavar="PART", help=f"of {', '.join(parts(bool, Path()))}; all by default")
     parser.add_argument("--again", action="store_true", help="those too that are done for these weights")
     arguments = parser.parse_args(argv)
-    weights = fingerprint(load_network("default"))
-    found = parts(weights, arguments.data.resolve() if arguments.data else None)
+    network = load_network("default")
+    weights, numbers = fingerprint(network), behaviour(network)
+    found = parts(lambda run: is_of(run, weights, numbers), arguments.data.resolve() if arguments.data else None)
     if unknown := set(arguments.parts or ()) - found.keys():
         parser.error(f"no part is called {', '.join(sorted(unknown))} (mnist needs --data); there are {', '.join(found)}")
     chosen = {name: part for name, part in found.items() if name in (arguments.parts or found)}
-    measure(chosen, weights, ROOT / "runs/measure", arguments.again)
+    measure(chosen, f"{weights} {numbers}", ROOT / "runs/measure", arguments.again)
     sys.exit(tables.main([]))
 
 

@@ -118,7 +118,7 @@ def test_the_program_runs_and_resumes(quality: Any, tmp_path: Path, monkeypatch:
     assert all(one["tasks"] == pytest.approx({"linear": one["speed"]}) for one in results["formats"].values())
     assert all(one["above"] == {"linear": 0} for one in results["formats"].values())
     assert all(one["counts"] == {"linear": one["most"]} for one in results["formats"].values())
-    again = quality.report.Results(tmp_path / "runs.jsonl", results["weights"])
+    again = quality.report.Results(tmp_path / "runs.jsonl", load_network("default"))
     assert quality.report.formats(["linear"], again, 1, {"linear": 0.0})["learned"]["above"] == {"linear": 2}
     assert (tmp_path / "speed.png").stat().st_size > 0
     quality.main.main(arguments)
@@ -140,7 +140,7 @@ class InThisProcess:
 
 def test_speed_is_the_ratio_of_steps_to_the_same_loss(quality: Any, tmp_path: Path) -> None:
     """AdamW halves the loss every 50 steps; what ends the task's 200 steps at AdamW's loss after 100 has half its speed."""
-    results = quality.training.Results(tmp_path / "runs.jsonl", "weights")
+    results = quality.training.Results(tmp_path / "runs.jsonl", load_network("default"))
     best = "AdamW 0.01 cosine"
 
     def add(name: str, length: float, loss_at: Any) -> None:

@@ -67,7 +67,7 @@ def flat(gradient: dict[str, Tensor]) -> Tensor:
 
 # Backprop
 
-LOSSES = [{}, {"meta_loss": "ramp"}, {"meta_loss": "final"}, {"log_loss": False}, {"recompute": True}]
+LOSSES = [{}, {"meta_loss": "ramp"}, {"meta_loss": "tail"}, {"meta_loss": "final"}, {"log_loss": False}, {"recompute": True}]
 
 
 @pytest.mark.parametrize("changes", LOSSES, ids=str)

@@ -24,7 +24,7 @@ meta_train.families.text meta_train.families.dense meta_train.families.real meta
 meta_train.families.images meta_train.families.hub meta_train.estimators
 meta_train.families.drawn meta_train.families.fine_tuning meta_train.averaging meta_train.slots meta_train.evaluate
 meta_train.families meta_train.checkpoint
-meta_train.folder meta_train.handover
+meta_train.folder meta_train.handover meta_train.recipe
 meta_train.loop
 meta_train
 meta_train.__main__ comparison demo evaluation integrations integrations.transformers

@@ -45,14 +45,17 @@ def test_parts_are_run_in_turn_and_a_run_that_was_stopped_goes_on(measure: Modul
     assert done == ["a", "b", "c"] * 3
 
 
-def test_runs_of_other_weights_are_not_packed(measure: ModuleType, tmp_path: Path) -> None:
+def test_runs_of_other_weights_or_of_another_rule_are_not_packed(measure: ModuleType, tmp_path: Path) -> None:
     runs, packed = tmp_path / "runs.jsonl", tmp_path / "runs.jsonl.xz"
-    lines = [json.dumps(one) for one in ({"task": "a"}, {"task": "b", "weights": WEIGHTS}, {"task": "c", "weights": "sha256:1"})]
+    of = {"weights": WEIGHTS, "behaviour": [1.0, 2.0]}
+    kept = [{"task": "a"}, {"task": "b", **of}]
+    others = [{"task": "c", **of, "weights": "sha256:1"}, {"task": "d", **of, "behaviour": [1.0, 2.1]}, {"task": "e", "weights": WEIGHTS}]
+    lines = [json.dumps(one) for one in kept + others]
     runs.write_text("\n".join(lines) + "\n")
-    measure.pack(runs, packed, WEIGHTS)
+    measure.pack(runs, packed, lambda run: measure.is_of(run, WEIGHTS, [1.0, 2.0001]))
     assert lzma.decompress(packed.read_bytes()).decode().splitlines() == lines[:2]
     measure.unpack(packed, runs)
-    assert len(runs.read_text().splitlines()) == 3, "what is there already stays"
+    assert len(runs.read_text().splitlines()) == 5, "what is there already stays"
     runs.unlink()
     measure.unpack(packed, runs)
     assert runs.read_text().splitlines() == lines[:2]
@@ -74,7 +77,7 @@ def test_every_part_replaces_a_committed_file(measure: ModuleType, tmp_path: Pat
     monkeypatch.setattr(measure, "call", pretend)
     for packed in ("RUNS", "PRETRAINED_RUNS"):
         monkeypatch.setattr(measure, packed, tmp_path / f"{packed}.xz")
-    parts = measure.parts(WEIGHTS, tmp_path / "data")
+    parts = measure.parts(lambda _: True, tmp_path / "data")
     measure.measure(parts, WEIGHTS, tmp_path / "runs/measure")
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     committed = {path for path in written if path.startswith(("benchmarks/", "examples/", "pretrained/"))}

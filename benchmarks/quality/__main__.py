@@ -32,7 +32,6 @@ from training import PROBLEMS, Job, Results, train
 
 from learned_optim import load_network
 from learned_optim.speed import LENGTHS
-from learned_optim.weights import fingerprint
 
 PARTS = ["baselines", "learned", "ablations", "sensitivity", "state"]
 
@@ -81,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         tasks += [name for name in MORE_TASKS if name not in tasks]
     os.environ["OMP_NUM_THREADS"] = "1"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    results = Results(arguments.out / "runs.jsonl", fingerprint(load_network(arguments.pretrained)))
+    results = Results(arguments.out / "runs.jsonl", load_network(arguments.pretrained))
     with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
         while todo := wanted(tasks, results, arguments.seeds, arguments.state_seeds, set(arguments.parts)):
             began = time.monotonic()

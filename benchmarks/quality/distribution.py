@@ -29,6 +29,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from behaviour import behaviour, is_of
 from torch import Generator, Tensor, nn
 from torch.func import vmap
 
@@ -202,7 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/distribution"))
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    weights, first = fingerprint(load_network(arguments.pretrained)), HELD_OUT if arguments.held_out else 0
+    network, first = load_network(arguments.pretrained), HELD_OUT if arguments.held_out else 0
+    mark = {"weights": fingerprint(network), "behaviour": behaviour(network)}
     seeds = range(first, first + arguments.problems)
     path = arguments.out / "runs.jsonl"
     known: dict[int, dict[str, Any]] = {}
@@ -210,20 +212,20 @@ def main(argv: list[str] | None = None) -> None:
     for line in path.read_text().splitlines() if path.exists() else ():
         row = json.loads(line)
         known[row["base"]["seed"]] = row["base"]
-        if row.get("weights") == weights:
+        if is_of(row, *mark.values()):
             rows[row["base"]["seed"]] = row
     todo = [seed for seed in seeds if seed not in rows]
     with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
         jobs = [pool.submit(measure, seed, arguments.out, arguments.pretrained, known.get(seed)) for seed in todo]
         for count, job in enumerate(as_completed(jobs), 1):
-            row = {**job.result(), "weights": weights}
+            row = job.result() | mark
             rows[row["base"]["seed"]] = row
             with path.open("a") as file:
                 file.write(json.dumps(row, separators=(",", ":")) + "\n")
             print(f"\r{count}/{len(todo)} problems ", end="", file=sys.stderr, flush=True)
     mine = [rows[seed] for seed in seeds]
     found = {
-        "weights": weights,
+        "weights": mark["weights"],
         "held out": arguments.held_out,
         "machine": {"platform": platform.platform(), "torch": torch.__version__},
         "all": {mode: summarise(mine, mode) for mode in MODES},

@@ -36,7 +36,6 @@ from training import Job, Results, Run
 
 from learned_optim import load_network
 from learned_optim.speed import geometric_mean, steps_to
-from learned_optim.weights import fingerprint
 
 PROBLEMS = PRETRAINED_DEVELOPMENT | PRETRAINED_HELD_OUT | PRETRAINED_MORE
 GRID = [f"{REFERENCE} {lr:g} linear" for lr in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)]
@@ -191,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         tasks += [name for name in PRETRAINED_MORE if name not in tasks]
     os.environ["OMP_NUM_THREADS"] = "1"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    results = Results(arguments.out / "runs.jsonl", fingerprint(load_network(arguments.pretrained)))
+    results = Results(arguments.out / "runs.jsonl", load_network(arguments.pretrained))
     with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
         while todo := wanted(tasks, arguments.optimizers, results, arguments.seeds):
             for done in as_completed([pool.submit(train, job, arguments.pretrained) for job in todo]):

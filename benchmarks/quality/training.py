@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from behaviour import behaviour, is_of
 from development import TASKS as DEVELOPMENT
 from optimizers import GRIDS, LEARNED_NAMES, make
 from tasks import MORE_TASKS, TASKS, Problem
 
-from learned_optim import speed
+from learned_optim import OptimizerNetwork, speed
 from learned_optim.speed import EVALUATIONS
+from learned_optim.weights import fingerprint
 
 PROBLEMS = TASKS | MORE_TASKS | DEVELOPMENT
 Run = dict[str, Any]
@@ -59,12 +61,12 @@ def train(job: Job, pretrained: str) -> Run:
 class Results:
     """All runs so far, in a file of one line each: a benchmark that was stopped goes on from there."""
 
-    def __init__(self, path: Path, weights: str) -> None:
-        self.path, self.weights = path, weights
+    def __init__(self, path: Path, network: OptimizerNetwork) -> None:
+        self.path, self.weights, self.behaviour = path, fingerprint(network), behaviour(network)
         self.runs: dict[Job, Run] = {}
         for line in path.read_text().splitlines() if path.exists() else ():
             run = json.loads(line)
-            if run.get("weights", weights) == weights:
+            if is_of(run, self.weights, self.behaviour):
                 self.runs[self.job(run)] = run
 
     @staticmethod
@@ -73,7 +75,7 @@ class Results:
 
     def add(self, run: Run) -> None:
         if run["optimizer"].split()[0] in LEARNED_NAMES:
-            run["weights"] = self.weights
+            run |= {"weights": self.weights, "behaviour": self.behaviour}
         self.runs[self.job(run)] = run
         with self.path.open("a") as file:
             file.write(json.dumps(run, separators=(",", ":")) + "\n")

@@ -11,7 +11,7 @@ from ..config import NetworkConfig, Ranges, check_ranges
 Value = TypeVar("Value")
 
 ESTIMATORS = ("exact", "first_order", "pes", "es", "reptile", "frozen")
-META_LOSSES = ("mean", "ramp", "final")
+META_LOSSES = ("mean", "ramp", "tail", "final")
 SCHEDULES = ("cosine", "constant")
 
 # What lies outside is a slip of the pen or a damaged file; a least value of LEAST stands for any that is positive.
@@ -65,8 +65,8 @@ class MetaTrainConfig:
         warm_restart: share of the unrolls that go on with the optimizees of the unroll before, with fresh optimizer state, as fine-tuning
             does.
 
-        meta_loss: how much the loss after step t of a run of T steps counts: "mean", all alike; "ramp", in proportion to t / T; "final",
-            the last one alone.
+        meta_loss: how much the loss after step t of a run of T steps counts: "mean", all alike; "ramp", in proportion to t / T; "tail", the
+            last tenth alone; "final", the last one alone.
         log_loss: the logarithm of a loss over the first one counts, so that relative progress counts alike in all tasks; False counts the
             loss itself.
         validation: losses are measured on data that the optimizees are not trained on.
@@ -151,10 +151,11 @@ class MetaTrainConfig:
         unknown = sorted(set(self.estimators.values()) - set(ESTIMATORS))
         if unknown:
             raise ValueError(f"estimators must be among {list(ESTIMATORS)}, got {unknown}")
-        if self.meta_loss == "final" and self.truncation < self.horizon_max and {"exact", "first_order"} & set(self.estimators.values()):
+        backprop = {"exact", "first_order"} & set(self.estimators.values())
+        if self.meta_loss in ("tail", "final") and self.truncation < self.horizon_max and backprop:
             raise ValueError(
-                'meta_loss "final" needs a truncation of at least horizon_max: backprop does not see the end through a shorter one. '
-                f'Got {self.truncation} < {self.horizon_max}; raise it (and set recompute), or take the "pes" estimator.'
+                f'meta_loss "{self.meta_loss}" needs a truncation of at least horizon_max: backprop does not see the end through a shorter '
+                f'one. Got {self.truncation} < {self.horizon_max}; raise it (and set recompute), or take the "pes" estimator.'
             )
 
     def estimator_of(self, name: str) -> str:

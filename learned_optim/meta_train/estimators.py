@@ -81,8 +81,9 @@ def meta_loss(losses: Tensor, unroll: Unroll, config: MetaTrainConfig) -> Tensor
     done = torch.arange(unroll.step + 1, unroll.step + len(losses) + 1, device=losses.device, dtype=losses.dtype)
     if config.meta_loss == "ramp":
         weight = 2 * done / unroll.horizon
-    elif config.meta_loss == "final":
-        weight = (done == unroll.horizon).to(done) * min(config.truncation, unroll.horizon)
+    elif config.meta_loss in ("tail", "final"):
+        last = max(1, unroll.horizon // 10) if config.meta_loss == "tail" else 1
+        weight = (done > unroll.horizon - last).to(done) * min(config.truncation, unroll.horizon) / last
     else:
         weight = torch.ones_like(done)
     # A stretch that the horizon cuts short counts for as many steps as it has.

@@ -68,7 +68,7 @@ def recipe(
         curriculum=0.0,
         warm_restart=0.0,
         reparametrize=0.0,
-        meta_loss="final",
+        meta_loss="tail",
         validation=all(isinstance(task, ModuleTask) and task.held_out for task in tasks.values()),
         learning_rate=0.2,
         optimizer_options={"betas": [0.8, 0.95]},
