@@ -48,8 +48,8 @@ PRETRAINED = [*TUNED, "minilm polarity lora", "minilm polarity head", "minilm po
 # Kinds of problem that the weights are specialised for, with the minutes for it.
 KINDS = {
     "curves": ["--budgets", 1, 3, 10],
-    "digits": ["--budgets", 1, 3, 10],
-    "sentences": ["--budgets", 15, "--problems", 8, "--tuning", 2],
+    "digits": ["--budgets", 3, 10],
+    "sentences": ["--budgets", 12, "--problems", 8, "--tuning", 2],
 }
 MNIST = ["mnist mlp", "mnist vit", "wikitext transformer", "wikitext fine-tuning"]
 

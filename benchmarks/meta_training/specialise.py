@@ -1,8 +1,8 @@
 """Does an optimizer that was meta-trained on one kind of problem beat what can be tuned for it?
 
     python benchmarks/meta_training/specialise.py curves --budgets 1 3 10
-    python benchmarks/meta_training/specialise.py digits --budgets 1 3 10
-    python benchmarks/meta_training/specialise.py sentences --budgets 15 --problems 8 --tuning 2
+    python benchmarks/meta_training/specialise.py digits --budgets 3 10
+    python benchmarks/meta_training/specialise.py sentences --budgets 12 --problems 8 --tuning 2
 
 A kind is a function that samples problems. `meta_train` specialises the bundled optimizer weights for it, with each budget in minutes and
 without a setting. AdamW, Muon (torch's, with AdamW for what is no matrix) and Schedule-Free AdamW are tuned for the same kind: the learning

@@ -70,7 +70,7 @@ def recipe(
         reparametrize=0.0,
         meta_loss="tail",
         validation=all(isinstance(task, ModuleTask) and task.held_out for task in tasks.values()),
-        learning_rate=0.2,
+        learning_rate=0.1,
         optimizer_options={"betas": [0.8, 0.95]},
         evaluate_every=META_STEPS // EVALUATIONS,
         held_out_tasks=4,
@@ -93,7 +93,6 @@ def recipe(
     return replace(
         full,
         estimators={"": "pes"} if pairs == FULL else {"": "pes", "coordinate": "frozen"},
-        learning_rate=full.learning_rate if pairs == FULL else full.learning_rate / 2,
         pairs=pairs,
         replicas=replicas,
         unrolls_per_step=unrolls,
