@@ -758,6 +758,17 @@ def engine_specialise(files: Files) -> str:
     return table(rows)
 
 
+def engine_specialise_short(files: Files) -> str:
+    """For each kind, with the longest budget."""
+    said = []
+    for kind, label in KINDS.items():
+        found = files(f"{ENGINE}/specialise_{kind}.json")
+        *_, name = found["runs"]
+        mine, best = (found["results"][name][key][0] for key in ("over default", "over the best baseline"))
+        said.append(f"{label}, {name.replace('min', 'minutes')}: {mine:.2f} of the default's final loss, {best:.2f} of the best baseline's")
+    return prose(f"What it buys depends on the problem ({'; '.join(said)}).")
+
+
 def attacks_files(files: Files) -> str:
     rows = [["file", "damaged", "refused by name", "read", "anything else", "slowest"]]
     for part, found in files(ATTACKS).items():
@@ -823,6 +834,7 @@ BLOCKS: dict[str, Callable[[Files], str]] = {
     "engine.throughput": engine_throughput,
     "engine.processes": engine_processes,
     "engine.specialise": engine_specialise,
+    "engine.specialise_short": engine_specialise_short,
     "attacks.files": attacks_files,
     "attacks.others": attacks_others,
     "attacks.kills": attacks_kills,
