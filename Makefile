@@ -45,7 +45,7 @@ EXTRAS_demo := demo
 EXTRAS_test := demo,test
 EXTRAS_docs := docs
 EXTRAS_test-integrations := demo,test-integrations
-INTEGRATIONS := $(addprefix tests/,test_trainer.py test_trl.py test_frameworks.py test_integration_examples.py test_documents.py)
+INTEGRATIONS := $(addprefix tests/,test_trainer.py test_trainer_runs.py test_trl.py test_frameworks.py test_integration_examples.py test_documents.py)
 
 # timm needs torchvision, which loads only beside the build of torch that it was made with: an environment of their own, of some 5 GB.
 $(TIMM)/stamp: pyproject.toml constraints-timm.txt $(wildcard learned_optim/kernels/*.c) | $(TIMM)/bin/python

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from rule_helpers import acting_network
 
 from learned_optim import NetworkConfig, OptimizerNetwork
 
@@ -42,6 +43,11 @@ def untrained() -> OptimizerNetwork:
     network = OptimizerNetwork(NetworkConfig()).requires_grad_(False)
     network.controller.log_start.zero_()
     return network
+
+
+@pytest.fixture
+def network() -> OptimizerNetwork:
+    return acting_network().requires_grad_(False)
 
 
 @pytest.fixture
