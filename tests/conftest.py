@@ -2,9 +2,12 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
+from hub_client import Client
+from hub_server import HubServer
 from rule_helpers import acting_network
 
 from learned_optim import NetworkConfig, OptimizerNetwork
@@ -53,3 +56,17 @@ def network() -> OptimizerNetwork:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(1)
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def online(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A client of that server, which all tests of a process share; each has repositories of its own there."""
+    client = Client(tmp_path_factory.mktemp("hf-home"), hub.url, HF_TOKEN="hf_token")
+    yield client
+    client.close()
