@@ -21,6 +21,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-kernels", action="store_true", help="compile every Triton kernel for every GPU, which takes minutes")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each process gets a run of them: files with long tests come first there, so that short ones are left to even out the end."""
+    size = -(-len(items) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    long = {item.path for item in items if "slow" in item.keywords}
+    for begin in range(0, len(items), size):
+        items[begin : begin + size] = sorted(items[begin : begin + size], key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)

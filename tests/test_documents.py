@@ -22,14 +22,19 @@ ROOT = Path(__file__).parents[1]
 README, GUIDE = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
 # A comment may stand before a block, on a line of its own: the packages that it needs beside those of the tests.
 BLOCK = re.compile(r"(?:<!-- needs: ([\w, ]+) -->\n)?```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+TINY = "meta_steps=1, horizon_min=5, horizon_max=5, evaluate_every=1"
 # What takes minutes is made to take seconds.
 SHORTER = {
-    "README.md": [('budget="3 min"', "budget=3"), ("max_steps=50", "max_steps=3")],
+    "README.md": [
+        ('budget="3 min"', f"config=MetaTrainConfig({TINY})"),
+        ("import ModuleTask", "import MetaTrainConfig, ModuleTask"),
+        ("max_steps=50", "max_steps=3"),
+    ],
     "compare.md": [("steps=300", "steps=20, seeds=1, learning_rates=[0.01]")],
     "meta-training.md": [
-        ('budget="30 min"', "budget=3"),
+        ('budget="30 min"', f"config=MetaTrainConfig({TINY})"),
         ("steps=100, pretrained", "steps=20, seeds=1, learning_rates=[0.01], pretrained"),
-        ("meta_steps=100, horizon_max=100, evaluate_every=50", "meta_steps=1, horizon_min=5, horizon_max=5, evaluate_every=1"),
+        ("meta_steps=100, horizon_max=100, evaluate_every=50", TINY),
     ],
 }
 PROCESSES = {"several-gpus.md": 2}  # that torchrun starts
