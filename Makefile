@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TIMM := .venv-timm
 
-.PHONY: help demo test test-gpu test-integrations lint docs measure
+.PHONY: help demo test coverage test-gpu test-integrations lint docs measure
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -14,6 +14,9 @@ demo: $(VENV)/demo.stamp ## compare the learned optimizer with tuned AdamW on sm
 
 test: $(VENV)/test.stamp ## run the tests
 	$(BIN)/pytest --numprocesses=auto --dist=worksteal
+
+coverage: $(VENV)/test.stamp ## run the tests and list the lines of learned_optim/ and integrations/ that none of them ran
+	$(BIN)/pytest --numprocesses=auto --dist=worksteal --cov --cov-report=term-missing:skip-covered
 
 test-gpu: $(VENV)/test.stamp ## run the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
