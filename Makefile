@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TIMM := .venv-timm
 
-.PHONY: help demo test test-gpu test-integrations lint docs measure
+.PHONY: help demo test coverage test-gpu test-integrations lint docs measure
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -14,6 +14,9 @@ demo: $(VENV)/demo.stamp ## compare the learned optimizer with tuned AdamW on sm
 
 test: $(VENV)/test.stamp ## run the tests
 	$(BIN)/pytest --numprocesses=auto --dist=worksteal
+
+coverage: $(VENV)/test.stamp ## run the tests and list the lines of learned_optim/ and integrations/ that none of them ran
+	$(BIN)/pytest --numprocesses=auto --dist=worksteal --cov --cov-report=term-missing:skip-covered
 
 test-gpu: $(VENV)/test.stamp ## run the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
@@ -45,7 +48,7 @@ EXTRAS_demo := demo
 EXTRAS_test := demo,test
 EXTRAS_docs := docs
 EXTRAS_test-integrations := demo,test-integrations
-INTEGRATIONS := $(addprefix tests/,test_trainer.py test_trl.py test_frameworks.py test_integration_examples.py test_documents.py)
+INTEGRATIONS := $(addprefix tests/,test_trainer.py test_trainer_runs.py test_trl.py test_frameworks.py test_integration_examples.py test_documents.py)
 
 # timm needs torchvision, which loads only beside the build of torch that it was made with: an environment of their own, of some 5 GB.
 $(TIMM)/stamp: pyproject.toml constraints-timm.txt $(wildcard learned_optim/kernels/*.c) | $(TIMM)/bin/python

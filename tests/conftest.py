@@ -2,9 +2,13 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
+from hub_client import Client
+from hub_server import HubServer
+from rule_helpers import acting_network
 
 from learned_optim import NetworkConfig, OptimizerNetwork
 
@@ -15,6 +19,14 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-kernels", action="store_true", help="compile every Triton kernel for every GPU, which takes minutes")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each process gets a run of them: files with long tests come first there, so that short ones are left to even out the end."""
+    size = -(-len(items) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    long = {item.path for item in items if "slow" in item.keywords}
+    for begin in range(0, len(items), size):
+        items[begin : begin + size] = sorted(items[begin : begin + size], key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,5 +57,24 @@ def untrained() -> OptimizerNetwork:
 
 
 @pytest.fixture
+def network() -> OptimizerNetwork:
+    return acting_network().requires_grad_(False)
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(1)
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def online(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A client of that server, which all tests of a process share; each has repositories of its own there."""
+    client = Client(tmp_path_factory.mktemp("hf-home"), hub.url, HF_TOKEN="hf_token")
+    yield client
+    client.close()

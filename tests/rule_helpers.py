@@ -13,6 +13,8 @@ from learned_optim.features import Layout
 from learned_optim.network import OptimizerNetwork
 from learned_optim.rule import Control, State, init_state, update
 
+SHAPES = [(), (1,), (7,), (1, 6), (5, 3), (6, 1), (3, 8), (4, 3, 2, 2), (4, 12), (8, 3)]  # the last three have one kind of fans twice
+
 
 def acting_network(dtype: torch.dtype = torch.float32, seed: int = 0, **config: float | str) -> OptimizerNetwork:
     """A network in which everything acts: an untrained one has zeros where the LSTM and the controller speak."""

@@ -9,11 +9,9 @@ weights.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import os
-import signal
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,196 +21,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded_models as models
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from sharded_checkpoints import flattened, load_checkpoint, load_full, save_checkpoint, survive
+from sharded_models import (
+    Adapters,
+    Experts,
+    Images,
+    Text,
+    Words,
+    assert_close,
+    assert_same_control,
+    backward,
+    difference,
+    exact,
+    local,
+    make,
+    mine,
+    shard,
+    train,
+    whole,
+)
 from test_tables import load
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
-
-STEPS, WIDTH, LAYERS, DEVICE = 8, 24, 2, "cpu"  # what the command line may change
-HEADS = 4
-DTYPES = torch.float32, torch.bfloat16
-
-TWO = [
-    "fully_sharded",
-    "fully_sharded_reference",
-    "fully_sharded_images",
-    "fully_sharded_adapters",
-    "fully_sharded_words",
-    "state_is_sharded",
-    "distributed_data_parallel",
-    "zero_redundancy",
-    "parts_without_gradients",
-    "tensor_parallel",
-    "not_finite",
-    "traffic",
-    "save_checkpoint",
-    "load_checkpoint",
-]
-MORE = ["stacked_experts", "state_of_one_process", "default_weights", "mixed_precision", "offloaded", "flattened"]
-FOUR = [
-    "fully_sharded",
-    "fully_sharded_images",
-    "fully_sharded_adapters",
-    "state_is_sharded",
-    "distributed_data_parallel",
-    "zero_redundancy",
-    "tensor_parallel",
-    "two_dimensions",
-    "hybrid",
-    "save_checkpoint",
-]
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.head = width // HEADS
-        self.before, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        # Keys have no bias: its gradient would be zero but for rounding, and no optimizer without units takes the same steps from noise.
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        normed = self.before(inputs)
-        heads = [part(normed).unflatten(-1, (-1, self.head)).transpose(1, 2) for part in (self.query, self.key, self.value)]
-        inputs = inputs + self.out(nn.functional.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2))
-        return inputs + self.down(self.up(self.norm(inputs)).tanh())
-
-
-class Text(nn.Module):
-    """A GPT: a table, blocks of matrices, and a vector with fewer elements than there are processes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(37, WIDTH)
-        self.blocks = nn.ModuleList([Block(WIDTH) for _ in range(LAYERS)])
-        self.head = nn.Linear(WIDTH, 37, bias=False)
-        self.gain = nn.Parameter(torch.ones(1))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        hidden = self.table(inputs)
-        for block in self.blocks:
-            hidden = block(hidden)
-        return self.gain * self.head(hidden)
-
-
-class Images(nn.Module):
-    """Convolutions whose channels do not come out even, and two matrices in all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(1, 7, 3)
-        self.norm = nn.GroupNorm(1, 7)
-        self.head = nn.Linear(7 * 36, 37)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        images = torch.nn.functional.one_hot(inputs, 64).view(-1, 1, 8, 8).to(self.head.weight.dtype)
-        return self.head(self.norm(self.convolution(images)).relu().flatten(1))
-
-
-class Adapters(nn.Module):
-    """Frozen weights with factors of low rank."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.base, self.first, self.second = nn.Embedding(37, 24), nn.Linear(24, 3, bias=False), nn.Linear(3, 37, bias=False)
-        self.base.requires_grad_(False)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.second(self.first(self.base(inputs)))
-
-
-class Words(nn.Module):
-    """An embedding of which a step sees few rows, all of them in the first process's part."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.head = nn.Embedding(1200, 24), nn.Linear(24, 37)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.words(inputs))
-
-
-def make(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return kind().to(DEVICE, dtype)
-
-
-def exact() -> OptimizerNetwork:
-    """The default weights with state in fp32: otherwise a few roundings fall the other way where sums have another order."""
-    network = load_network("default")
-    found = OptimizerNetwork(dataclasses.replace(network.config, lstm_format="float32"))
-    found.load_state_dict(network.state_dict())
-    return found
-
-
-def backward(model: nn.Module, step: int, part: tuple[int, int]) -> float:
-    """Gradients of one of so many parts of a step's batch."""
-    generator = torch.Generator().manual_seed(step)
-    inputs = torch.randint(0, 37, (16, 5), generator=generator).chunk(part[1])[part[0]].to(DEVICE)
-    loss = nn.functional.cross_entropy(model(inputs).float().view(-1, 37), (3 * inputs.flatten() + 1) % 37)
-    loss.backward()
-    return loss.item()
-
-
-def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    part: tuple[int, int] = (0, 1),
-    steps: range | None = None,
-    between: Callable[[int], None] | None = None,
-) -> None:
-    for step in range(STEPS) if steps is None else steps:
-        optimizer.zero_grad()
-        backward(model, step, part)
-        if between is not None:
-            between(step)
-        optimizer.step()
-
-
-def whole(tensor: Any) -> Tensor:
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().float().cpu()
-
-
-def local(tensor: Any) -> Tensor:
-    return getattr(tensor, "_local_tensor", tensor)
-
-
-def difference(model: nn.Module, expected: nn.Module) -> float:
-    """The largest one, in units of a parameter's root mean square."""
-    found = []
-    for param, other in zip(model.parameters(), expected.parameters(), strict=True):
-        scale = whole(other).square().mean().sqrt() + 1e-2
-        found.append(((whole(param) - whole(other)).abs().max() / scale).item())
-    return max(found)
-
-
-def assert_close(model: nn.Module, expected: nn.Module, tolerance: float = 1e-5) -> None:
-    assert difference(model, expected) < tolerance
-
-
-def shard(model: nn.Module, **options: Any) -> nn.Module:
-    for block in getattr(model, "blocks", []):
-        fully_shard(block, **options)
-    return fully_shard(model, **options)
-
-
-def mine() -> tuple[int, int]:
-    return dist.get_rank(), dist.get_world_size()
+from learned_optim import LearnedOptimizer
 
 
 def adamw(params: Any, **_: Any) -> torch.optim.Optimizer:
@@ -244,13 +81,20 @@ def zero(model: nn.Module, make_optimizer: Any) -> Spread:
     return model, ZeroRedundancyOptimizer(model.parameters(), make_part), mine()
 
 
+def tensor_parallel_model(model: nn.Module, mesh: Any) -> nn.Module:
+    for block in model.blocks:
+        columns = dict.fromkeys(("query", "key", "value", "up"), ColwiseParallel())
+        parallelize_module(block, mesh, columns | {"out": RowwiseParallel(), "down": RowwiseParallel()})
+    return model
+
+
 def tensors(model: nn.Module, make_optimizer: Any) -> Spread:
-    tensor_parallel_model(model, init_device_mesh(DEVICE, (dist.get_world_size(),)))
+    tensor_parallel_model(model, init_device_mesh(models.DEVICE, (dist.get_world_size(),)))
     return model, make_optimizer(model.parameters()), (0, 1)
 
 
 def both(model: nn.Module, make_optimizer: Any) -> Spread:
-    mesh = init_device_mesh(DEVICE, (2, dist.get_world_size() // 2), mesh_dim_names=("data", "tensor"))
+    mesh = init_device_mesh(models.DEVICE, (2, dist.get_world_size() // 2), mesh_dim_names=("data", "tensor"))
     shard(tensor_parallel_model(model, mesh["tensor"]), mesh=mesh["data"])
     return model, make_optimizer(model.parameters()), (mesh.get_coordinate()[0], 2)
 
@@ -269,20 +113,12 @@ def compare(spread: Callable[..., Spread], kind: type[nn.Module] = Text, dtype: 
         assert_same_control(optimizer)
 
 
-def assert_same_control(optimizer: torch.optim.Optimizer) -> None:
-    """What a tensor has once is the same in all processes, to the last bit."""
-    controls = torch.stack([state["control"] for state in optimizer.state.values()])
-    everyone = [torch.empty_like(controls) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, controls)
-    assert all(torch.equal(one, controls) for one in everyone)
-
-
-# Checks
-
-
 def fully_sharded(folder: Path) -> None:
-    for dtype in DTYPES:
-        compare(fsdp2, dtype=dtype)
+    compare(fsdp2)
+
+
+def fully_sharded_bfloat16(folder: Path) -> None:
+    compare(fsdp2, dtype=torch.bfloat16)
 
 
 def fully_sharded_reference(folder: Path) -> None:
@@ -298,7 +134,7 @@ def fully_sharded_words(folder: Path) -> None:
 
 
 def fully_sharded_adapters(folder: Path) -> None:
-    compare(fsdp2, Adapters, total_steps=2 * STEPS)
+    compare(fsdp2, Adapters, total_steps=2 * models.STEPS)
 
 
 def distributed_data_parallel(folder: Path) -> None:
@@ -319,34 +155,22 @@ def zero_redundancy(folder: Path) -> None:
 
 
 def tensor_parallel(folder: Path) -> None:
-    for dtype in DTYPES:
-        compare(tensors, dtype=dtype)
+    compare(tensors)
+    compare(tensors, dtype=torch.bfloat16)
     compare(tensors, kernel="reference")
 
 
 def two_dimensions(folder: Path) -> None:
-    for dtype in DTYPES:
-        compare(both, dtype=dtype)
+    compare(both)
 
 
 def hybrid(folder: Path) -> None:
-    mesh = init_device_mesh(DEVICE, (2, dist.get_world_size() // 2), mesh_dim_names=("replicas", "shards"))
+    mesh = init_device_mesh(models.DEVICE, (2, dist.get_world_size() // 2), mesh_dim_names=("replicas", "shards"))
     compare(functools.partial(fsdp2, mesh=mesh))
 
 
 def offloaded(folder: Path) -> None:
     compare(functools.partial(fsdp2, offload_policy=CPUOffloadPolicy(pin_memory=False)))
-
-
-class Experts(nn.Module):
-    """Matrices that are stacked in one parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.experts = nn.Embedding(37, 12), nn.Parameter(torch.randn(5, 37, 12) / 4)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return torch.einsum("eoi,...i->...o", self.experts.tanh(), self.table(inputs))
 
 
 def stacked_experts(folder: Path) -> None:
@@ -425,13 +249,6 @@ def parts_without_gradients(folder: Path) -> None:
     assert all(still) == (dist.get_rank() == 0)
 
 
-def tensor_parallel_model(model: nn.Module, mesh: Any) -> nn.Module:
-    for block in model.blocks:
-        columns = dict.fromkeys(("query", "key", "value", "up"), ColwiseParallel())
-        parallelize_module(block, mesh, columns | {"out": RowwiseParallel(), "down": RowwiseParallel()})
-    return model
-
-
 def not_finite(folder: Path) -> None:
     """What one process sees all act on."""
     model = shard(make(Text))
@@ -479,7 +296,7 @@ def counted() -> Iterator[tuple[list[int], list[int]]]:
 def traffic(folder: Path) -> None:
     """What the simulation of large models counts is what is sent."""
     program = load("sharded_simulation")
-    for kernel in ("compiled", "reference") if DEVICE == "cpu" else ("reference",):
+    for kernel in ("compiled", "reference") if models.DEVICE == "cpu" else ("reference",):
         model = shard(make(Text))
         optimizer = LearnedOptimizer(model.parameters(), exact(), weight_decay=0.1, kernel=kernel)
         train(model, optimizer, mine(), range(1))
@@ -492,101 +309,36 @@ def traffic(folder: Path) -> None:
         assert sums == program.sums_sent(layout, kernel)
 
 
-def sharded_pair() -> tuple[nn.Module, LearnedOptimizer]:
-    model = shard(make(Text))
-    return model, LearnedOptimizer(model.named_parameters(), weight_decay=0.1, total_steps=20)
-
-
-def checkpoint_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-
-
-def resumed(folder: Path) -> tuple[nn.Module, LearnedOptimizer]:
-    model, optimizer = sharded_pair()
-    content = checkpoint_of(model, optimizer)
-    dcp.load(content, checkpoint_id=folder / "checkpoint")
-    set_model_state_dict(model, content["model"])
-    set_optimizer_state_dict(model, optimizer, content["optimizer"])
-    return model, optimizer
-
-
-def save_checkpoint(folder: Path) -> None:
-    """Saved, loaded and gone on with, it is the same to the last bit. Leaves what others of this file load, and where a run should end."""
-    model, optimizer = sharded_pair()
-    train(model, optimizer, mine(), range(3))
-    dcp.save(checkpoint_of(model, optimizer), checkpoint_id=folder / "checkpoint")
-    full = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    if dist.get_rank() == 0:
-        torch.save({"model": weights, "optimizer": full}, folder / "full.pt")
-    train(model, optimizer, mine(), range(3, 6))
-    other, theirs = resumed(folder)
-    train(other, theirs, mine(), range(3, 6))
-    for one, param in zip(other.parameters(), model.parameters(), strict=True):
-        assert torch.equal(local(one), local(param))
-        for key, value in optimizer.state[param].items():
-            assert torch.equal(local(theirs.state[one][key]), local(value)), key
-    end = {name: whole(param) for name, param in model.named_parameters()}
-    if dist.get_rank() == 0:
-        torch.save(end, folder / "end.pt")
-
-
-def assert_end(model: nn.Module, folder: Path, tolerance: float = 1e-3) -> None:
-    for name, value in torch.load(folder / "end.pt", weights_only=True).items():
-        difference = (whole(model.get_parameter(name)) - value).abs().max() / (value.square().mean().sqrt() + 1e-2)
-        assert difference <= tolerance, (name, difference)
-
-
-def load_checkpoint(folder: Path) -> None:
-    """In as many processes as this has; where those that saved it were as many, the end is the same to the last bit."""
-    model, optimizer = resumed(folder)
-    train(model, optimizer, mine(), range(3, 6))
-    assert_end(model, folder, 1e-3 if "full.pt" in os.listdir(folder) else 0)
-
-
-def load_full(folder: Path) -> None:
-    """A file of one process's state, which rank 0 reads, or everyone."""
-    for broadcast in (True, False):
-        content = torch.load(folder / "full.pt", weights_only=True)
-        model, optimizer = sharded_pair()
-        here = content if dist.get_rank() == 0 or not broadcast else {"model": {}, "optimizer": {}}
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
-        set_model_state_dict(model, here["model"], options=options)
-        set_optimizer_state_dict(model, optimizer, here["optimizer"], options=options)
-        train(model, optimizer, mine(), range(3, 6))
-        assert_end(model, folder)
-
-
-def flattened(folder: Path) -> None:
-    model, optimizer = sharded_pair()
-    train(model, optimizer, mine(), range(3))
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    content = get_optimizer_state_dict(model, optimizer, options=options)
-    dcp.save(content, checkpoint_id=folder / "flattened")
-    other, theirs = sharded_pair()
-    set_model_state_dict(other, get_model_state_dict(model))
-    found = get_optimizer_state_dict(other, theirs, options=options)
-    dcp.load(found, checkpoint_id=folder / "flattened")
-    set_optimizer_state_dict(other, theirs, found, options=options)
-    train(model, optimizer, mine(), range(3, 5))
-    train(other, theirs, mine(), range(3, 5))
-    for one, param in zip(other.parameters(), model.parameters(), strict=True):
-        assert torch.equal(local(one), local(param))
-
-
-def survive(folder: Path) -> None:
-    """Saves after three steps and loses a process in the next; begun again, it goes on and ends as if nothing had happened."""
-    folder = folder / "killed"  # has the end of a run of two
-    if (folder / "checkpoint" / ".metadata").exists():
-        load_checkpoint(folder)
-        return
-    model, optimizer = sharded_pair()
-    train(model, optimizer, mine(), range(3))
-    dcp.save(checkpoint_of(model, optimizer), checkpoint_id=folder / "checkpoint")
-    backward(model, 3, mine())
-    if dist.get_rank() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    optimizer.step()
+TWO = [
+    fully_sharded,
+    fully_sharded_bfloat16,
+    fully_sharded_reference,
+    fully_sharded_images,
+    fully_sharded_adapters,
+    fully_sharded_words,
+    state_is_sharded,
+    distributed_data_parallel,
+    zero_redundancy,
+    parts_without_gradients,
+    tensor_parallel,
+    not_finite,
+    traffic,
+    save_checkpoint,
+    load_checkpoint,
+]
+MORE = [stacked_experts, state_of_one_process, default_weights, mixed_precision, offloaded, flattened]
+# What two processes do not show: groups in two dimensions, and tensors and matrices that not every process has a part of.
+FOUR = [
+    fully_sharded,
+    fully_sharded_images,
+    fully_sharded_adapters,
+    state_is_sharded,
+    zero_redundancy,
+    two_dimensions,
+    hybrid,
+    save_checkpoint,
+]
+CHECKS = {check.__name__: check for check in (*TWO, *MORE, *FOUR, load_full, survive)}
 
 
 @contextmanager
@@ -606,27 +358,27 @@ def joined(backend: str) -> Iterator[None]:
 
 
 def main() -> None:
-    global STEPS, WIDTH, LAYERS, DEVICE
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("folder", type=Path, help="where results and checkpoints go; it should be empty")
     options.add_argument("names", nargs="*", help="checks; all for so many processes where none is named")
     options.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
-    for name, value in (("steps", STEPS), ("width", WIDTH), ("layers", LAYERS)):
+    for name, value in (("steps", models.STEPS), ("width", models.WIDTH), ("layers", models.LAYERS)):
         options.add_argument(f"--{name}", type=int, default=value)
     arguments = options.parse_args()
-    STEPS, WIDTH, LAYERS = arguments.steps, arguments.width, arguments.layers
-    DEVICE = "cuda" if arguments.backend == "nccl" else "cpu"
+    models.STEPS, models.WIDTH, models.LAYERS = arguments.steps, arguments.width, arguments.layers
+    models.DEVICE = "cuda" if arguments.backend == "nccl" else "cpu"
     torch.set_num_threads(1)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     again = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
     with joined(arguments.backend):
-        for name in arguments.names or (FOUR if dist.get_world_size() == 4 else TWO + MORE):
+        everything = FOUR if dist.get_world_size() == 4 else TWO + MORE
+        for name in arguments.names or [check.__name__ for check in everything]:
             file = arguments.folder / f"{name}.{dist.get_rank()}.json"
             if again and file.exists() and not json.loads(file.read_text()):  # passed; what the killed one took with it runs again
                 continue
             outcome = ""
             try:
-                globals()[name](arguments.folder)
+                CHECKS[name](arguments.folder)
             except Exception:
                 outcome = traceback.format_exc()
             file.write_text(json.dumps(outcome))

@@ -1,15 +1,11 @@
 """The `learned-optim` command, but for what `demo` does (see test_demo.py)."""
 
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer
 
 import learned_optim as package
 from learned_optim import LearnedOptimizer, NetworkConfig, OptimizerNetwork
@@ -178,73 +174,57 @@ def test_every_command_explains_itself(command, capsys):
     assert command == "list" or f"learned-optim {command} " in out.partition("examples:")[2]
 
 
-def learned_optim(*arguments: str, home: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, since the Hub's client reads its settings at import."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}
-    env |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_token", "OMP_NUM_THREADS": "1"}
-    call = [sys.executable, "-c", "import sys; from learned_optim.cli import main; sys.exit(main())", *arguments]
-    return subprocess.run(call, env=env, capture_output=True, text=True, check=False, timeout=60)
-
-
-@pytest.mark.slow
-def test_push_and_info_of_what_was_pushed(tmp_path):
+def test_push_and_info_of_what_was_pushed(hub, online, tmp_path):
     networks = [OptimizerNetwork(NetworkConfig(hidden_units=units)) for units in (2, 3)]
     folder = tmp_path / "set"
     commits = []
-    with HubServer() as hub:
-        for network in networks:
-            network.save_pretrained(folder)
-            done = learned_optim("push", str(folder), "user/mine", "--private", "--message", "Mine", home=tmp_path, endpoint=hub.url)
-            assert done.returncode == 0, done.stderr
-            commits.append(re.search(r'LearnedOptimizer\(params, "user/mine", revision="(\w+)"\)', done.stdout)[1])
-        assert hub.repositories["user/mine"].private
-        assert hub.repositories["user/mine"].refs["main"] == commits[1]
-        assert {"config.json", "model.safetensors", "README.md"} <= hub.repositories["user/mine"].commits[commits[0]].keys()
-        for network, commit in zip(networks, commits, strict=True):
-            done = learned_optim("info", "user/mine", "--revision", commit, home=tmp_path, endpoint=hub.url)
-            assert fingerprint(network) in done.stdout, done.stderr
+    for network in networks:
+        network.save_pretrained(folder)
+        done = online.run("push", str(folder), "user/command", "--private", "--message", "Mine")
+        assert done.returncode == 0, done.stderr
+        commits.append(re.search(r'LearnedOptimizer\(params, "user/command", revision="(\w+)"\)', done.stdout)[1])
+    assert hub.repositories["user/command"].private
+    assert hub.repositories["user/command"].refs["main"] == commits[1]
+    assert {"config.json", "model.safetensors", "README.md"} <= hub.repositories["user/command"].commits[commits[0]].keys()
+    for network, commit in zip(networks, commits, strict=True):
+        done = online.run("info", "user/command", "--revision", commit)
+        assert fingerprint(network) in done.stdout, done.stderr
 
 
-@pytest.mark.slow
-def test_push_refuses_what_is_no_folder_of_weights_and_tells_what_the_hub_refused(tmp_path, capsys):
-    assert main(["push", str(tmp_path), "user/mine"]) == 2
+def test_push_refuses_what_is_no_folder_of_weights_and_tells_what_the_hub_refused(online, tmp_path, capsys):
+    assert main(["push", str(tmp_path), "user/command"]) == 2
     assert capsys.readouterr().err.startswith(f"learned-optim: {tmp_path} has no config.json")
     OptimizerNetwork(NetworkConfig()).save_pretrained(tmp_path / "set")
-    with HubServer() as hub:
-        done = learned_optim("push", str(tmp_path / "set"), "user/gated", home=tmp_path, endpoint=hub.url)
+    done = online.run("push", str(tmp_path / "set"), "user/gated")
     assert done.returncode == 2
     assert done.stderr.startswith("learned-optim: ")
     assert "gated" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
-def test_meta_train_says_how_to_publish_what_the_hub_refused(tmp_path):
+def test_meta_train_says_how_to_publish_what_the_hub_refused(hub, online, tmp_path):
     config = {"families": ["convex"], "meta_steps": 1, "horizon_min": 3, "horizon_max": 3, "truncation": 3, "replicas": 1}
     (tmp_path / "my.json").write_text(json.dumps(config))
     arguments = ["meta-train", "--config", str(tmp_path / "my.json"), "--out", str(tmp_path / "out"), "--push"]
-    with HubServer() as hub:
-        done = learned_optim(*arguments, "user/gated", home=tmp_path, endpoint=hub.url)
-        assert done.returncode == 2
-        assert f"The weights are in {tmp_path}/out." in done.stdout
-        (told,) = re.findall(r"error: the weights were not published: .*gated.* Try again with: (.*)", done.stderr)
-        assert told == f"learned-optim push {tmp_path}/out user/gated"
-        done = learned_optim(*arguments, "user/mine", home=tmp_path, endpoint=hub.url)  # the run is finished, so it only publishes
-        assert done.returncode == 0, done.stderr
-        assert "meta_train.json" in hub.repositories["user/mine"].commits[hub.repositories["user/mine"].refs["main"]]
-
-
-@pytest.mark.slow
-def test_what_is_to_be_private_does_not_go_to_a_public_repository(tmp_path):
-    OptimizerNetwork(NetworkConfig()).save_pretrained(tmp_path / "set")
-    with HubServer() as hub:
-        done = learned_optim("push", str(tmp_path / "set"), "user/mine", home=tmp_path, endpoint=hub.url)
-        assert done.returncode == 0, done.stderr
-        commits = dict(hub.repositories["user/mine"].commits)
-        done = learned_optim("push", str(tmp_path / "set"), "user/mine", "--private", home=tmp_path, endpoint=hub.url)
-        assert hub.repositories["user/mine"].commits == commits
+    done = online.run(*arguments, "user/gated")
     assert done.returncode == 2
-    assert done.stderr.startswith("learned-optim: user/mine exists and is public, so nothing was uploaded")
+    assert f"The weights are in {tmp_path}/out." in done.stdout
+    (told,) = re.findall(r"error: the weights were not published: .*gated.* Try again with: (.*)", done.stderr)
+    assert told == f"learned-optim push {tmp_path}/out user/gated"
+    done = online.run(*arguments, "user/trained")  # the run is finished, so it only publishes
+    assert done.returncode == 0, done.stderr
+    assert "meta_train.json" in hub.repositories["user/trained"].commits[hub.repositories["user/trained"].refs["main"]]
+
+
+def test_what_is_to_be_private_does_not_go_to_a_public_repository(hub, online, tmp_path):
+    OptimizerNetwork(NetworkConfig()).save_pretrained(tmp_path / "set")
+    done = online.run("push", str(tmp_path / "set"), "user/public")
+    assert done.returncode == 0, done.stderr
+    commits = dict(hub.repositories["user/public"].commits)
+    done = online.run("push", str(tmp_path / "set"), "user/public", "--private")
+    assert hub.repositories["user/public"].commits == commits
+    assert done.returncode == 2
+    assert done.stderr.startswith("learned-optim: user/public exists and is public, so nothing was uploaded")
 
 
 def interrupt(*_, **__):

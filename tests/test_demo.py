@@ -28,7 +28,7 @@ def quick(weights, tmp_path_factory):
     """The output folder and the standard output of `learned-optim demo --quick`."""
     out, printed = tmp_path_factory.mktemp("demo") / "new", io.StringIO()
     with contextlib.redirect_stdout(printed):
-        status = main(["demo", "--quick", "--pretrained", weights, "--out", str(out)])
+        status = main(["demo", "--quick", "--workers", "1", "--pretrained", weights, "--out", str(out)])
     assert status == 0
     return out, printed.getvalue()
 

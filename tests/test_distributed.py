@@ -14,6 +14,7 @@ from meta_train_helpers import tiny_config
 
 from learned_optim import load_network
 from learned_optim.config import to_json
+from learned_optim.meta_train.__main__ import main
 
 # The meta-optimizer is linear in the gradient, unlike Adam, whose first steps would turn rounding errors into signs.
 CONFIG = tiny_config(
@@ -35,41 +36,43 @@ def torchrun(processes: int, out: Path, *script: str, restarts: int = 0, **envir
     return subprocess.run(call, capture_output=True, text=True, cwd=out, env=inherited, check=False, timeout=240)
 
 
-def command(folder: Path) -> list[str]:
+def arguments(folder: Path) -> list[str]:
     folder.mkdir()
     (folder / "config.json").write_text(to_json(CONFIG))
-    return ["-m", "learned_optim.meta_train", "--config", str(folder / "config.json"), "--out", str(folder / "out")]
+    return ["--config", str(folder / "config.json"), "--out", str(folder / "out")]
 
 
-def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
-    for processes in (1, 2):
-        done = torchrun(processes, tmp_path, *command(tmp_path / str(processes)))
-        assert done.returncode == 0, done.stderr
-    alone, shared = (load_network(tmp_path / str(processes) / "out").state_dict() for processes in (1, 2))
-    for name, weight in alone.items():
-        torch.testing.assert_close(shared[name], weight, rtol=1e-2, atol=1e-4)  # PES divides rounding errors by its sigma
-    logs = [(tmp_path / str(processes) / "out/stage1/log.jsonl").read_text().splitlines() for processes in (1, 2)]
-    losses = [[json.loads(line)["meta_loss"] for line in log] for log in logs]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-2, abs=1e-3)
-
-
+# Where a thread outlived the process group, it would abort the process, now and then, after all its work is done.
 LEAVING = """
 import sys
 from pathlib import Path
 from learned_optim.meta_train.__main__ import main
 
 main(sys.argv[1:])
-names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
-assert not [name for name in names if "gloo" in name], names
+if sys.platform == "linux":
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    assert not [name for name in names if "gloo" in name], names
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads from /proc")
-def test_no_thread_outlives_the_process_group(tmp_path: Path) -> None:
-    """One that ran while the interpreter goes would abort the process, now and then, after all its work is done."""
-    (tmp_path / "leave.py").write_text(LEAVING)
-    done = torchrun(2, tmp_path, str(tmp_path / "leave.py"), *command(tmp_path / "run")[2:])
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on two processes, which left no thread of their group behind."""
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "leave.py").write_text(LEAVING)
+    done = torchrun(2, folder, str(folder / "leave.py"), *arguments(folder / "run"))
     assert done.returncode == 0, done.stderr
+    return folder / "run/out"
+
+
+def test_the_result_does_not_depend_on_the_number_of_processes(shared: Path, tmp_path: Path) -> None:
+    assert main(arguments(tmp_path / "run")) == 0
+    runs = (tmp_path / "run/out", shared)
+    alone, together = (load_network(out).state_dict() for out in runs)
+    for name, weight in alone.items():
+        torch.testing.assert_close(together[name], weight, rtol=1e-2, atol=1e-4)  # PES divides rounding errors by its sigma
+    losses = [[json.loads(line)["meta_loss"] for line in (out / "stage1/log.jsonl").read_text().splitlines()] for out in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2, abs=1e-3)
 
 
 DYING = """
@@ -93,15 +96,13 @@ with distributed.joined("cpu"):
 """
 
 
-def test_a_run_outlives_a_killed_process(tmp_path: Path) -> None:
-    done = torchrun(2, tmp_path, *command(tmp_path / "whole"))
-    assert done.returncode == 0, done.stderr
-    command(tmp_path / "killed")
+def test_a_run_outlives_a_killed_process(shared: Path, tmp_path: Path) -> None:
+    arguments(tmp_path / "killed")
     (tmp_path / "dying.py").write_text(DYING)
     done = torchrun(2, tmp_path, str(tmp_path / "dying.py"), str(tmp_path / "killed"), restarts=1)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "killed/died").exists()
-    whole, killed = (load_network(tmp_path / name / "out/stage1").state_dict() for name in ("whole", "killed"))
+    whole, killed = (load_network(out / "stage1").state_dict() for out in (shared, tmp_path / "killed/out"))
     assert all(torch.equal(killed[name], weight) for name, weight in whole.items())
     steps = [json.loads(line)["meta_step"] for line in (tmp_path / "killed/out/stage1/log.jsonl").read_text().splitlines()]
     assert steps == list(range(5))

@@ -26,26 +26,21 @@ def run(name: str, *arguments: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_meta_train_your_own(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_meta_train_your_own_and_push(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len((EXAMPLES / "meta_train_your_own.py").read_text().splitlines()) < 43
-    out = run("meta_train_your_own.py", "0.1", folder=tmp_path)
+    settings = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_token"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    out = run("meta_train_your_own.py", "0.2", "user/example", folder=tmp_path)
     losses = dict(re.findall(r"^(\S+(?: [\d.]+)?) +final loss ([\d.]+)", out, re.MULTILINE))
     assert list(losses)[:2] == ["default", "mine"]
     assert len(losses) == 6
     assert float(losses["mine"]) < 1.0
-
-
-@pytest.mark.slow
-def test_meta_train_your_own_and_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with HubServer() as hub:
-        settings = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_token"}
-        for name, value in settings.items():
-            monkeypatch.setenv(name, value)
-        out = run("meta_train_your_own.py", "0.1", "user/mine", folder=tmp_path)
-        (commit,) = re.findall(r"^pushed as revision (\w+)$", out, re.MULTILINE)
-        files = hub.repositories["user/mine"].commits[commit]
+    (commit,) = re.findall(r"^pushed as revision (\w+)$", out, re.MULTILINE)
+    files = hub.repositories["user/example"].commits[commit]
     assert {"config.json", "model.safetensors", "meta_train.json"} <= files.keys()
-    assert "mine" in files["README.md"].decode(), "the model card of the run"
+    assert "| families | problem |" in files["README.md"].decode(), "the model card of the run"
 
 
 @pytest.mark.parametrize("path", [*PROGRAMS, EXAMPLES / "meta_train_your_own.py"], ids=lambda path: path.stem)

@@ -1,110 +1,27 @@
 """Optimizer networks to and from the Hub, and every way in which that can fail.
 
-The real huggingface_hub client runs in processes of its own, since it reads its settings at import, against `hub_server`.
+The real huggingface_hub client runs in processes of its own (`hub_client`), against `hub_server`.
 """
 
-import json
-import os
 import socket
-import subprocess
-import sys
 
 import pytest
-from hub_server import HubServer
+from hub_client import Client, HubError
 from test_weights import network
 
 from learned_optim import load_network
 from learned_optim.weights import fingerprint
 
-CLIENT = """
-import json, sys, time
-if "no-wait" in sys.argv:
-    time.sleep = lambda seconds: None  # between retries
-import torch
-from learned_optim import LearnedOptimizer, NetworkConfig, OptimizerNetwork, load_network
-from learned_optim.weights import fingerprint
-
-def network(seed):
-    torch.manual_seed(seed)
-    return OptimizerNetwork(NetworkConfig(hidden_units=3, momentum=0.8))
-
-def broken():
-    result = network(1)
-    torch.nn.init.constant_(result.coordinate.out, float("nan"))
-    return result
-
-def load(*args, **kwargs):
-    return fingerprint(load_network(*args, **kwargs))
-
-for line in sys.stdin:
-    try:
-        answer = {"value": eval(line)}
-    except Exception as error:
-        answer = {"kinds": [kind.__name__ for kind in type(error).__mro__], "message": str(error), "cause": type(error.__cause__).__name__}
-    print(json.dumps(answer), flush=True)
-"""
-
-
-class HubError(Exception):
-    def __init__(self, answer):
-        super().__init__(f"{answer['kinds'][0]}: {answer['message']} (from {answer['cause']})")
-        self.kinds, self.cause = answer["kinds"], answer["cause"]
-
-
-class Client:
-    """A Python process with its own huggingface_hub settings; calling it evaluates an expression there."""
-
-    def __init__(self, home, endpoint, *args, **settings):
-        env = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}
-        env |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        env |= {"OMP_NUM_THREADS": "1", **settings}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", CLIENT, *args], env=env, cwd=home, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-
-    def __call__(self, expression):
-        self.process.stdin.write(expression + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        if "value" not in answer:
-            raise HubError(answer)
-        return answer["value"]
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(10)
-        self.process.stdout.close()
-
 
 @pytest.fixture(scope="module")
-def hub():
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("hf-home")
-
-
-@pytest.fixture(scope="module")
-def clients(hub, home):
+def clients(hub, online):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         dead = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    clients = {
-        "online": Client(home, hub.url),
-        "offline": Client(home, hub.url, HF_HUB_OFFLINE="1"),
-        "dead": Client(home, dead, "no-wait"),
-    }
-    yield clients
-    for client in clients.values():
+    others = {"offline": Client(online.home, hub.url, HF_HUB_OFFLINE="1"), "dead": Client(online.home, dead, "no-wait")}
+    yield {"online": online, **others}
+    for client in others.values():
         client.close()
-
-
-@pytest.fixture
-def online(clients):
-    return clients["online"]
 
 
 def push(client, repo, seed, **options):
@@ -208,7 +125,7 @@ def test_errors_of_the_hub(hub, clients, client, source, revision, message, caus
     if "user/errors" not in hub.repositories:
         push(clients["online"], "user/errors", 1)
         for name in ("gated", "empty", "newer"):
-            clients["online"](f"__import__('huggingface_hub').create_repo('user/{name}').repo_id")
+            clients["online"](f"__import__('huggingface_hub').create_repo('user/{name}', exist_ok=True).repo_id")
         files = dict(hub.repositories["user/errors"].commits[hub.repositories["user/errors"].refs["main"]])
         hub.repositories["user/newer"].commit({**files, "config.json": b'{"format_version": 99}'})
     with pytest.raises(HubError, match="^" + message) as caught:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from test_rule import acting_network
+from rule_helpers import acting_network
 from torch import Generator, Tensor, nn
 
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network

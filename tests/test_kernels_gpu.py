@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from rule_helpers import acting_network
 from test_kernels import FORMATS, assert_near, assert_states_near, network_of
-from test_rule import acting_network
 from torch import Generator, Tensor, nn
 
 from learned_optim import LearnedOptimizer, OptimizerNetwork, rule

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_client import Client, HubError
 from hub_server import HubServer
 from meta_train_helpers import SMALL, acting_network, tiny_config, tiny_task
 from torch import Generator, nn
@@ -224,31 +225,15 @@ def test_a_run_that_diverges_raises_and_keeps_its_weights(tmp_path: Path, monkey
     assert (tmp_path / "checkpoint.pt").exists()
 
 
-def test_a_finished_folder_is_published_whole(tmp_path: Path) -> None:
-    """With the real client, in a process of its own, since the client reads its endpoint once."""
-    import os
-    import subprocess
-
-    result = meta_train(TASKS, tiny_config(**EVALUATED), folder=tmp_path / "mine")
-    program = (
-        "import sys; from learned_optim import LearnedOptimizer, load_network; import torch\n"
-        "network = load_network(sys.argv[1])\n"
-        "print(network.push_to_hub('user/mine', folder=sys.argv[1]))\n"
-        "print(LearnedOptimizer(torch.nn.Linear(2, 2).parameters(), 'user/mine').param_groups[0]['weights'])\n"
-        "network.log_step_size.data += 1\n"
-        "try: network.push_to_hub('user/mine', folder=sys.argv[1])\n"
-        "except ValueError as error: print(error)\n"
-    )
-    with HubServer() as server:
-        environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_token"}
-        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        call = [sys.executable, "-c", program, str(tmp_path / "mine")]
-        done = subprocess.run(call, capture_output=True, text=True, env=environment, check=False, timeout=120)
-        assert done.returncode == 0, done.stderr
-        commit, loaded, refused = done.stdout.splitlines()
-        files = server.repositories["user/mine"].commits[commit]
-    assert loaded == fingerprint(result.network)
-    assert "would describe others" in refused
+def test_a_finished_folder_is_published_whole(hub: HubServer, online: Client, tmp_path: Path) -> None:
+    result = meta_train(TASKS, tiny_config(**EVALUATED), folder=tmp_path)
+    push = f"push_to_hub('user/whole', folder={str(tmp_path)!r})"
+    commit = online(f"load_network({str(tmp_path)!r}).{push}")
+    optimizer = "LearnedOptimizer(torch.nn.Linear(2, 2).parameters(), 'user/whole')"
+    assert online(f"{optimizer}.param_groups[0]['weights']") == fingerprint(result.network)
+    with pytest.raises(HubError, match=r"ValueError: .*would describe others"):
+        online(f"network(1).{push}")
+    files = hub.repositories["user/whole"].commits[commit]
     expected = ["README.md", "config.json", "curves.png", "meta_train.json", "model.safetensors"]
     assert sorted(set(files) - {".gitattributes"}) == expected
-    assert files["README.md"] == (tmp_path / "mine/README.md").read_bytes()
+    assert files["README.md"] == (tmp_path / "README.md").read_bytes()

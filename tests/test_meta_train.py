@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
 from learned_optim.config import to_json
-from learned_optim.meta_train import FAMILIES, MetaTrainingDivergedError, ModuleTask, meta_train, slots
+from learned_optim.meta_train import FAMILIES, MetaTrainingDivergedError, MetaTrainResult, ModuleTask, meta_train, slots
 from learned_optim.meta_train import __main__ as command
 from learned_optim.meta_train.loop import divergence, schedule
 from learned_optim.meta_train.slots import Slot
@@ -227,30 +227,37 @@ class KilledError(Exception):
 
 
 MIX = {"coordinate": "exact", "controller": "pes", "log_": "es"}
+KILLED = tiny_config(meta_steps=7, warm_restart=0.5, estimators=MIX, gradient_noise=0.5, loss_scale=0.5)
+TWO_FAMILIES = {name: FAMILIES[name] for name in ("mlp", "regression")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[MetaTrainResult, Path]:
+    """A run that was not killed, and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    return meta_train(TWO_FAMILIES, KILLED, folder=folder), folder
 
 
 @pytest.mark.parametrize("kill_after", [1, 2, 4])  # before the first checkpoint, right at one, between two
-def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, kill_after: int) -> None:
-    families = {name: FAMILIES[name] for name in ("mlp", "regression")}
-    config = tiny_config(meta_steps=7, warm_restart=0.5, estimators=MIX, gradient_noise=0.5, loss_scale=0.5)
-    whole = meta_train(families, config, folder=tmp_path / "whole")
+def test_a_killed_run_resumes_to_the_same_numbers(whole: tuple[MetaTrainResult, Path], tmp_path: Path, kill_after: int) -> None:
+    result, folder = whole
 
     def kill(meta_step: int, figures: dict[str, float]) -> None:
         if meta_step == kill_after:
             raise KilledError
 
     with pytest.raises(KilledError):
-        meta_train(families, config, folder=tmp_path / "killed", progress=kill)
+        meta_train(TWO_FAMILIES, KILLED, folder=tmp_path, progress=kill)
     resumed_at = []
-    resumed = meta_train(families, config, folder=tmp_path / "killed", progress=lambda step, _: resumed_at.append(step))
+    resumed = meta_train(TWO_FAMILIES, KILLED, folder=tmp_path, progress=lambda step, _: resumed_at.append(step))
     assert resumed_at[0] == kill_after // 2 * 2
-    assert resumed.meta_losses == whole.meta_losses
-    for name, weight in whole.network.state_dict().items():
+    assert resumed.meta_losses == result.meta_losses
+    for name, weight in result.network.state_dict().items():
         assert torch.equal(resumed.network.state_dict()[name], weight)
-    logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("whole", "killed")]
+    logs = [[json.loads(line) for line in (each / "log.jsonl").read_text().splitlines()] for each in (folder, tmp_path)]
     assert [entry["meta_step"] for entry in logs[1]] == list(range(7))
     assert [entry["meta_loss"] for entry in logs[1]] == [entry["meta_loss"] for entry in logs[0]]
-    assert not list((tmp_path / "killed").glob("*.tmp"))
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`LearnedOptimizer` as torch, its schedulers, its scalers and its checkpoints use an optimizer."""
+"""The steps of `LearnedOptimizer`, its closures, hooks, weights and devices."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 from optimizer_helpers import assert_same, loss_of, make_model, train, values
-from test_rule import acting_network
+from rule_helpers import acting_network
 from torch import Tensor, nn
-from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from learned_optim import rule
@@ -25,11 +24,6 @@ from learned_optim.storage import DTYPES
 from learned_optim.weights import fingerprint
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
-
-
-@pytest.fixture
-def network() -> OptimizerNetwork:
-    return acting_network()
 
 
 # The rule, driven in place
@@ -100,9 +94,9 @@ def test_step_touches_nothing_else(network: OptimizerNetwork) -> None:
     assert not any(value.requires_grad for state in optimizer.state.values() for value in state.values())
 
 
-def test_network_of_the_caller_stays_trainable(network: OptimizerNetwork) -> None:
+def test_network_of_the_caller_stays_trainable() -> None:
     """The optimizer takes a copy: meta-training may go on with the original, and does not change a running optimizer."""
-    model, other = make_model(), make_model()
+    network, model, other = acting_network(), make_model(), make_model()
     optimizer, reference = LearnedOptimizer(model.parameters(), network), LearnedOptimizer(other.parameters(), acting_network())
     assert all(param.requires_grad for param in network.parameters())
     train(model, optimizer, range(2))
@@ -232,19 +226,6 @@ def test_network_of_another_dtype_runs_in_fp32(network: OptimizerNetwork) -> Non
     assert_same(optimizer.state_dict(), reference.state_dict())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_small_gradients_of_half_precision_survive(network: OptimizerNetwork, dtype: torch.dtype) -> None:
-    """They are squared in fp32: 1e-4 squared is zero in fp16."""
-    param, other = nn.Parameter(torch.ones(8, dtype=dtype)), nn.Parameter(torch.ones(8))
-    optimizer, reference = LearnedOptimizer([param], network), LearnedOptimizer([other], network)
-    param.grad = torch.linspace(-1e-4, 1e-4, 8).to(dtype)
-    other.grad = param.grad.float()
-    optimizer.step()
-    reference.step()
-    assert_same(optimizer.state_dict()["state"], reference.state_dict()["state"])
-    assert_same(param.detach(), other.detach().to(dtype))
-
-
 # Where the weights come from
 
 
@@ -263,271 +244,6 @@ def test_weights_of_a_local_folder(network: OptimizerNetwork, tmp_path: Path) ->
     assert_same(dict(LearnedOptimizer(make_model().parameters(), tmp_path).network.state_dict()), dict(network.state_dict()))
     with pytest.raises(ValueError, match="revision applies only to the Hub"):
         LearnedOptimizer(make_model().parameters(), tmp_path, revision="main")
-
-
-# Parameter groups
-
-
-def test_add_param_group_while_training(network: OptimizerNetwork) -> None:
-    """Its parameters count from their own first step, and the others go on."""
-    model = make_model()
-    optimizer = LearnedOptimizer(model.first.parameters(), network, total_steps=10)
-    train(model, optimizer, range(3))
-    optimizer.add_param_group({"params": list(model.second.parameters()), "lr": 0.5, "total_steps": 20})
-    before = values(model)
-    train(model, optimizer, range(3, 5))
-    assert {key: optimizer.param_groups[1][key] for key in ("lr", "weight_decay", "total_steps")} == {
-        "lr": 0.5,
-        "weight_decay": 0.0,
-        "total_steps": 20,
-    }
-    assert [optimizer.state[param]["control"][0].item() for param in model.first.parameters()] == [5, 5]
-    assert [optimizer.state[param]["control"][0].item() for param in model.second.parameters()] == [2, 2]
-    assert not torch.equal(model.second.weight, before["second.weight"])
-
-
-BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"lr": -0.1}, "must not be negative, got -0.1"),
-    ({"lr": float("nan")}, "must not be negative, got nan"),
-    ({"lr": torch.tensor([0.1, 0.2])}, "Tensor lr must be 1-element"),
-    ({"weight_decay": -1.0}, "weight_decay must not be negative, got -1.0"),
-    ({"total_steps": 0}, "total_steps must be a positive number of optimizer steps.*got 0"),
-    ({"total_steps": 10.5}, "total_steps must be a positive number of optimizer steps.*got 10.5"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
-def test_constructor_refuses_bad_options(network: OptimizerNetwork, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LearnedOptimizer([nn.Parameter(torch.ones(2))], network, **options)
-
-
-@pytest.mark.parametrize(
-    ("group", "message"),
-    [
-        *(({"params": [torch.ones(2)], **options}, message) for options, message in BAD_OPTIONS),
-        ({"params": [torch.ones(2), nn.Parameter(torch.ones(2, dtype=torch.complex64))]}, "got one of dtype torch.complex64"),
-        ({"params": [nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn))]}, "got one of dtype torch.float8_e4m3fn"),
-    ],
-)
-def test_bad_group_leaves_the_optimizer_as_it_was(network: OptimizerNetwork, group: dict[str, Any], message: str) -> None:
-    model = make_model()
-    optimizer = LearnedOptimizer(model.parameters(), network)
-    train(model, optimizer, range(1))
-    before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=message):
-        optimizer.add_param_group(dict(group))
-    assert_same(optimizer.state_dict(), before)
-    train(model, optimizer, range(1, 2))
-
-
-def test_complex_parameters_are_refused(network: OptimizerNetwork) -> None:
-    with pytest.raises(ValueError, match=r"real floating-point parameters, got one of dtype torch\.complex64"):
-        LearnedOptimizer([nn.Parameter(torch.ones(2, dtype=torch.complex64))], network)
-
-
-# Learning rate schedulers
-
-SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
-    "LambdaLR": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
-    "CosineAnnealingLR": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=6),
-    "LinearLR": lambda optimizer: lr_scheduler.LinearLR(optimizer, start_factor=0.2, total_iters=4),
-    "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=1.5, total_steps=8, cycle_momentum=False),
-    "ReduceLROnPlateau": lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
-}
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("kind", ["float", "0-d", "1-d"])
-def test_schedulers(network: OptimizerNetwork, name: str, kind: str) -> None:
-    """Training under a scheduler is training with the lr of each step put in by hand."""
-    lr = {"float": 1.0, "0-d": torch.tensor(1.0), "1-d": torch.tensor([1.0])}[kind]
-    model, other = make_model(), make_model()
-    optimizer = LearnedOptimizer(model.parameters(), network, lr=lr, weight_decay=0.1)
-    reference = LearnedOptimizer(other.parameters(), network, weight_decay=0.1)
-    scheduler = SCHEDULERS[name](optimizer)
-    used = []
-    for step in range(5):
-        used.append(float(optimizer.param_groups[0]["lr"]))
-        reference.param_groups[0]["lr"] = used[-1]
-        train(model, optimizer, range(step, step + 1))
-        train(other, reference, range(step, step + 1))
-        scheduler.step(*[1.0] if name == "ReduceLROnPlateau" else [])
-    torch.testing.assert_close(values(model), values(other), rtol=1e-5, atol=1e-6)
-    assert len(set(used)) > 2
-    assert isinstance(optimizer.param_groups[0]["lr"], float if kind == "float" else Tensor)
-
-
-# Gradient scaling
-
-
-def test_grad_scaler_skips_infinite_gradients(network: OptimizerNetwork) -> None:
-    """Parameters and state stay as they are; finite gradients arrive unscaled."""
-    model, other = make_model(), make_model()
-    optimizer, reference = LearnedOptimizer(model.parameters(), network), LearnedOptimizer(other.parameters(), network)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for step in range(4):
-        optimizer.zero_grad()
-        scaler.scale(loss_of(model, step)).backward()
-        if step == 2:
-            model.first.weight.grad[0, 0] = torch.inf
-            before = copy.deepcopy((values(model), optimizer.state_dict()))
-            scaler.step(optimizer)
-            assert_same((values(model), optimizer.state_dict()), before)
-        else:
-            scaler.step(optimizer)
-            train(other, reference, range(step, step + 1))
-        scaler.update()
-    assert scaler.get_scale() == 512.0
-    assert_same(values(model), values(other))
-
-
-# Missing, zero and unusual gradients
-
-
-def test_parameters_without_gradient_are_left_out(network: OptimizerNetwork) -> None:
-    model, other = make_model(), make_model()
-    optimizer = LearnedOptimizer(model.parameters(), network, weight_decay=0.1)
-    reference = LearnedOptimizer(other.first.parameters(), network, weight_decay=0.1)
-    before = values(model)
-    for step in range(3):
-        for each in (model, other):
-            each.zero_grad()
-            loss_of(each, step).backward()
-        for name, param in model.named_parameters():
-            if not name.startswith("first"):
-                param.grad = None
-        optimizer.step()
-        reference.step()
-    assert_same(values(model.first), values(other.first))
-    assert_same(values(model.second), {name: before[f"second.{name}"] for name in ("weight", "bias")})
-    assert set(optimizer.state) == set(model.first.parameters())
-
-
-def test_zero_gradients_before_the_first_change_nothing(network: OptimizerNetwork) -> None:
-    model, other = make_model(), make_model()
-    optimizer = LearnedOptimizer(model.parameters(), network, weight_decay=0.1, total_steps=5)
-    reference = LearnedOptimizer(other.parameters(), network, weight_decay=0.1, total_steps=5)
-    before = values(model)
-    for _ in range(3):
-        for param in model.parameters():
-            param.grad = torch.zeros_like(param)
-        optimizer.step()
-    assert_same(values(model), before)
-    assert not any(value.any() for state in optimizer.state.values() for value in state.values())
-    train(model, optimizer, range(5))
-    train(other, reference, range(5))
-    assert_same(values(model), values(other))
-
-
-@pytest.mark.parametrize("scheduled", [False, True])
-def test_no_gradient_at_all_warns(network: OptimizerNetwork, scheduled: bool) -> None:
-    """With the line that called `step`, so that Python shows it once per such line."""
-    model = make_model()
-    optimizer = LearnedOptimizer(model.parameters(), network)
-    if scheduled:
-        lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    before = values(model)
-    with pytest.warns(UserWarning, match="found no gradient on any of its parameters") as record:
-        optimizer.step()
-    assert scheduled or record[0].filename == __file__
-    assert_same(values(model), before)
-    assert not optimizer.state
-
-
-def test_sparse_gradients_are_refused(network: OptimizerNetwork) -> None:
-    """By name, and before any other parameter has moved."""
-    dense, embedding = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4, 2))
-    optimizer = LearnedOptimizer([dense, embedding], network)
-    dense.grad, embedding.grad = torch.ones(3), torch.eye(4)[:, :2].to_sparse()
-    with pytest.raises(RuntimeError, match=r"does not support sparse gradients.*shape \(4, 2\)"):
-        optimizer.step()
-    assert_same([dense.detach(), embedding.detach()], [torch.ones(3), torch.ones(4, 2)])
-
-
-def test_sparse_embedding_is_refused(network: OptimizerNetwork) -> None:
-    embedding = nn.Embedding(5, 2, sparse=True)
-    optimizer = LearnedOptimizer(embedding.parameters(), network)
-    embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match="sparse=False"):
-        optimizer.step()
-
-
-@pytest.mark.parametrize("layout", ["transposed", "channels_last", "strided", "expanded grad"])
-def test_memory_layout_does_not_matter(network: OptimizerNetwork, layout: str) -> None:
-    generator = torch.Generator().manual_seed(2)
-    plain = torch.randn(4, 3, 2, 2, generator=generator)
-    grads = [torch.randn(4, 3, 2, 2, generator=generator) for _ in range(3)]
-
-    def arrange(tensor: Tensor) -> Tensor:
-        match layout:
-            case "transposed":
-                return tensor.transpose(0, 3).contiguous().transpose(0, 3)
-            case "channels_last":
-                return tensor.contiguous(memory_format=torch.channels_last)
-            case "strided":
-                return tensor.repeat_interleave(2, dim=-1)[..., ::2]
-        return tensor
-
-    if layout == "expanded grad":
-        grads = [torch.full((4, 3, 2, 2), 0.3), torch.full((4, 3, 2, 2), -0.1)]
-    param, other = nn.Parameter(arrange(plain.clone())), nn.Parameter(plain.clone())
-    optimizer, reference = (LearnedOptimizer([each], network, weight_decay=0.1) for each in (param, other))
-    for grad in grads:
-        other.grad = grad
-        param.grad = grad.flatten()[0].expand(4, 3, 2, 2) if layout == "expanded grad" else arrange(grad)
-        assert layout == "expanded grad" or not param.is_contiguous()
-        optimizer.step()
-        reference.step()
-    torch.testing.assert_close(param.detach(), other.detach(), rtol=1e-6, atol=1e-7)
-    assert_same(optimizer.state_dict(), reference.state_dict())
-
-
-def test_shared_parameters_are_one(network: OptimizerNetwork) -> None:
-    """Tied embeddings: one state, one move a step, with the sum of the gradients."""
-    embedding, head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
-    head.weight = embedding.weight
-    model = nn.Sequential(embedding, head)
-    single = nn.Parameter(embedding.weight.detach().clone())
-    optimizer, reference = LearnedOptimizer(model.parameters(), network), LearnedOptimizer([single], network)
-    words = torch.tensor([0, 3, 3, 6])
-    for _ in range(3):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(words), words).backward()
-        reference.zero_grad()
-        nn.functional.cross_entropy(nn.functional.linear(nn.functional.embedding(words, single), single), words).backward()
-        optimizer.step()
-        reference.step()
-    assert_same(embedding.weight.detach(), single.detach())
-    assert len(optimizer.state) == 1
-    assert len(optimizer.state_dict()["state"]) == 1
-
-
-def test_parameter_named_twice_moves_once(network: OptimizerNetwork) -> None:
-    """Torch only warns of a list that names a parameter twice, such as the parameters of two tied layers one after the other."""
-    param, other = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
-    with pytest.warns(UserWarning, match="duplicate parameters"):
-        optimizer = LearnedOptimizer([param, param], network)
-    reference = LearnedOptimizer([other], network)
-    param.grad = other.grad = torch.arange(6.0).reshape(3, 2)
-    optimizer.step()
-    reference.step()
-    assert_same(param.detach(), other.detach())
-
-
-def test_parameters_may_be_swapped_before_the_first_step(network: OptimizerNetwork) -> None:
-    """FSDP and accelerate replace the parameters after the optimizer was built."""
-    model, other = make_model(), make_model()
-    optimizer, reference = LearnedOptimizer(model.parameters(), network), LearnedOptimizer(other.parameters(), network)
-    assert not optimizer.state
-    replacements = make_model()
-    optimizer.param_groups[0]["params"] = list(replacements.parameters())
-    before = values(model)
-    train(replacements, optimizer, range(3))
-    train(other, reference, range(3))
-    assert_same(values(replacements), values(other))
-    assert_same(values(model), before)
-    assert set(optimizer.state) == set(replacements.parameters())
 
 
 # Hooks

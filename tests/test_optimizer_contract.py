@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_rule import acting_network
+from rule_helpers import acting_network
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR, ReduceLROnPlateau, StepLR

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from optimizer_helpers import assert_same, make_model, save_and_load, train, values
-from test_rule import acting_network
+from rule_helpers import acting_network
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,11 +22,6 @@ from learned_optim.config import NetworkConfig
 from learned_optim.network import OptimizerNetwork
 from learned_optim.optimizer import LearnedOptimizer, init_state
 from learned_optim.weights import fingerprint
-
-
-@pytest.fixture
-def network() -> OptimizerNetwork:
-    return acting_network()
 
 
 @pytest.fixture

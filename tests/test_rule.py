@@ -1,32 +1,23 @@
-"""Properties that the update rule must have whatever its weights are, and the derivatives that meta-training takes of it."""
+"""Properties that the update rule must have whatever its weights are."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from rule_helpers import acting_network, assert_updates_close, draw, flat, fresh, layout_of, rms, run, step, steps_of
+from rule_helpers import SHAPES, assert_updates_close, draw, flat, fresh, layout_of, rms, run, step, steps_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learned_optim import rule
 from learned_optim.config import NetworkConfig
 from learned_optim.network import OptimizerNetwork
-from learned_optim.rule import CONTROL, DRIFT_STEPS, LONG, SMALL, TREND_STEPS, init_state, newton_schulz, orthogonalize, update
+from learned_optim.rule import CONTROL, DRIFT_STEPS, TREND_STEPS, init_state, update
 
-SHAPES = [(), (1,), (7,), (1, 6), (5, 3), (6, 1), (3, 8), (4, 3, 2, 2), (4, 12), (8, 3)]  # the last three have one kind of fans twice
 MATRICES = [(16, 16), (32, 8), (8, 32), (12, 3, 3, 3)]
 VECTORS = [(9,), (1, 9), (9, 1)]
-
-
-@pytest.fixture
-def network() -> OptimizerNetwork:
-    return acting_network().requires_grad_(False)
 
 
 def test_layout() -> None:
@@ -256,93 +247,6 @@ def test_matrices_without_orthogonalisation_are_sized_as_vectors(generator: torc
     assert rms(change) == pytest.approx((plain.log_step_size + plain.log_vector_gain).exp().item(), rel=1e-5)
 
 
-def orthogonalized(wide: Tensor, steps: int) -> Tensor:
-    """By iterations on whole matrices (batch, rows, columns), nothing shared between them."""
-    wide = wide / (wide @ wide.mT).square().sum((-2, -1), keepdim=True) ** 0.25
-    for _ in range(steps):
-        wide = newton_schulz(wide, wide @ wide.mT)[0]
-    return wide
-
-
-@pytest.mark.parametrize("shape", [(SMALL, LONG * SMALL), (2, 5 * SMALL, SMALL)], ids=str)
-def test_long_matrices_are_orthogonalised_by_their_gram_matrix(generator: torch.Generator, shape: tuple[int, ...]) -> None:
-    """The same numbers, to rounding, as the iteration on the whole matrix."""
-    matrix = torch.randn(shape, generator=generator) * torch.logspace(0, -3, shape[-1])
-    wide = (matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix).reshape(-1, SMALL, max(shape[-2:]))
-    wide = orthogonalized(wide, 5)
-    expected = (wide.mT if matrix.shape[-2] > matrix.shape[-1] else wide).reshape(shape)
-    torch.testing.assert_close(orthogonalize(matrix, 5), expected, rtol=0, atol=2e-3 * expected.abs().max().item())
-
-
-class LargestResult(TorchDispatchMode):
-    """How many numbers the largest tensor had that an operation made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.size = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and not func.is_view:
-            self.size = max(self.size, out.numel())
-        return out
-
-
-def test_no_more_matrices_are_in_hand_at_once_than_there_is_room_for(
-    monkeypatch: pytest.MonkeyPatch, network: OptimizerNetwork, generator: torch.Generator
-) -> None:
-    directions = [torch.randn(size, generator=generator) for size in (8 * 6,) * 7]
-    layout = layout_of([torch.ones(8, 6)] * 7)
-    expected = dict(rule.orthogonalize_all(directions, layout, network.config))
-    monkeypatch.setattr(rule, "TOGETHER", 3 * 8 * 6 - 1)
-    with LargestResult() as largest:
-        found = dict(rule.orthogonalize_all(directions, layout, network.config))
-    assert largest.size <= 2 * 8 * 6
-    assert found.keys() == expected.keys()
-    for k, matrix in found.items():
-        torch.testing.assert_close(matrix, expected[k])
-
-
-@pytest.mark.parametrize("shape", [(SMALL, SMALL + 9), (3, SMALL + 5, SMALL)], ids=str)
-def test_derivative_of_large_matrices(generator: torch.Generator, shape: tuple[int, ...]) -> None:
-    """It is written by hand, and equals that of the operations one by one; so does what vmap makes of it."""
-    matrix, weight = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-
-    def plain(matrix: Tensor) -> Tensor:
-        wide = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
-        wide = orthogonalized(wide.reshape(-1, *wide.shape[-2:]), 3)
-        return (wide.mT if matrix.shape[-2] > matrix.shape[-1] else wide).view(matrix.shape)
-
-    def slope(function: Callable[[Tensor], Tensor]) -> Tensor:
-        return torch.func.grad(lambda matrix: (function(matrix) * weight).sum())(matrix)
-
-    expected = slope(plain)
-    torch.testing.assert_close(slope(lambda matrix: orthogonalize(matrix, 3)), expected, rtol=1e-9, atol=1e-10)
-    if len(shape) == 3:
-        torch.testing.assert_close(slope(torch.func.vmap(lambda matrix: orthogonalize(matrix, 3))), expected, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("shape", [(12, 12), (20, 7), (7, 20)], ids=str)
-def test_orthogonalize_keeps_the_singular_vectors(generator: torch.Generator, shape: tuple[int, int]) -> None:
-    left, _, right = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
-    spread = torch.logspace(-2, 0, left.shape[1], dtype=torch.float64)
-    result = orthogonalize((left * spread) @ right, 5)
-    inner = left.mT @ result @ right.mT
-    torch.testing.assert_close(inner - inner.diagonal().diag(), torch.zeros_like(inner), rtol=0, atol=1e-9)
-    assert inner.diagonal().min() > 0.6
-    assert inner.diagonal().max() < 1.3
-    torch.testing.assert_close(orthogonalize(((left * spread) @ right).mT, 5), result.mT, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("side", [8, 64, 512])
-def test_three_iterations_are_enough_whatever_the_size(generator: torch.Generator, side: int) -> None:
-    """Scaled by the Frobenius norm, singular values of 512 columns would begin at 1 / 23 and end below a half."""
-    found = torch.linalg.svdvals(orthogonalize(torch.linalg.qr(torch.randn(side, side, generator=generator))[0], 3))
-    assert found.min() > 0.65
-    assert found.max() < 1.25
-    assert not orthogonalize(torch.zeros(side, side), 3).any()
-
-
 def test_coordinates_without_gradient_never_move(network: OptimizerNetwork, generator: torch.Generator) -> None:
     """Rows and columns of a matrix (an embedding's unused words), and single coordinates of a vector."""
     shapes = [(8,), (6, 5), (5, 6), (6, 5)]  # matrices of one shape are orthogonalised together
@@ -439,120 +343,3 @@ def test_replicas_side_by_side_are_a_loop(network: OptimizerNetwork, generator: 
         torch.testing.assert_close(change[replica], flat(history[-1]), rtol=1e-4, atol=1e-5)
         mine = {key: value[:, replica] if key in ("control", "hidden", "cell") else value[replica] for key, value in state.items()}
         torch.testing.assert_close(mine, own_state, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("size", [1, 7, 40])
-def test_blocks_change_neither_updates_nor_derivatives(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator, size: int) -> None:
-    network, params = acting_network(torch.float64), draw(SHAPES, generator, torch.float64)
-    gradients = [draw(SHAPES, generator, torch.float64) for _ in range(3)]
-
-    def results() -> list[Tensor]:
-        leaves = [grad.clone().requires_grad_() for grads in gradients for grad in grads]
-        count = len(SHAPES)
-        history, state = run(network, params, [leaves[begin : begin + count] for begin in range(0, len(leaves), count)])
-        total = sum(change.square().sum() + change.sin().sum() for updates in history for change in updates)
-        derivatives = torch.autograd.grad(total, [*network.parameters(), *leaves])
-        with torch.no_grad():
-            plain, _ = run(network, params, gradients)
-        return [*itertools.chain(*history), *itertools.chain(*plain), *state.values(), *derivatives]
-
-    whole = results()
-    monkeypatch.setattr("learned_optim.rule.BLOCK", size)
-    for blocked, expected in zip(results(), whole, strict=True):
-        torch.testing.assert_close(blocked, expected, rtol=1e-9, atol=1e-10)
-
-
-class Optimizee:
-    """A small regression in float64 whose losses are summed over a short unroll."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self.inputs, self.targets = draw([(6, 4), (6, 2)], generator, torch.float64)
-        self.start = [0.5 * param for param in draw([(5, 4), (5,), (2, 5), ()], generator, torch.float64)]
-
-    def loss(self, params: Sequence[Tensor]) -> Tensor:
-        hidden = nn.functional.linear(self.inputs, params[0], params[1]).tanh()
-        return (params[3] + nn.functional.linear(hidden, params[2]) - self.targets).square().mean()
-
-    def meta_loss(self, network: OptimizerNetwork, total_steps: float, *, exact: bool = True) -> Tensor:
-        """Losses after 1, 2 and 3 steps; not `exact` leaves out the optimizee's second derivatives."""
-        params = [param.clone().requires_grad_() for param in self.start]
-        state = fresh(params, network)
-        total = torch.zeros((), dtype=torch.float64)
-        for _ in range(3):
-            grads = torch.autograd.grad(self.loss(params), params, create_graph=True)
-            grads = [grad if exact else grad.detach() for grad in grads]
-            updates, state = step(network, params, grads, state, total_steps)
-            params = [param + change for param, change in zip(params, updates, strict=True)]
-            total = total + self.loss(params)
-        return total
-
-
-@pytest.mark.parametrize("total_steps", [math.inf, 5.0])
-def test_meta_gradient_matches_finite_differences(generator: torch.Generator, total_steps: float) -> None:
-    """In every tensor of the network, along a random direction, through the optimizee's second derivatives too."""
-    network, optimizee = acting_network(torch.float64), Optimizee(generator)
-    with torch.no_grad():
-        network.log_step_size.fill_(math.log(1.5))  # far too long steps, so that the controller shortens them within the few there are
-        network.controller.log_start.fill_(-0.05)  # and not at once as short as a warm-up makes them
-    weights = dict(network.named_parameters())
-    gradients = torch.autograd.grad(optimizee.meta_loss(network, total_steps), list(weights.values()))
-    width = 1e-6
-    for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
-        direction = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-        values = []
-        for sign in (1, -2):
-            with torch.no_grad():
-                weight.add_(direction, alpha=sign * width)
-            values.append(optimizee.meta_loss(network, total_steps).item())
-        with torch.no_grad():
-            weight.add_(direction, alpha=width)
-        slope = (gradient * direction).sum().item()
-        unused = name == f"controller.{'log_caution' if math.isinf(total_steps) else 'shrink'}"
-        assert (slope == 0) == unused, name
-        assert (values[0] - values[1]) / (2 * width) == pytest.approx(slope, rel=1e-4, abs=1e-8), name
-
-
-def test_meta_gradient_sees_second_derivatives(generator: torch.Generator) -> None:
-    """The exact gradient differs from the first-order one, so the path through the optimizee's gradient is really there."""
-    network, optimizee = acting_network(torch.float64), Optimizee(generator)
-    exact, first_order = (
-        torch.autograd.grad(optimizee.meta_loss(network, math.inf, exact=flag), network.coordinate.skip)[0] for flag in (True, False)
-    )
-    assert (exact - first_order).norm() > 1e-3 * exact.norm()
-
-
-@pytest.mark.parametrize("shape", [(3,), (3, 2)], ids=str)
-def test_update_passes_gradcheck(generator: torch.Generator, shape: tuple[int, ...]) -> None:
-    """With respect to the gradient, the parameter and the state."""
-    network = acting_network(torch.float64, hidden_units=2).requires_grad_(False)
-    params = draw([shape], generator, torch.float64)
-    _, state = run(network, params, [draw([shape], generator, torch.float64) for _ in range(2)])
-
-    def function(grad: Tensor, param: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        updates, new_state = step(network, [param], [grad], dict(zip(state, values, strict=True)))
-        return (*updates, *new_state.values())
-
-    arguments = [*draw([shape], generator, torch.float64), *params, *state.values()]
-    assert torch.autograd.gradcheck(function, [argument.clone().requires_grad_() for argument in arguments])
-
-
-@pytest.mark.parametrize("dead", ["everywhere", "one tensor", "some coordinates", "vanishing"])
-def test_derivatives_are_finite_at_zero_second_moments(generator: torch.Generator, dead: str) -> None:
-    """Dead units have exact zeros; one NaN there would end a meta-training run."""
-    network, params = acting_network(), [param.requires_grad_() for param in draw(SHAPES, generator)]
-    state, total = fresh(params, network), torch.zeros(())
-    leaves = []
-    for _ in range(3):
-        grads = draw(SHAPES, generator)
-        for k, grad in enumerate(grads):
-            if dead == "everywhere" or (dead == "one tensor" and k == 4):
-                grad.zero_()
-            elif dead == "some coordinates" and grad.dim():
-                grad[0] = 0
-            elif dead == "vanishing":
-                grad.mul_(1e-18)
-            leaves.append(grad.requires_grad_())
-        updates, state = step(network, params, grads, state)
-        total = total + sum(change.square().sum() + change.sum() for change in updates)
-    for gradient in torch.autograd.grad(total, [*network.parameters(), *params, *leaves], allow_unused=True):
-        assert gradient is None or gradient.isfinite().all()

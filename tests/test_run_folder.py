@@ -169,7 +169,8 @@ sys.exit(command.main(sys.argv[2:]))
 
 
 def run(program: str, *call: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    """Without a count of the lines that it runs, which could not be written to a full disk."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-c", program, *call], capture_output=True, text=True, check=False, timeout=120, env=environment)
 
 

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import sharded_checkpoints as checkpoints
+import sharded_models as models
 import sharded_worker as worker
 import torch
 import torch.distributed as dist
@@ -14,9 +16,12 @@ import torch.distributed.checkpoint as dcp
 from test_distributed import torchrun
 from test_tables import load
 from torch import nn
+from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import Partial, Shard, distribute_tensor
 
 from learned_optim import LearnedOptimizer
+
+TWO, MORE, FOUR = ([check.__name__ for check in checks] for checks in (worker.TWO, worker.MORE, worker.FOUR))
 
 
 def run(processes: int, folder: Path, *names: str, restarts: int = 0) -> str:
@@ -27,13 +32,13 @@ def run(processes: int, folder: Path, *names: str, restarts: int = 0) -> str:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("two")
-    return folder, run(2, folder, *worker.TWO)
+    return folder, run(2, folder, *TWO)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("four")
-    return folder, run(4, folder, *worker.FOUR)
+    return folder, run(4, folder, *FOUR)
 
 
 def assert_passed(folder: Path, processes: int, name: str, log: str) -> None:
@@ -43,13 +48,13 @@ def assert_passed(folder: Path, processes: int, name: str, log: str) -> None:
         assert not (outcome := json.loads(found.read_text())), outcome
 
 
-@pytest.mark.parametrize("name", worker.TWO)
+@pytest.mark.parametrize("name", TWO)
 def test_two_processes_train_as_one(two: tuple[Path, str], name: str) -> None:
     assert_passed(two[0], 2, name, two[1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", worker.FOUR)
+@pytest.mark.parametrize("name", FOUR)
 def test_four_processes_train_as_one(four: tuple[Path, str], name: str) -> None:
     assert_passed(four[0], 4, name, four[1])
 
@@ -59,14 +64,14 @@ def test_four_processes_train_as_one(four: tuple[Path, str], name: str) -> None:
 def test_one_process_goes_on_with_the_checkpoint_of_several(request: pytest.FixtureRequest, saved: str) -> None:
     folder, log = request.getfixturevalue(saved)
     assert_passed(folder, 2, "save_checkpoint", log)
-    model = worker.make(worker.Text)
+    model = models.make(models.Text)
     optimizer = LearnedOptimizer(model.named_parameters(), weight_decay=0.1, total_steps=20)
-    content = worker.checkpoint_of(model, optimizer)
+    content = checkpoints.checkpoint_of(model, optimizer)
     dcp.load(content, checkpoint_id=folder / "checkpoint", no_dist=True)
-    worker.set_model_state_dict(model, content["model"])
-    worker.set_optimizer_state_dict(model, optimizer, content["optimizer"])
-    worker.train(model, optimizer, steps=range(3, 6))
-    worker.assert_end(model, folder)
+    set_model_state_dict(model, content["model"])
+    set_optimizer_state_dict(model, optimizer, content["optimizer"])
+    models.train(model, optimizer, steps=range(3, 6))
+    checkpoints.assert_end(model, folder)
 
 
 @pytest.mark.slow
@@ -77,7 +82,7 @@ def test_two_processes_go_on_with_what_four_saved_and_outlive_a_killed_one(two: 
         assert_passed(saved, processes, "save_checkpoint", log)
     (folder / "killed").mkdir()
     shutil.copy(two[0] / "end.pt", folder / "killed")
-    names = ["load_checkpoint", "load_full", *worker.MORE, "survive"]
+    names = ["load_checkpoint", "load_full", *MORE, "survive"]
     log = run(2, folder, *names, restarts=1)
     for name in names:
         assert_passed(folder, 2, name, log)
@@ -107,7 +112,7 @@ def group() -> object:
 def test_fsdp1_is_refused(group: object, original: bool) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    model = FullyShardedDataParallel(worker.make(worker.Text), device_id=torch.device("cpu"), use_orig_params=original)
+    model = FullyShardedDataParallel(models.make(models.Text), device_id=torch.device("cpu"), use_orig_params=original)
     with pytest.raises(ValueError, match=r"FSDP1.*fully_shard"):
         LearnedOptimizer(model.parameters())
 

@@ -69,6 +69,9 @@ def helped(args: TrainingArguments, **options: Any) -> LearnedOptimizerTrainer:
     return LearnedOptimizerTrainer(args=args, **{"train_dataset": Counting(), "eval_dataset": Counting(8), **options})
 
 
+MAKERS = {"plain": plain, "helped": helped}
+
+
 def inner(trainer: Trainer) -> LearnedOptimizer:
     """The optimizer inside accelerate's wrapper."""
     optimizer = trainer.optimizer.optimizer
@@ -83,3 +86,12 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 def clocks(trainer: Trainer) -> set[float]:
     """The steps that the parameters' clocks show."""
     return {state["control"][0].item() for state in inner(trainer).state.values()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def card(trainer: Trainer) -> str:
+    trainer.create_model_card(model_name="mine")
+    return (Path(trainer.args.output_dir) / "README.md").read_text()

@@ -1,0 +1,158 @@
+"""Parameter groups and their options, learning rate schedulers, and which parameters a group may have."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from optimizer_helpers import assert_same, make_model, train, values
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+from learned_optim.network import OptimizerNetwork
+from learned_optim.optimizer import LearnedOptimizer
+
+# Parameter groups
+
+
+def test_add_param_group_while_training(network: OptimizerNetwork) -> None:
+    """Its parameters count from their own first step, and the others go on."""
+    model = make_model()
+    optimizer = LearnedOptimizer(model.first.parameters(), network, total_steps=10)
+    train(model, optimizer, range(3))
+    optimizer.add_param_group({"params": list(model.second.parameters()), "lr": 0.5, "total_steps": 20})
+    before = values(model)
+    train(model, optimizer, range(3, 5))
+    assert {key: optimizer.param_groups[1][key] for key in ("lr", "weight_decay", "total_steps")} == {
+        "lr": 0.5,
+        "weight_decay": 0.0,
+        "total_steps": 20,
+    }
+    assert [optimizer.state[param]["control"][0].item() for param in model.first.parameters()] == [5, 5]
+    assert [optimizer.state[param]["control"][0].item() for param in model.second.parameters()] == [2, 2]
+    assert not torch.equal(model.second.weight, before["second.weight"])
+
+
+BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"lr": -0.1}, "must not be negative, got -0.1"),
+    ({"lr": float("nan")}, "must not be negative, got nan"),
+    ({"lr": torch.tensor([0.1, 0.2])}, "Tensor lr must be 1-element"),
+    ({"weight_decay": -1.0}, "weight_decay must not be negative, got -1.0"),
+    ({"total_steps": 0}, "total_steps must be a positive number of optimizer steps.*got 0"),
+    ({"total_steps": 10.5}, "total_steps must be a positive number of optimizer steps.*got 10.5"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
+def test_constructor_refuses_bad_options(network: OptimizerNetwork, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LearnedOptimizer([nn.Parameter(torch.ones(2))], network, **options)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        *(({"params": [torch.ones(2)], **options}, message) for options, message in BAD_OPTIONS),
+        ({"params": [torch.ones(2), nn.Parameter(torch.ones(2, dtype=torch.complex64))]}, "got one of dtype torch.complex64"),
+        ({"params": [nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn))]}, "got one of dtype torch.float8_e4m3fn"),
+    ],
+)
+def test_bad_group_leaves_the_optimizer_as_it_was(network: OptimizerNetwork, group: dict[str, Any], message: str) -> None:
+    model = make_model()
+    optimizer = LearnedOptimizer(model.parameters(), network)
+    train(model, optimizer, range(1))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(dict(group))
+    assert_same(optimizer.state_dict(), before)
+    train(model, optimizer, range(1, 2))
+
+
+def test_complex_parameters_are_refused(network: OptimizerNetwork) -> None:
+    with pytest.raises(ValueError, match=r"real floating-point parameters, got one of dtype torch\.complex64"):
+        LearnedOptimizer([nn.Parameter(torch.ones(2, dtype=torch.complex64))], network)
+
+
+# Learning rate schedulers
+
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "LambdaLR": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "CosineAnnealingLR": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=6),
+    "LinearLR": lambda optimizer: lr_scheduler.LinearLR(optimizer, start_factor=0.2, total_iters=4),
+    "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=1.5, total_steps=8, cycle_momentum=False),
+    "ReduceLROnPlateau": lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("kind", ["float", "0-d", "1-d"])
+def test_schedulers(network: OptimizerNetwork, name: str, kind: str) -> None:
+    """Training under a scheduler is training with the lr of each step put in by hand."""
+    lr = {"float": 1.0, "0-d": torch.tensor(1.0), "1-d": torch.tensor([1.0])}[kind]
+    model, other = make_model(), make_model()
+    optimizer = LearnedOptimizer(model.parameters(), network, lr=lr, weight_decay=0.1)
+    reference = LearnedOptimizer(other.parameters(), network, weight_decay=0.1)
+    scheduler = SCHEDULERS[name](optimizer)
+    used = []
+    for step in range(5):
+        used.append(float(optimizer.param_groups[0]["lr"]))
+        reference.param_groups[0]["lr"] = used[-1]
+        train(model, optimizer, range(step, step + 1))
+        train(other, reference, range(step, step + 1))
+        scheduler.step(*[1.0] if name == "ReduceLROnPlateau" else [])
+    torch.testing.assert_close(values(model), values(other), rtol=1e-5, atol=1e-6)
+    assert len(set(used)) > 2
+    assert isinstance(optimizer.param_groups[0]["lr"], float if kind == "float" else Tensor)
+
+
+# Parameters that are shared, named twice or swapped
+
+
+def test_shared_parameters_are_one(network: OptimizerNetwork) -> None:
+    """Tied embeddings: one state, one move a step, with the sum of the gradients."""
+    embedding, head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+    head.weight = embedding.weight
+    model = nn.Sequential(embedding, head)
+    single = nn.Parameter(embedding.weight.detach().clone())
+    optimizer, reference = LearnedOptimizer(model.parameters(), network), LearnedOptimizer([single], network)
+    words = torch.tensor([0, 3, 3, 6])
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(words), words).backward()
+        reference.zero_grad()
+        nn.functional.cross_entropy(nn.functional.linear(nn.functional.embedding(words, single), single), words).backward()
+        optimizer.step()
+        reference.step()
+    assert_same(embedding.weight.detach(), single.detach())
+    assert len(optimizer.state) == 1
+    assert len(optimizer.state_dict()["state"]) == 1
+
+
+def test_parameter_named_twice_moves_once(network: OptimizerNetwork) -> None:
+    """Torch only warns of a list that names a parameter twice, such as the parameters of two tied layers one after the other."""
+    param, other = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = LearnedOptimizer([param, param], network)
+    reference = LearnedOptimizer([other], network)
+    param.grad = other.grad = torch.arange(6.0).reshape(3, 2)
+    optimizer.step()
+    reference.step()
+    assert_same(param.detach(), other.detach())
+
+
+def test_parameters_may_be_swapped_before_the_first_step(network: OptimizerNetwork) -> None:
+    """FSDP and accelerate replace the parameters after the optimizer was built."""
+    model, other = make_model(), make_model()
+    optimizer, reference = LearnedOptimizer(model.parameters(), network), LearnedOptimizer(other.parameters(), network)
+    assert not optimizer.state
+    replacements = make_model()
+    optimizer.param_groups[0]["params"] = list(replacements.parameters())
+    before = values(model)
+    train(replacements, optimizer, range(3))
+    train(other, reference, range(3))
+    assert_same(values(replacements), values(other))
+    assert_same(values(model), before)
+    assert set(optimizer.state) == set(replacements.parameters())
