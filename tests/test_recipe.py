@@ -89,6 +89,7 @@ def test_the_same_call_goes_on_and_another_one_is_refused(tmp_path: Path) -> Non
     first = meta_train(tiny_task, steps=3, budget=1, folder=tmp_path)
     again = meta_train(tiny_task, steps=3, budget=1, folder=tmp_path)
     assert again.meta_losses == first.meta_losses, "the configuration is that of the folder, whatever would be measured now"
+    assert "meta_train(families, steps=3, budget=1)" in (tmp_path / "README.md").read_text()
     with pytest.raises(ValueError, match="holds a run of 3 steps, not 4; use another folder"):
         meta_train(tiny_task, steps=4, budget=1, folder=tmp_path)
 

@@ -31,12 +31,14 @@ def hand_over(
     families: Sequence[str],
     progress: Progress,
     command: str,
+    timed: bool,
 ) -> None:
     """Writes `config.json`, `model.safetensors`, `meta_train.json`, `README.md` and, where matplotlib is installed, `curves.png`.
 
     Args:
         families: the names of those trained on.
         command: how to make the run again.
+        timed: it had a budget, so another time it may end some meta-steps earlier or later.
     """
     history, evaluations, adamw = progress.history, progress.evaluations, progress.adamw
     path = Path(folder)
@@ -65,7 +67,7 @@ def hand_over(
         "    optimizer = learned_optim.LearnedOptimizer(model.parameters(), source)\n",
         "## How it was made\n\n| | |\n| --- | --- |",
         *(f"| {fact} | {value} |" for fact, value in facts.items()),
-        f"\nThe same numbers come out again on the same kind of machine:\n\n    {command}\n",
+        f"\n{'To make it again' if timed else 'The same numbers come out again on the same kind of machine'}:\n\n    {command}\n",
         *table(evaluations, adamw, config),
         *([f"![Meta-loss, score and training curves]({CURVES})"] if plotted else []),
     ]
@@ -79,7 +81,8 @@ def table(evaluations: Sequence[Mapping[str, Any]], adamw: Mapping[str, Sequence
     head = [
         "## What it does\n",
         f"Final loss over AdamW's on held-out tasks of the same families, {config.horizon_max} steps; AdamW with the best of five learning",
-        f"rates, constant or with a cosine. Geometric mean {best['score']:.3f}, at meta-step {best['meta_step'] + 1}.\n",
+        f"rates, constant or with a cosine. Geometric mean {best['score']:.3f}, at meta-step {best['meta_step'] + 1}; it began with",
+        f"{evaluations[0]['score']:.3f}.\n",
         f"| task | AdamW's final loss over the first | {' | '.join(MODES)} |\n| --- | --- |{' --- |' * len(MODES)}",
     ]
     rows = [

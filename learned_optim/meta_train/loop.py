@@ -65,7 +65,7 @@ def meta_train(
     held_out: Mapping[str, Family] | None = None,
     progress: Callable[[int, dict[str, float]], None] | None = None,
     tensorboard: bool = False,
-    command: str = "learned_optim.meta_train.meta_train(families, config)",
+    command: str | None = None,
 ) -> MetaTrainResult:
     """Meta-trains an optimizer network.
 
@@ -87,7 +87,7 @@ def meta_train(
         held_out: what to evaluate on every `config.evaluate_every` meta-steps; by default the same families, with other seeds.
         progress: called after each meta-step with its number and its figures; by default, a terminal shows a bar.
         tensorboard: log to TensorBoard too, in the folder.
-        command: how to make the run again, for the model card.
+        command: how to make the run again, for the model card; by default, this call.
 
     Examples:
         >>> import torch
@@ -109,6 +109,8 @@ def meta_train(
         check_problem(problem := families)
         families = {"problem": (lambda _: problem) if isinstance(problem, ModuleTask) else problem}
     limit = None if budget is None else stopping.seconds(budget)
+    called = ["families", "config" if config else f"steps={steps or STEPS}", *([f"budget={budget!r}"] if budget else [])]
+    command = command or f"learned_optim.meta_train.meta_train({', '.join(called)})"
     if config is None:
         network = network or load_network("default")
         begun = None if folder is None else checkpoint.config_of(folder)
@@ -212,7 +214,7 @@ def meta_train(
         set_values(meta_parameters, so_far.best | own)
         network.requires_grad_(False)
         if folder is not None and distributed.rank() == 0:
-            hand_over(folder, network, config, names, so_far, command)
+            hand_over(folder, network, config, names, so_far, command, timed=limit is not None)
         if stop.asked:
             where = "nothing is kept without a folder" if folder is None else f"the best weights are in {folder}, and the same call goes on"
             raise KeyboardInterrupt(f"stopped after {len(so_far.history)} of {config.meta_steps} meta-steps; {where}")
