@@ -2,7 +2,9 @@
 
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hub_server import HubServer
 from rule_helpers import acting_network
 
 from learned_optim import NetworkConfig, OptimizerNetwork
+from learned_optim.cli import MINE
 
 # Without a GPU Triton's interpreter runs its kernels. Triton looks when it is imported, and any test module may be the first to do so.
 if not torch.cuda.is_available():
@@ -78,3 +81,16 @@ def online(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     client = Client(tmp_path_factory.mktemp("hf-home"), hub.url, HF_TOKEN="hf_token")
     yield client
     client.close()
+
+
+@pytest.fixture
+def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Writes a file of a user's that the command then imports; what that changes is undone."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setitem(sys.modules, MINE, None)
+
+    def write(text: str) -> Path:
+        (tmp_path / "my_file.py").write_text(text)
+        return tmp_path / "my_file.py"
+
+    return write

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from learned_optim import LearnedOptimizer, compare, speed
-from learned_optim.cli import MINE, main
+from learned_optim.cli import main
 from learned_optim.comparison import HORIZON, LEARNED, OURS, Comparison, Run, _summary
 from learned_optim.meta_train import ModuleTask
 from learned_optim.meta_train.unroll import derive_seed
@@ -275,12 +275,8 @@ def later(generator):
 
 
 @pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "my_file.py"
-    path.write_text(FILE)
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    monkeypatch.setitem(sys.modules, MINE, None)  # so that it is as it was afterwards
-    return path
+def file(own_file: Callable[[str], Path]) -> Path:
+    return own_file(FILE)
 
 
 def test_the_command_compares(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from meta_train_helpers import tiny_task
 from torch import Generator, nn
 
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
-from learned_optim.cli import MINE, main
+from learned_optim.cli import main
 from learned_optim.meta_train import ModuleTask, meta_train, recipe
 from learned_optim.meta_train.config import MetaTrainConfig
 
@@ -118,12 +118,8 @@ number = 3
 
 
 @pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "my_file.py"
-    path.write_text(FILE)
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    monkeypatch.setitem(sys.modules, MINE, None)  # so that it is as it was afterwards
-    return path
+def file(own_file: Callable[[str], Path]) -> Path:
+    return own_file(FILE)
 
 
 def test_the_command_specialises(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +140,7 @@ def test_the_command_specialises(file: Path, tmp_path: Path, capsys: pytest.Capt
         ({"--budget": "soon"}, 'budget must be a time such as "30 min"'),
         ({"--budget": "0.001 s"}, "Raise the budget, or lower steps"),
         ({"problem": "number"}, "must be a learned_optim.meta_train.ModuleTask"),
-        ({"--start": "no/such"}, "no/such"),
+        ({"--start": "./no_such"}, "no_such"),
     ],
 )
 def test_mistakes_are_one_line(
