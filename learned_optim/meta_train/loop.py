@@ -100,7 +100,8 @@ def meta_train(
         >>> optimizer = LearnedOptimizer(torch.nn.Linear(4, 1).parameters(), result.network)
 
     Raises:
-        ValueError: there is nothing to train on, or the folder holds a run with another configuration or a damaged checkpoint.
+        ValueError: there is nothing to train on, the folder holds a run with another configuration or a damaged checkpoint, or the budget
+            has no room for enough training runs.
         OSError: the folder cannot be written to, or another process has it (BlockingIOError).
         MetaTrainingDivergedError: going on is of no use; the checkpoint stays, and the best weights so far are in the folder.
         KeyboardInterrupt: Ctrl-C; the meta-step was finished, a checkpoint saved, and the best weights so far are in the folder.

@@ -2,7 +2,8 @@
 
 One kind of problem and one length of run are all that these optimizer weights are for. So what counts is the loss at the end, and all of
 them may change for it, the step sizes above all. Backprop through whole runs could see that too, but where steps are long its gradients are
-chaotic. Evolution strategies smooth them, and need no more than training runs of any module.
+chaotic. Evolution strategies (Salimans et al. 2017) smooth them, and need no more than training runs of any module. VeLO (Metz et al. 2022)
+was meta-trained so, too, for all problems at once.
 
 How many runs make a meta-step follows from the budget and from the time that a run takes, which is measured.
 """
