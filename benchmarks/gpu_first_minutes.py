@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from learned_optim import LearnedOptimizer, NetworkConfig, OptimizerNetwork, load_network
-from learned_optim.meta_train import FAMILIES, meta_train
+from learned_optim.meta_train import FAMILIES, MetaTrainConfig, meta_train
 
 Row = dict[str, Any]
 ADAMW, MUON, OURS, SMALL = "AdamW, fused", "Muon", "LearnedOptimizer", "LearnedOptimizer, small"
@@ -395,7 +395,8 @@ def meta_training(device: torch.device, size: Size) -> list[Row]:
     rows = []
     for where in dict.fromkeys((device.type, "cpu")):
         times: list[float] = []
-        meta_train(FAMILIES["mlp"], budget=size.meta_seconds, device=where, progress=lambda *_: times.append(time.perf_counter()))  # noqa: B023
+        start = {"network": load_network("default"), "budget": size.meta_seconds, "device": where}
+        meta_train(FAMILIES["mlp"], MetaTrainConfig(), **start, progress=lambda *_: times.append(time.perf_counter()))  # noqa: B023
         rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else math.nan
         rows.append({"device": where, "meta-steps a second": rate})
     return rows

@@ -46,11 +46,7 @@ SIZES = ["1e4", "1e5", "1e6", "2097152", "1e7", "1e8"]
 TUNED = ["minilm polarity", "transformer sklearn"]
 PRETRAINED = [*TUNED, "minilm polarity lora", "minilm polarity head", "minilm polarity last layers"]
 # Kinds of problem that the weights are specialised for, with the minutes for it.
-KINDS = {
-    "curves": ["--budgets", 1, 3, 10],
-    "digits": ["--budgets", 3, 10],
-    "sentences": ["--budgets", 12, "--problems", 8, "--tuning", 2],
-}
+KINDS = {"curves": [1, 3, 10], "digits": [3, 10]}
 MNIST = ["mnist mlp", "mnist vit", "wikitext transformer", "wikitext fine-tuning"]
 
 
@@ -151,9 +147,8 @@ def own(folder: Path) -> None:
 
 
 def specialise(folder: Path) -> None:
-    """Needs the extra `pretrained-models`."""
-    for kind, options in KINDS.items():
-        python("benchmarks/meta_training/specialise.py", kind, "--out", folder / kind, *options)
+    for kind, minutes in KINDS.items():
+        python("benchmarks/meta_training/specialise.py", kind, "--out", folder / kind, "--budgets", *minutes)
         names = {"results.json": f"specialise_{kind}.json", "plot.png": f"specialise_{kind}.png"}
         publish(folder / kind, "benchmarks/meta_training/results", names)
 

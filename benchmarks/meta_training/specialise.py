@@ -2,24 +2,19 @@
 
     python benchmarks/meta_training/specialise.py curves --budgets 1 3 10
     python benchmarks/meta_training/specialise.py digits --budgets 3 10
-    python benchmarks/meta_training/specialise.py sentences --budgets 12 --problems 8 --tuning 2
 
 A kind is a function that samples problems. `meta_train` specialises the bundled optimizer weights for it, with each budget in minutes and
 without a setting. AdamW, Muon (torch's, with AdamW for what is no matrix) and Schedule-Free AdamW are tuned for the same kind: the learning
 rate and the schedule that end lowest in the mean over other problems of it. Then all of them train fresh problems, which neither
 meta-training nor tuning saw. The loss is that on validation data where the kind has such.
-
-`sentences` needs the extra `pretrained-models`.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,35 +72,6 @@ def all_digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
 
 
-def sentences(generator: Generator) -> ModuleTask:
-    """LoRA on MiniLM, for small data sets: which of three packages a line of documentation is of, with 60 examples of each."""
-    sys.path[:0] = [str(Path(__file__).parents[1] / "quality")]
-    import pretrained_tasks as quality
-
-    packages = sorted(quality.MODULES)
-    chosen = torch.randperm(len(packages), generator=generator)[:3].tolist()
-    texts, labels = [], []
-    for label, package in enumerate(chosen):
-        docs = quality.documentation(packages[package])
-        picked = torch.randperm(len(docs), generator=generator)[:90].tolist()
-        texts += [docs[index].replace(packages[package], "") for index in picked]
-        labels += [label] * len(picked)
-    text, target = quality.tokens(texts, 16), torch.tensor(labels)
-    order = torch.randperm(len(text), generator=generator)
-    cut = len(order) * 2 // 3
-    train, validation = (sampler(text[rows], target[rows], 8) for rows in (order[:cut], order[cut:]))
-    return ModuleTask(
-        lambda: quality.Sentences(quality.adapted(copy.deepcopy(encoder())), 3), train, nn.functional.cross_entropy, validation
-    )
-
-
-@functools.cache
-def encoder() -> nn.Module:
-    import pretrained_tasks as quality
-
-    return quality.minilm()
-
-
 def sampler(inputs: Tensor, targets: Tensor, batch: int) -> Callable[[Generator], tuple[Tensor, Tensor]]:
     def draw(generator: Generator) -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(inputs), (batch,), generator=generator)
@@ -114,7 +80,7 @@ def sampler(inputs: Tensor, targets: Tensor, batch: int) -> Callable[[Generator]
     return draw
 
 
-KINDS = {"curves": (curves, 100), "digits": (digits, 100), "sentences": (sentences, 40)}  # and the steps of a training run
+KINDS = {"curves": (curves, 100), "digits": (digits, 100)}  # and the steps of a training run
 
 
 # Optimizers
