@@ -742,17 +742,19 @@ KINDS = {"curves": "curves, a small net", "digits": "digits, a small conv net"}
 
 
 def engine_specialise(files: Files) -> str:
-    rows = [["", "minutes", "default", "specialised", "best baseline, tuned", "specialised / best", "steps to default's end"]]
+    rows = [["", "minutes", "default", "specialised", "best baseline, tuned", "specialised / best", "steps to the default's end"]]
     for kind, label in KINDS.items():
         found = files(f"{ENGINE}/specialise_{kind}.json")
         results, best = found["results"], found["best"]
         for name in found["runs"]:
             one = results[name]
             ratio, low, high = one["over the best baseline"]
-            reached = one["steps to default's end"]
+            reached, usual = (
+                each["steps to default's end"] for each in (one, results["default"])
+            )  # losses scatter: it may touch it before
             ends = [f"{results[each]['curve'][-1]:.2g}" for each in ("default", name, best)]
             ends[2] += f" ({best} {found['settings'][best]})"
-            share = f"{100 * reached:.0f} %" if reached <= 1 else "not reached"
+            share = f"{100 * reached / usual:.0f} % of its own" if reached <= 1 else "not reached"
             rows.append([label, name.removesuffix(" min"), *ends, f"{bold(f'{ratio:.2f}', high < 1)} ({low:.2f} to {high:.2f})", share])
             label = ""
     return table(rows)
