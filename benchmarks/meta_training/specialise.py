@@ -86,17 +86,6 @@ KINDS = {"curves": (curves, 100), "digits": (digits, 100)}  # and the steps of a
 # Optimizers
 
 
-class Both:
-    """Several optimizers as one."""
-
-    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
-        self.optimizers = optimizers
-
-    def step(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-
 def baseline(name: str, rate: float, cosine: bool, model: nn.Module, steps: int) -> tuple[Callable[[], None], Callable[[bool], None]]:
     """What makes a step, and what switches to the weights that are evaluated (True) and back."""
     params = [param for param in model.parameters() if param.requires_grad]
