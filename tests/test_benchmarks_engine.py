@@ -78,6 +78,18 @@ def test_processes(program: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("program", ["specialise"], indirect=True)
+def test_specialise(program: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(program, "BASELINES", program.BASELINES[:2])  # without what is not among the tests' packages
+    monkeypatch.setattr(program, "RATES", (1e-2,))
+    monkeypatch.setattr(program, "KINDS", {"curves": (program.curves, 25)})
+    found = results(program, tmp_path, "curves", "--budgets", 0.05, "--problems", 2, "--tuning", 1)
+    assert found["settings"]["Muon"].startswith("0.01")
+    assert found["results"].keys() == {"default", "default, no horizon", "0.05 min", "0.05 min, no horizon", "AdamW", "Muon"}
+    assert found["results"]["default"]["over default"] == [1, 1, 1]
+    assert found["results"][found["best"]]["over the best baseline"] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("program", ["speed"], indirect=True)
 def test_speed(program: ModuleType, tmp_path: Path) -> None:
     found = results(program, tmp_path, "--sizes", 200000, "--tensors", 1, "--rounds", 3, "--skip-iterations")

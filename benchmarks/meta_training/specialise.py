@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
 from learned_optim.meta_train import ModuleTask, meta_train
 
+BASELINES = ("AdamW", "Muon", "Schedule-Free AdamW")
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 TUNING, FRESH = 10_000, 20_000  # first seeds of problems
 BATCHES, EVALUATIONS = 8, 25
@@ -169,14 +170,14 @@ def interval(values: list[float]) -> list[float]:
     return [math.exp(value) for value in (statistics.fmean(values), *drawn.quantile(torch.tensor([0.025, 0.975])).tolist())]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__, "specialise")
     options.set_defaults(out=None)  # each kind has a folder of its own, since meta-training goes on where one was stopped
     options.add_argument("kind", choices=KINDS)
     options.add_argument("--budgets", nargs="+", type=float, default=[10.0], help="minutes of meta-training")
     options.add_argument("--problems", type=int, default=16, help="fresh ones to compare on (%(default)s)")
     options.add_argument("--tuning", type=int, default=6, help="problems that the baselines are tuned on (%(default)s)")
-    arguments = options.parse_args()
+    arguments = options.parse_args(argv)
     prepare(arguments.threads)
     (family, steps), out = KINDS[arguments.kind], arguments.out or Path("runs/meta_training") / f"specialise_{arguments.kind}"
     fresh, tuning = range(FRESH, FRESH + arguments.problems), range(TUNING, TUNING + arguments.tuning)
@@ -190,7 +191,7 @@ def main() -> None:
         minutes[name] = {"meta_steps": len(result.meta_losses), "evaluations": [one["score"] for one in result.evaluations]}
         contenders |= {f"{name}{end}": functools.partial(learned, result.network, not end) for end in ("", ", no horizon")}
     settings = {}
-    for name in ("AdamW", "Muon", "Schedule-Free AdamW"):
+    for name in BASELINES:
         settings[name], contenders[name] = tuned(name, family, steps, tuning)
     runs = {name: [train(family, steps, seed, make) for seed in fresh] for name, make in contenders.items()}
 
