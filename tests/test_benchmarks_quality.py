@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Generator
 
-from learned_optim import LearnedOptimizer, load_network
+from learned_optim import LearnedOptimizer, load_network, network
 from learned_optim.config import from_json
 from learned_optim.meta_train import FAMILIES, MetaTrainConfig
 from learned_optim.meta_train.families.text import source_text
@@ -157,6 +158,16 @@ def test_speed_is_the_ratio_of_steps_to_the_same_loss(quality: Any, tmp_path: Pa
     add("gone", 1.0, lambda step: float("nan"))
     measured = [quality.report.speed(results, "linear", name, 0, 1) for name in ("half", "twice", "gone")]
     assert measured == pytest.approx([0.5, 2.0, 0.125], rel=0.06)
+
+
+@pytest.mark.parametrize(("constant", "value"), [("PROOF", 0.0), ("BRAKE", 0.3), ("LEAD", 40.0)])
+def test_runs_of_a_rule_that_was_changed_are_not_kept(quality: Any, monkeypatch: pytest.MonkeyPatch, constant: str, value: float) -> None:
+    behaviour = sys.modules["behaviour"]
+    run = {"weights": "these", "behaviour": behaviour.behaviour(load_network("default"))}
+    assert behaviour.is_of(run, "these", run["behaviour"])
+    monkeypatch.setattr(network, constant, value)
+    monkeypatch.setattr(behaviour, "LearnedOptimizer", functools.partial(LearnedOptimizer, kernel="reference"))  # which records nothing
+    assert not behaviour.is_of(run, "these", behaviour.behaviour(load_network("default")))
 
 
 def test_an_unknown_loss_is_never_reached() -> None:

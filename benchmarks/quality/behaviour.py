@@ -3,8 +3,9 @@ changed is another optimizer, with the same weights."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,22 +14,29 @@ from torch import Generator, nn
 from learned_optim import LearnedOptimizer, OptimizerNetwork
 
 SHAPES = ((12, 8), (8, 12), (6, 4, 3, 3), (8,))
-STEPS, LOOKS = 90, (3, 30, 90)
-SAME = 0.02  # relative; kernels and machines round, over so many steps by less
+STEPS, LOOKS = 40, (3, 6, 12, 40)
+# By how much of one direction a step's gradient is; the rest is noise. Gradients that agree; that are noise; and that agree at first, turn
+# back, and then leap to and fro. Warm-up, hypergradient, brake and drift each have their say in one of these.
+SCENES: dict[str, Callable[[int], float]] = {
+    "agree": lambda step: 1.0,
+    "noise": lambda step: 0.0,
+    "turn": lambda step: 0.7 if step <= 4 else -1.5 if step <= 7 else 1.5 * (-1) ** step,
+}
+SAME = 2e-3  # relative; kernels and machines round by less
 
 
 def behaviour(network: OptimizerNetwork) -> list[float]:
-    """How far each of some tensors has moved on the way to a target, by noisy gradients, at three moments; without and with a horizon."""
+    """How far each of some tensors has gone at some moments of each scene, without and with a horizon."""
     torch.set_num_threads(1)
     found = []
-    for horizon in (None, STEPS):
+    for scene, horizon in itertools.product(SCENES.values(), (None, STEPS)):
         generator = Generator().manual_seed(0)
-        targets = [torch.randn(shape, generator=generator) for shape in SHAPES]
+        directions = [torch.randn(shape, generator=generator) for shape in SHAPES]
         params = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
         optimizer = LearnedOptimizer(params, network, total_steps=horizon)
         for step in range(1, STEPS + 1):
-            for param, target in zip(params, targets, strict=True):
-                param.grad = param.detach() - target + 0.3 * torch.randn(param.shape, generator=generator)
+            for param, direction in zip(params, directions, strict=True):
+                param.grad = scene(step) * direction + 0.6 * torch.randn(param.shape, generator=generator)
             optimizer.step()
             if step in LOOKS:
                 found += [float(f"{param.detach().norm().item():.4g}") for param in params]

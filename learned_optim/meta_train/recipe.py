@@ -22,7 +22,7 @@ from . import distributed
 from .config import MetaTrainConfig
 from .estimators import evolve
 from .evaluate import LEARNING_RATES, MODES, REPLICAS
-from .tasks import Family, ModuleTask, sampled
+from .tasks import Family, ModuleTask, Task, sampled
 from .unroll import begin
 
 STEPS = 100  # of a training run, where nobody says
@@ -109,10 +109,10 @@ def runs_of(size: tuple[int, int, int]) -> int:
     return 2 * pairs * replicas * unrolls
 
 
-def time_of(task: object, network: OptimizerNetwork, config: MetaTrainConfig, device: str | torch.device) -> float:
+def time_of(task: Task, network: OptimizerNetwork, config: MetaTrainConfig, device: str | torch.device) -> float:
     """Seconds that a step of a training run takes among others side by side, as in a meta-step."""
     probe = replace(config, truncation=PROBE, replicas=1)
-    unroll = begin(task, 0, None, 1, network.config, device, horizon=2 * PROBE, horizon_known=True)  # type: ignore[arg-type]
+    unroll = begin(task, 0, None, 1, network.config, device, horizon=2 * PROBE, horizon_known=True)
     weights = dict(network.named_parameters())
     for _ in range(2):  # what is made once only is made in the first stretch
         began = time.perf_counter()
