@@ -16,7 +16,7 @@ from learned_optim import LearnedOptimizer, OptimizerNetwork
 SHAPES = ((12, 8), (8, 12), (6, 4, 3, 3), (8,))
 STEPS, LOOKS = 40, (3, 6, 12, 40)
 # By how much of one direction a step's gradient is; the rest is noise. Gradients that agree; that are noise; and that agree at first, turn
-# back, and then leap to and fro. Warm-up, hypergradient, brake and drift each have their say in one of these.
+# back, and then leap forth and back. Warm-up, hypergradient, brake and drift each have their say in one of these.
 SCENES: dict[str, Callable[[int], float]] = {
     "agree": lambda step: 1.0,
     "noise": lambda step: 0.0,
