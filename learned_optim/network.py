@@ -27,9 +27,9 @@ BRAKE, LEAP = 0.2, 0.5
 # that may call for longer steps; the steps before it counts in full; and the trends between which longer steps are let through.
 NOISE, PURPOSE, PATH_LEAD, TURN, TURNED = 2.0, 0.2, 100.0, 0.1, 0.3
 
-# Of the warm-up: how much slower than it climbs it falls back, how far below its first step it can get, and how much further it would have
-# climbed by the time that full steps have proved themselves.
-RETREAT, DEPTH, PROOF = 0.5, 2.0, 2.0
+# Of the warm-up: how much slower than it climbs it falls back, how far below its first step it can get, how much further it would have
+# climbed by the time that full steps have proved themselves, and the length of gradients, beside the usual, below which they do no harm.
+RETREAT, DEPTH, PROOF, HARMLESS = 0.5, 2.0, 2.0, 0.95
 
 
 class CoordinateLSTM(nn.Module):
@@ -132,7 +132,8 @@ class Controller(nn.Module):
     mean of all trends, and fall back where that is negative. From scratch gradients agree, and full length takes a few steps. In
     fine-tuning they hardly do, and steps settle at the length at which the agreement ends. Full steps have yet to prove themselves, since
     the trend, a mean of ten steps, still speaks of shorter ones: the warm-up is over once gradients have agreed for as long as would have
-    lengthened steps by `e^PROOF` more, without turning back. Until then steps still fall back.
+    lengthened steps by `e^PROOF` more, without turning back. Until then steps still fall back, unless gradients are getting shorter:
+    steps that undo what a model knows make them longer.
     """
 
     def __init__(self) -> None:
@@ -188,19 +189,22 @@ class Controller(nn.Module):
         correction = (correction + path + torch.where(known > 0, self.log_rate.exp() * annealed, endless)).clamp(-MOST, MOST)
         return correction, self.brake * (swing + BRAKE).clamp(max=0), self.inertia * longer
 
-    def climb(self, trend: Tensor, climbed: Tensor) -> tuple[Tensor, Tensor]:
+    def climb(self, trend: Tensor, length: Tensor, climbed: Tensor) -> tuple[Tensor, Tensor]:
         """One step of the warm-up.
 
         Args:
             trend: as in `forward`, (..., K).
+            length: of each tensor's recent gradients, in units of what is usual, (..., K).
             climbed: what has been gained so far, a logarithm, (..., K).
 
         Returns:
             the same after this step, and the logarithm of the warm-up's factor.
         """
         mean = trend.mean(-1, keepdim=True)
-        rise = self.climb_rate * (mean.clamp(min=0) + RETREAT * mean.clamp(max=0))
         full = -self.log_start
+        harmed = (length.log().mean(-1, keepdim=True) > math.log(HARMLESS)).to(mean.dtype)
+        fall = RETREAT * torch.where(climbed - full > 0, harmed, 1) * mean.clamp(max=0)
+        rise = self.climb_rate * (mean.clamp(min=0) + fall)
         begin = torch.where(rise < 0, torch.minimum(climbed, full), climbed)
         after = torch.where(full + PROOF - climbed > 0, (begin + rise).clamp(min=-DEPTH), climbed)
         climbed = torch.where(full > 0, after, climbed)

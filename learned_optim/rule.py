@@ -261,12 +261,12 @@ def step_sizes(
     swing = torch.lerp(control.swing, turn, weight * (size / length).clamp(min=1))
     straight = straightness(control.path, clock)
     correction, braked, inertia = network.controller(trend, swing, steady, straight, age, progress, known, control.correction)
-    climbed, warm = network.controller.climb(trend, control.climbed)
+    usual = (clock.mean + ABSOLUTE_FLOOR).sqrt()
+    climbed, warm = network.controller.climb(trend, length / usual, control.climbed)
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
     schedule = torch.where(known > 0, annealed, decayed)
-    relative = (size / (clock.mean + ABSOLUTE_FLOOR).sqrt()).clamp(max=1)  # to what is usual
-    pace = torch.maximum(agreed, relative) ** network.controller.power
+    pace = torch.maximum(agreed, (size / usual).clamp(max=1)) ** network.controller.power
     step_size = (network.log_step_size + correction + braked + warm).exp() * pace * schedule * clock.started
     trend, swing, length, correction, climbed = (part * clock.started for part in (trend, swing, length, correction, climbed))
     return step_size, steady, inertia, Control(clock.step, trend, swing, length, correction, climbed, control.table, control.path)

@@ -72,6 +72,14 @@ def test_full_steps_that_turn_back_at_once_are_taken_back():
     assert shares([*agreeing, *turning])[-1] > 0.99  # full steps had proved themselves
 
 
+def test_full_steps_that_turn_back_are_kept_while_gradients_get_shorter():
+    """Training from scratch looks so: steps overshoot, and help. What is lost makes gradients longer."""
+    agreeing = noisy(40)
+    reached = next(t for t, share in enumerate(shares(agreeing)) if share > 0.99)
+    shrinking = [torch.ones(20, 30) * (-1) ** (t + 1) * 0.9**t for t in range(30)]
+    assert shares(agreeing[: reached + 1] + shrinking)[-1] > 0.99
+
+
 def test_a_trained_model_is_not_lost_in_fine_tuning():
     """Labels of a related problem, in small batches: without the warm-up the first steps undo what was learned."""
     generator = torch.Generator().manual_seed(0)

@@ -15,12 +15,13 @@ from learned_optim import LearnedOptimizer, OptimizerNetwork
 
 SHAPES = ((12, 8), (8, 12), (6, 4, 3, 3), (8,))
 STEPS, LOOKS = 40, (3, 6, 12, 40)
-# By how much of one direction a step's gradient is; the rest is noise. Gradients that agree; that are noise; and that agree at first, turn
-# back, and then leap forth and back. Warm-up, hypergradient, brake and drift each have their say in one of these.
+# By how much of one direction a step's gradient is; the rest is noise. Gradients that agree; that are noise; that agree at first, then turn
+# back, then leap forth and back; that turn back while they get shorter. Warm-up, hypergradient, brake and drift each have their say here.
 SCENES: dict[str, Callable[[int], float]] = {
     "agree": lambda step: 1.0,
     "noise": lambda step: 0.0,
     "turn": lambda step: 0.7 if step <= 4 else -1.5 if step <= 7 else 1.5 * (-1) ** step,
+    "shrink": lambda step: 1.5 if step <= 3 else -0.4 if step <= 12 else 0.1,
 }
 SAME = 2e-3  # relative; kernels and machines round by less
 
