@@ -133,7 +133,7 @@ class OptimizerState:
             found.append(f"The state of {_named(broken)} is not finite: start without it.")
         for i, group in enumerate(self.groups):
             where = f"Group {i}" if len(self.groups) > 1 else "The optimizer"
-            if group.lr <= checks.SMALL_LR:
+            if group.lr <= checks.groups.SMALL_LR:
                 found.append(
                     f"{where} has lr={group.lr:g}. It multiplies the update and is no learning rate, so training is slower by as much: "
                     "leave it at 1.0, and look for a scheduler that lowers it."

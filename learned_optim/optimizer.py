@@ -18,7 +18,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from . import checks, sharding
-from .checks import Ledger
+from .checks.state import Ledger
 from .config import NetworkConfig
 from .features import Layout
 from .kernels import cpu
@@ -125,13 +125,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"kernel must be one of {list(KERNELS)}, got {kernel!r}")
         self.kernel = kernel
         network = copy.deepcopy(pretrained) if isinstance(pretrained, OptimizerNetwork) else load_network(pretrained, revision=revision)
-        self.network = checks.usable_network(network).requires_grad_(False)
+        self.network = checks.parameters.usable_network(network).requires_grad_(False)
         self.kernels: dict[str, str] = {}  # what runs on each type of device
         self.error_if_nonfinite = error_if_nonfinite
         self._skipped, self._warned = 0, False  # tensors before this object was a copy; whether the user knows of them
         self._ledgers: dict[torch.device, Ledger] = {}
         self._networks: dict[torch.device, OptimizerNetwork] = {}  # copies of the network on devices where it is not
-        checks.check_caller(sys._getframe(1), parts_group)
+        checks.groups.check_caller(sys._getframe(1), parts_group)
         self._parts = None if parts_group is None else sharding.Parts(parts_group)
         self._layouts: dict[Any, sharding.ShardedLayout] = {}  # of the last steps; not those of all optimizers, as they hold meshes
         self._given: list[tuple[dict[str, Any], list[int]]] = []  # each group and the dimensions of its parameters
@@ -142,27 +142,27 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # OneCycleLR and CyclicLR want to cycle some momentum, unless told otherwise, of an optimizer that has one. The rule's is not theirs
         # to change; what they write into groups has no effect.
         self.defaults["momentum"] = self.network.config.momentum
-        checks.warn_of_lr(self.param_groups, stacklevel=3)
+        checks.groups.warn_of_lr(self.param_groups, stacklevel=3)
         for device in {param.device: None for group in self.param_groups for param in group["params"]}:
             self._choose_kernel(device, stacklevel=3)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
-            checks.check_keys(param_group)
+            checks.groups.check_keys(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.pop("momentum", None)
         try:
-            checks.check_group(group)
+            checks.groups.check_group(group)
             for param in group["params"]:
                 # What is frozen may be of any kind, as the integers of a quantised model, unless it gets a gradient one day.
-                if param.requires_grad and not checks.is_lazy(param):
-                    checks.check_parameter(param, self._name(param))
-                    checks.check_format(param, self._name(param), self.network.config)
+                if param.requires_grad and not checks.parameters.is_lazy(param):
+                    checks.parameters.check_parameter(param, self._name(param))
+                    checks.parameters.check_format(param, self._name(param), self.network.config)
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             raise
-        self._given.append((group, [0 if checks.is_lazy(param) else param.ndim for param in group["params"]]))
+        self._given.append((group, [0 if checks.parameters.is_lazy(param) else param.ndim for param in group["params"]]))
 
     @property
     def skipped(self) -> int:
@@ -170,7 +170,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return self._skipped + sum(int(ledger.skipped) for ledger in self._ledgers.values())
 
     def _name(self, param: Tensor) -> str:
-        return checks.name_of(param, self.param_groups)
+        return checks.parameters.name_of(param, self.param_groups)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -203,8 +203,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _move(self) -> None:
-        checks.check_mode()
-        self._options = checks.changed_options(self.param_groups, self._options, stacklevel=8)
+        checks.parameters.check_mode()
+        self._options = checks.groups.changed_options(self.param_groups, self._options, stacklevel=8)
         # Each parameter with its gradient and group; a dict, so that a parameter named twice moves once.
         by_device: dict[torch.device, dict[int, tuple[Tensor, Tensor, dict[str, Any]]]] = defaultdict(dict)
         for group in self.param_groups:
@@ -214,7 +214,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 if grad is None:
                     continue
                 if type(grad) is not Tensor or grad.layout is not torch.strided or grad.is_neg() or grad._is_zerotensor():
-                    grad = checks.usable_gradient(grad, param, self._name(param))
+                    grad = checks.parameters.usable_gradient(grad, param, self._name(param))
                 by_device[param.device][id(param)] = param, -grad if maximize else grad, group
         if not by_device:
             warnings.warn(
@@ -233,7 +233,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             ledger = arguments[-1]
             if not self._warned and device.type == "cpu" and ledger.skipped.item():
                 self._warned = True
-                warnings.warn(checks.left_out(by_device[device].values(), self.state, self._name), stacklevel=7)
+                warnings.warn(checks.state.left_out(by_device[device].values(), self.state, self._name), stacklevel=7)
 
     def _device(self) -> torch.device:
         """Where the parameters are; of a process that has none, where those of the others will be."""
@@ -259,11 +259,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 states.append(state)
                 groups.append(group)
         for param, _ in fresh:
-            checks.check_place(param, self._name(param))
-            checks.check_format(param, self._name(param), self.network.config)
+            checks.parameters.check_place(param, self._name(param))
+            checks.parameters.check_format(param, self._name(param), self.network.config)
         if fresh:
             for group, given in self._given:
-                checks.check_flattened(group, given, f"parameter group with {len(given)} parameters")
+                checks.parameters.check_flattened(group, given, f"parameter group with {len(given)} parameters")
         for param, state in fresh:
             state.update(init_state(param, self.network.config))
             self._tables.pop(param, None)
@@ -330,7 +330,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _check_finite(self, work: Iterable[tuple[torch.device, Callable[..., None], tuple[Any, ...]]]) -> None:
         found = []
         for device, _, (layout, params, grads, *_) in work:
-            broken = torch.tensor([not checks.is_finite(grad) for grad in grads], dtype=torch.float32, device=device)
+            broken = torch.tensor([not checks.parameters.is_finite(grad) for grad in grads], dtype=torch.float32, device=device)
             if isinstance(layout, sharding.ShardedLayout):  # what one process finds all must know of, or they would wait for it
                 broken = layout.total(broken)
             found += [self._name(param) for param, bad in zip(params, broken.tolist(), strict=True) if bad]
@@ -386,21 +386,21 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             fitted.clear()
-            members = checks.match(state_dict, self.param_groups, self.defaults, fingerprint(self.network))
+            members = checks.groups.match(state_dict, self.param_groups, self.defaults, fingerprint(self.network))
             state = dict(state_dict["state"])
             for index, param in members.items():
                 # An optimizer that has not begun may carry entries of the user's already.
                 entry = state.get(index, {})
                 if not isinstance(entry, dict) or any(key in entry for key in self._keys()):
                     name = self._name(param)
-                    fitted[param] = checks.fitted(param, name, entry, self.network.config, CONTROL)
+                    fitted[param] = checks.state.fitted(param, name, entry, self.network.config, CONTROL)
                     state[index] = {key: value for key, value in entry.items() if key not in fitted[param]}
-            options = {key: self.defaults[key] for key in checks.LATER}
+            options = {key: self.defaults[key] for key in checks.groups.LATER}
             return {**state_dict, "state": state, "param_groups": [options | group for group in state_dict["param_groups"]]}
 
         def restore(_: torch.optim.Optimizer) -> None:
             for group in self.param_groups:
-                checks.check_group(group)
+                checks.groups.check_group(group)
             groups = zip(self.param_groups, dimensions, strict=True)  # which torch has replaced
             self._given = [(group, known) for group, known in groups if known is not None]
             for param, state in fitted.items():
@@ -417,7 +417,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _keys(self) -> tuple[str, ...]:
         """What the rule keeps of a parameter."""
-        return tuple(checks.expected(torch.empty(0), self.network.config, CONTROL))
+        return tuple(checks.state.expected(torch.empty(0), self.network.config, CONTROL))
 
 
 def is_long(param: Tensor) -> bool:

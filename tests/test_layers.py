@@ -12,7 +12,9 @@ config argument_types report speed kernels.replay
 storage weights
 features
 sharding network
-checks rule
+checks.groups checks.parameters rule
+checks.state
+checks
 kernels inspection
 kernels.cpu kernels.gpu
 optimizer

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import Ledger, Places, addresses, check_weights
+from ..checks.parameters import check_weights
+from ..checks.state import Ledger, Places, addresses
 from ..config import FORMATS
 from ..features import BUCKETS, LAYOUTS, Layout
 from ..network import OptimizerNetwork

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import features, storage
-from ..checks import Ledger
+from ..checks.state import Ledger
 from ..config import FORMATS
 from ..features import BUCKETS, EVEN, ODD, Layout
 from ..network import OptimizerNetwork
