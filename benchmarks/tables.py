@@ -32,6 +32,7 @@ QUALITY = "benchmarks/quality/results/results.json"
 MNIST = "benchmarks/quality/results/mnist_wikitext.json"
 LEARNED = "benchmarks/quality/results/learned.json"  # the same tasks with the present weights; ablations may be of those before
 PRETRAINED = "benchmarks/quality/results/pretrained.json"
+DISTRIBUTION = "benchmarks/quality/results/distribution.json"
 TRAINER = "Trainer-default 5e-05 linear"
 HISTORY = "benchmarks/quality/results/history.json"  # of the weights before, by hand: where the default weights change, they get a row
 SPEED = "benchmarks/results/speed.json"
@@ -237,6 +238,31 @@ def quality_pretrained(files: Files) -> str:
         measured = [f"{one['loss']:.3f} ({one['accuracy']:.1%})" if one else "not run" for one in ends]
         rows.append([task, f"{found[PLAIN]['start']:.3f}", *measured])
     return table([["evaluation loss (accuracy)", "start", *shown], *rows])
+
+
+DRAWN = {
+    "median": "speed, median",
+    "geometric mean": "geometric mean",
+    "5th percentile": "5th percentile",
+    "above tuned AdamW": "end above tuned AdamW",
+    "above AdamW at 1e-3": "end above AdamW at 0.001",
+    "above its start": "end above their start",
+}
+
+
+def quality_distribution(files: Files) -> str:
+    """Speeds and shares of all problems, then speeds by what is trained."""
+    found = files(DISTRIBUTION)
+    modes = list(found["all"])
+    rows = [[f"{found['all'][modes[0]]['problems']:.0f} problems, seeds nothing was chosen on", "no settings", "`total_steps`"]]
+    for key, label in DRAWN.items():
+        values = [found["all"][mode][key] for mode in modes]
+        rows.append([label, *(f"{100 * value:.0f} %" if "above" in key else f"{value:.2f}" for value in values)])
+    for kind, one in found["kinds"].items():
+        what = kind if kind in ("adapters", "all weights", "last layers", "new head") else f"{kind}, from scratch"
+        speeds = [f"{one[mode]['geometric mean']:.2f}" for mode in modes]
+        rows.append([f"geometric mean, {what} ({one[modes[0]]['problems']:.0f})", *speeds])
+    return table(rows)
 
 
 def quality_standing(files: Files) -> str:
@@ -801,6 +827,7 @@ BLOCKS: dict[str, Callable[[Files], str]] = {
     "quality.summary": quality_summary,
     "quality.since": quality_since,
     "quality.pretrained": quality_pretrained,
+    "quality.distribution": quality_distribution,
     "quality.standing": quality_standing,
     "quality.seeds": quality_seeds,
     "quality.tail": quality_tail,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +119,31 @@ def test_the_learned_optimizer_lowers_the_loss(distribution: Any) -> None:
     assert curve[0][0] == 0
     assert curve[-1][0] == distribution.Trial(22).drawn.steps
     assert distribution.final(curve) < curve[0][1]
+
+
+def test_adamw_is_tuned_once_for_all_optimizer_weights(distribution: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And what was measured with these is not measured again."""
+    tuned, trained = [], []
+
+    def measured(seed: int, folder: Path, pretrained: str, base: dict[str, Any] | None) -> Any:
+        trained.append(seed)
+        if base is None:
+            tuned.append(seed)
+        curve = [(0, 2.0), (50, 1.5), (100, 1.0)]
+        grid = {distribution.DEFAULT: 1.0}
+        base = {"seed": seed, "kind": "dense squares", "start": "scratch", "first": 2.0, "grid": grid, "curves": {"1": curve}}
+        return base, dict.fromkeys(distribution.MODES, curve)
+
+    monkeypatch.setattr(distribution, "measure", measured)
+    monkeypatch.setattr(distribution, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(distribution, "behaviour", lambda network: [1.0])
+    for weights, count in (("first", 3), ("first", 4), ("second", 4)):
+        monkeypatch.setattr(distribution, "fingerprint", lambda network, name=weights: name)
+        distribution.main(["--problems", str(count), "--out", str(tmp_path), "--held-out"])
+    seeds = [distribution.HELD_OUT + k for k in range(4)]
+    assert sorted(tuned) == seeds
+    assert sorted(trained) == sorted([*seeds, *seeds])
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["weights"] == "second"
+    assert found["all"]["no settings"]["problems"] == found["kinds"]["dense"]["total_steps"]["problems"] == 4
+    assert found["all"]["no settings"]["above its start"] == 0

@@ -163,13 +163,13 @@ def speed(base: dict[str, Any], curve: Curve) -> float:
     return of_curves(curve, envelope(list(base["curves"].values())), SOLVED * base["first"])
 
 
-def measure(seed: int, folder: Path, pretrained: str, base: dict[str, Any] | None) -> dict[str, Any]:
+def measure(seed: int, folder: Path, pretrained: str, base: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Curve]]:
     """One problem: tuned AdamW, unless that is known, and ours in both modes."""
     torch.set_num_threads(1)
     trial = Trial(seed, folder / "starts")
     base = base or baseline(trial)
     network = load_network(pretrained)
-    return {"base": base, "ours": {name: learned(trial, network, known) for name, known in MODES.items()}}
+    return base, {name: learned(trial, network, known) for name, known in MODES.items()}
 
 
 def summarise(rows: Sequence[dict[str, Any]], mode: str) -> dict[str, float]:
@@ -207,23 +207,27 @@ def main(argv: list[str] | None = None) -> None:
     mark = {"weights": fingerprint(network), "behaviour": behaviour(network)}
     seeds = range(first, first + arguments.problems)
     path = arguments.out / "runs.jsonl"
-    known: dict[int, dict[str, Any]] = {}
-    rows: dict[int, dict[str, Any]] = {}
+    bases: dict[int, dict[str, Any]] = {}
+    ours: dict[int, dict[str, Curve]] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         row = json.loads(line)
-        known[row["base"]["seed"]] = row["base"]
-        if is_of(row, *mark.values()):
-            rows[row["base"]["seed"]] = row
-    todo = [seed for seed in seeds if seed not in rows]
+        if "base" in row:
+            bases[row["base"]["seed"]] = row["base"]
+        elif is_of(row, *mark.values()):
+            ours[row["seed"]] = row["ours"]
+    todo = [seed for seed in seeds if seed not in ours]
     with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
-        jobs = [pool.submit(measure, seed, arguments.out, arguments.pretrained, known.get(seed)) for seed in todo]
+        jobs = [pool.submit(measure, seed, arguments.out, arguments.pretrained, bases.get(seed)) for seed in todo]
         for count, job in enumerate(as_completed(jobs), 1):
-            row = job.result() | mark
-            rows[row["base"]["seed"]] = row
+            base, curves = job.result()
+            seed = base["seed"]
+            new = [{"base": base}] if seed not in bases else []
+            bases[seed], ours[seed] = base, curves
             with path.open("a") as file:
-                file.write(json.dumps(row, separators=(",", ":")) + "\n")
+                for row in (*new, {"seed": seed, "ours": curves} | mark):
+                    file.write(json.dumps(row, separators=(",", ":")) + "\n")
             print(f"\r{count}/{len(todo)} problems ", end="", file=sys.stderr, flush=True)
-    mine = [rows[seed] for seed in seeds]
+    mine = [{"base": bases[seed], "ours": ours[seed]} for seed in seeds]
     found = {
         "weights": mark["weights"],
         "held out": arguments.held_out,
