@@ -39,14 +39,12 @@ ROOT = tables.ROOT
 Kept = Callable[[dict[str, Any]], bool]  # whether a run is
 RUNS = ROOT / "benchmarks/quality/results/runs.jsonl.xz"
 PRETRAINED_RUNS = ROOT / "benchmarks/quality/results/pretrained_runs.jsonl.xz"
-DISTRIBUTION_RUNS = ROOT / "benchmarks/quality/results/distribution_runs.jsonl.xz"
 # Where runs scatter most, formats of the state are compared with more seeds than the benchmark's six.
 MORE_SEEDS = {100: ["tabular", "ill-conditioned"], 24: ["reinforcement", "mlp", "physics", "resnet", "cnn", "new digits"]}
 SIZES = ["1e4", "1e5", "1e6", "2097152", "1e7", "1e8"]
 # Of the tasks of pretrained.py, those that AdamW is tuned on, and those that have only Trainer's default beside ours.
 TUNED = ["minilm polarity", "transformer sklearn"]
 PRETRAINED = [*TUNED, "minilm polarity lora", "minilm polarity head", "minilm polarity last layers"]
-PROBLEMS = 40  # drawn ones; AdamW is tuned on each for a minute
 # Kinds of problem that the weights are specialised for, with the minutes for it.
 KINDS = {"curves": [1, 3, 10], "digits": [3, 10]}
 MNIST = ["mnist mlp", "mnist vit", "wikitext transformer", "wikitext fine-tuning"]
@@ -126,13 +124,6 @@ def pretrained(folder: Path, kept: Kept) -> None:
     pack(folder / "runs.jsonl", PRETRAINED_RUNS, kept)
 
 
-def distribution(folder: Path, kept: Kept) -> None:
-    unpack(DISTRIBUTION_RUNS, folder / "runs.jsonl")
-    python("benchmarks/quality/distribution.py", "--out", folder, "--held-out", "--problems", PROBLEMS)
-    publish(folder, "benchmarks/quality/results", {"results.json": "distribution.json"})
-    pack(folder / "runs.jsonl", DISTRIBUTION_RUNS, kept)
-
-
 def mnist(folder: Path, data: Path) -> None:
     python("benchmarks/quality", "--out", folder, "--data", data, "--parts", "learned", "--tasks", *MNIST)
     publish(folder, "benchmarks/quality/results", {"results.json": "mnist_wikitext.json", "tables.md": "mnist_wikitext.md"})
@@ -186,7 +177,6 @@ def parts(kept: Kept, data: Path | None) -> dict[str, Callable[[Path], None]]:
         "learned": lambda folder: learned(folder, kept),
         "quality": lambda folder: quality(folder, kept),
         "pretrained": lambda folder: pretrained(folder, kept),
-        "distribution": lambda folder: distribution(folder, kept),
         "demo": demo,
         "trainer_gpt": lambda _: trainer("trainer_gpt"),
         "trainer_classifier": lambda _: trainer("trainer_classifier"),

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from test_tables import ROOT, load
+from test_tables import ROOT, files, load
 
 WEIGHTS = "sha256:0"
 
@@ -75,7 +75,7 @@ def test_every_part_replaces_a_committed_file(measure: ModuleType, tmp_path: Pat
         return "".join(f"{name}  final loss 0.5 ± 0.1 over 5 fresh problems\n" for name in ("default", "mine", "AdamW 0.001"))
 
     monkeypatch.setattr(measure, "call", pretend)
-    for packed in ("RUNS", "PRETRAINED_RUNS", "DISTRIBUTION_RUNS"):
+    for packed in ("RUNS", "PRETRAINED_RUNS"):
         monkeypatch.setattr(measure, packed, tmp_path / f"{packed}.xz")
     parts = measure.parts(lambda _: True, tmp_path / "data")
     measure.measure(parts, WEIGHTS, tmp_path / "runs/measure")
@@ -83,12 +83,12 @@ def test_every_part_replaces_a_committed_file(measure: ModuleType, tmp_path: Pat
     committed = {path for path in written if path.startswith(("benchmarks/", "examples/", "pretrained/"))}
     assert all((ROOT / path).is_file() for path in committed if "look_inside" not in path)
     assert {
-        measure.tables.LEARNED,
-        measure.tables.QUALITY,
-        measure.tables.PRETRAINED,
-        measure.tables.MNIST,
-        measure.tables.SPEED,
-        measure.tables.DEMO,
+        files.LEARNED,
+        files.QUALITY,
+        files.PRETRAINED,
+        files.MNIST,
+        files.SPEED,
+        files.DEMO,
     } <= committed
     programs = [word for words in calls for word in words if word.startswith(("benchmarks/", "examples/")) and "results" not in word]
     assert all((ROOT / program).exists() for program in programs)

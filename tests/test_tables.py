@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -26,8 +27,9 @@ def load(name: str) -> ModuleType:
 
 
 tables = load("tables")
+files, writing = (importlib.import_module(f"blocks.{name}") for name in ("files", "writing"))
 FILES = "QUALITY", "LEARNED", "PRETRAINED", "MNIST", "HISTORY", "SPEED", "ITERATIONS", "SHARDED", "DEMO", "ATTACKS"
-USED = [path for name, path in vars(tables).items() if name in FILES]
+USED = [path for name, path in vars(files).items() if name in FILES]
 
 
 @pytest.fixture
@@ -65,19 +67,19 @@ def test_every_block_stands_in_a_document() -> None:
 @pytest.mark.parametrize(
     ("file", "keys", "documents"),
     [
-        (tables.LEARNED, ("optimizers", "learned", "speed"), ["README.md", "docs/results.md", "benchmarks/README.md"]),
+        (files.LEARNED, ("optimizers", "learned", "speed"), ["README.md", "docs/results.md", "benchmarks/README.md"]),
         (
-            tables.QUALITY,
+            files.QUALITY,
             ("optimizers", "learned", "speed"),
             ["docs/learning-rate.md", "docs/results.md", "benchmarks/README.md", "pretrained/small/README.md"],
         ),
         (
-            tables.DEMO,
+            files.DEMO,
             ("tasks", "text transformer", "optimizers", "LearnedOptimizer", "train", "mean"),
             ["docs/results.md", "pretrained/default/README.md"],
         ),
-        (tables.SPEED, ("by weights", 3, 5), ["docs/cost.md", "benchmarks/README.md"]),
-        (tables.ATTACKS, ("file `config.json`", "slowest, s"), ["SECURITY.md"]),
+        (files.SPEED, ("by weights", 3, 5), ["docs/cost.md", "benchmarks/README.md"]),
+        (files.ATTACKS, ("file `config.json`", "slowest, s"), ["SECURITY.md"]),
         ("examples/results/trainer_gpt/results.json", ("evaluation loss", "LearnedOptimizerTrainer", "mean"), ["docs/integrations.md"]),
         ("benchmarks/meta_training/results/large_exact.json", ("exact", "seconds"), ["benchmarks/README.md"]),
     ],
@@ -132,12 +134,12 @@ def test_a_mistake_in_the_markers_is_told_with_file_and_line(copy: Path, text: s
 
 
 def test_a_result_file_that_is_missing_or_lacks_a_figure_is_told(copy: Path) -> None:
-    found = json.loads((copy / tables.DEMO).read_text(encoding="utf-8"))
+    found = json.loads((copy / files.DEMO).read_text(encoding="utf-8"))
     del found["tasks"]["digits CNN"]["best"]
-    (copy / tables.DEMO).write_text(json.dumps(found), encoding="utf-8")
+    (copy / files.DEMO).write_text(json.dumps(found), encoding="utf-8")
     with pytest.raises(tables.TableError, match=r"docs/results.md:\d+: .*'demo.short'.*'best'"):
         tables.check(copy)
-    (copy / tables.DEMO).unlink()
+    (copy / files.DEMO).unlink()
     with pytest.raises(tables.TableError, match=r"docs/results.md:\d+: .*'demo.short'.*demo.json"):
         tables.check(copy)
 
@@ -163,4 +165,4 @@ def test_the_program_fails_with_a_diff(monkeypatch: pytest.MonkeyPatch, capsys: 
     ],
 )
 def test_a_mean_is_no_finer_than_its_deviation(mean: float | None, deviation: float | None, text: str) -> None:
-    assert tables.spread({"mean": mean, "deviation": deviation}) == text
+    assert writing.spread({"mean": mean, "deviation": deviation}) == text

@@ -1,0 +1,1 @@
+"""What stands between the markers of the documents, by subject; see `tables.py`."""
