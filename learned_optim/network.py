@@ -28,8 +28,9 @@ BRAKE, LEAP = 0.2, 0.5
 NOISE, PURPOSE, PATH_LEAD, TURN, TURNED = 2.0, 0.2, 100.0, 0.1, 0.3
 
 # Of the warm-up: how much slower than it climbs it falls back, how far below its first step it can get, how much further it would have
-# climbed by the time that full steps have proved themselves, and the length of gradients, beside the usual, below which steps do no harm.
-RETREAT, DEPTH, PROOF, HARMLESS = 0.5, 2.0, 2.0, 0.95
+# climbed by the time that full steps have proved themselves; the length of gradients, beside the usual, below which steps do little harm,
+# and how much slower it falls back then.
+RETREAT, DEPTH, PROOF, HARMLESS, CALM = 0.5, 2.0, 2.0, 0.95, 0.25
 
 
 class CoordinateLSTM(nn.Module):
@@ -130,8 +131,8 @@ class Controller(nn.Module):
     **Warm-up.** First steps are short enough to be undone: steps of the prior's size destroy a model that was trained before within two of
     them, and no gradient shows afterwards what it was. They *climb*, from `e^log_start` of what the rest says, by `climb_rate` times the
     mean of all trends or of all last cosines, whichever is less: the trend, a mean of ten steps, still speaks of shorter ones. They fall
-    back where the trend is negative, unless gradients get shorter: steps that undo what a model knows make them longer. From scratch
-    gradients agree, and full length takes a few steps. In fine-tuning they soon do not, and steps settle at the length at which the
+    back where the trend is negative, slowly while gradients get shorter, since steps that undo what a model knows make them longer. From
+    scratch gradients agree, and full length takes a few steps. In fine-tuning they soon do not, and steps settle at the length at which the
     agreement ends. Full steps have yet to prove themselves: the warm-up is over once gradients have agreed for as long as would have
     lengthened steps by `e^PROOF` more, without turning back.
     """
@@ -203,7 +204,7 @@ class Controller(nn.Module):
         """
         mean, last = (cosines.mean(-1, keepdim=True) for cosines in (trend, turn))
         harm = (length.log().mean(-1, keepdim=True) > math.log(HARMLESS)).to(mean.dtype)
-        fall = RETREAT * harm * mean.clamp(max=0)
+        fall = RETREAT * (CALM + (1 - CALM) * harm) * mean.clamp(max=0)
         rise = self.climb_rate * (torch.minimum(mean, last).clamp(min=0) + fall)
         full = -self.log_start
         begin = torch.where(rise < 0, torch.minimum(climbed, full), climbed)

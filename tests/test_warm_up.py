@@ -72,7 +72,7 @@ def test_full_steps_that_turn_back_at_once_are_taken_back():
     assert shares([*agreeing, *turning])[-1] > 0.99  # full steps had proved themselves
 
 
-def test_steps_that_turn_back_are_kept_while_gradients_get_shorter():
+def test_full_steps_that_turn_back_are_taken_back_slowly_while_gradients_get_shorter():
     """Training from scratch looks so: steps overshoot, and help. What is lost makes gradients longer."""
     agreeing = noisy(40)
     reached = next(t for t, share in enumerate(shares(agreeing)) if share > 0.99)
@@ -80,7 +80,7 @@ def test_steps_that_turn_back_are_kept_while_gradients_get_shorter():
     shrinking = [gradient * 0.9**t for t, gradient in enumerate(turning)]
     lasting, calm = (shares(agreeing[: reached + 1] + gradients)[-1] for gradients in (turning, shrinking))
     assert lasting < 0.1
-    assert calm > 0.99
+    assert 0.3 < calm < 0.9
 
 
 def test_steps_do_not_grow_by_what_shorter_ones_have_shown():
