@@ -28,9 +28,8 @@ BRAKE, LEAP = 0.2, 0.5
 NOISE, PURPOSE, PATH_LEAD, TURN, TURNED = 2.0, 0.2, 100.0, 0.1, 0.3
 
 # Of the warm-up: how much slower than it climbs it falls back, how far below its first step it can get, how much further it would have
-# climbed by the time that full steps have proved themselves; the length of gradients, beside the usual, below which steps do little harm,
-# and how much slower it falls back then.
-RETREAT, DEPTH, PROOF, HARMLESS, CALM = 0.5, 2.0, 2.0, 0.95, 0.25
+# climbed by the time that full steps have proved themselves, and the length of gradients, beside the usual, below which they do no harm.
+RETREAT, DEPTH, PROOF, HARMLESS = 0.5, 2.0, 2.0, 0.95
 
 
 class CoordinateLSTM(nn.Module):
@@ -130,11 +129,11 @@ class Controller(nn.Module):
 
     **Warm-up.** First steps are short enough to be undone: steps of the prior's size destroy a model that was trained before within two of
     them, and no gradient shows afterwards what it was. They *climb*, from `e^log_start` of what the rest says, by `climb_rate` times the
-    mean of all trends or of all last cosines, whichever is less: the trend, a mean of ten steps, still speaks of shorter ones. They fall
-    back where the trend is negative, slowly while gradients get shorter, since steps that undo what a model knows make them longer. From
-    scratch gradients agree, and full length takes a few steps. In fine-tuning they soon do not, and steps settle at the length at which the
-    agreement ends. Full steps have yet to prove themselves: the warm-up is over once gradients have agreed for as long as would have
-    lengthened steps by `e^PROOF` more, without turning back.
+    mean of all trends, and fall back where that is negative. From scratch gradients agree, and full length takes a few steps. In
+    fine-tuning they hardly do, and steps settle at the length at which the agreement ends. Full steps have yet to prove themselves, since
+    the trend, a mean of ten steps, still speaks of shorter ones: the warm-up is over once gradients have agreed for as long as would have
+    lengthened steps by `e^PROOF` more, without turning back. Until then steps still fall back, unless gradients are getting shorter:
+    steps that undo what a model knows make them longer.
     """
 
     def __init__(self) -> None:
@@ -190,23 +189,22 @@ class Controller(nn.Module):
         correction = (correction + path + torch.where(known > 0, self.log_rate.exp() * annealed, endless)).clamp(-MOST, MOST)
         return correction, self.brake * (swing + BRAKE).clamp(max=0), self.inertia * longer
 
-    def climb(self, trend: Tensor, turn: Tensor, length: Tensor, climbed: Tensor) -> tuple[Tensor, Tensor]:
+    def climb(self, trend: Tensor, length: Tensor, climbed: Tensor) -> tuple[Tensor, Tensor]:
         """One step of the warm-up.
 
         Args:
             trend: as in `forward`, (..., K).
-            turn: the last of the cosines that the trend is a mean of, (..., K).
             length: of each tensor's recent gradients, in units of what is usual, (..., K).
             climbed: what has been gained so far, a logarithm, (..., K).
 
         Returns:
             the same after this step, and the logarithm of the warm-up's factor.
         """
-        mean, last = (cosines.mean(-1, keepdim=True) for cosines in (trend, turn))
-        harm = (length.log().mean(-1, keepdim=True) > math.log(HARMLESS)).to(mean.dtype)
-        fall = RETREAT * (CALM + (1 - CALM) * harm) * mean.clamp(max=0)
-        rise = self.climb_rate * (torch.minimum(mean, last).clamp(min=0) + fall)
+        mean = trend.mean(-1, keepdim=True)
         full = -self.log_start
+        harmed = (length.log().mean(-1, keepdim=True) > math.log(HARMLESS)).to(mean.dtype)
+        fall = RETREAT * torch.where(climbed - full > 0, harmed, 1) * mean.clamp(max=0)
+        rise = self.climb_rate * (mean.clamp(min=0) + fall)
         begin = torch.where(rise < 0, torch.minimum(climbed, full), climbed)
         after = torch.where(full + PROOF - climbed > 0, (begin + rise).clamp(min=-DEPTH), climbed)
         climbed = torch.where(full > 0, after, climbed)

@@ -262,7 +262,7 @@ def step_sizes(
     straight = straightness(control.path, clock)
     correction, braked, inertia = network.controller(trend, swing, steady, straight, age, progress, known, control.correction)
     usual = (clock.mean + ABSOLUTE_FLOOR).sqrt()
-    climbed, warm = network.controller.climb(trend, turn, length / usual, control.climbed)
+    climbed, warm = network.controller.climb(trend, length / usual, control.climbed)
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
     schedule = torch.where(known > 0, annealed, decayed)

@@ -72,24 +72,12 @@ def test_full_steps_that_turn_back_at_once_are_taken_back():
     assert shares([*agreeing, *turning])[-1] > 0.99  # full steps had proved themselves
 
 
-def test_full_steps_that_turn_back_are_taken_back_slowly_while_gradients_get_shorter():
+def test_full_steps_that_turn_back_are_kept_while_gradients_get_shorter():
     """Training from scratch looks so: steps overshoot, and help. What is lost makes gradients longer."""
     agreeing = noisy(40)
     reached = next(t for t, share in enumerate(shares(agreeing)) if share > 0.99)
-    turning = [torch.ones(20, 30) * (-1) ** (t + 1) for t in range(30)]
-    shrinking = [gradient * 0.9**t for t, gradient in enumerate(turning)]
-    lasting, calm = (shares(agreeing[: reached + 1] + gradients)[-1] for gradients in (turning, shrinking))
-    assert lasting < 0.1
-    assert 0.3 < calm < 0.9
-
-
-def test_steps_do_not_grow_by_what_shorter_ones_have_shown():
-    """Gradients that agreed until now say nothing of longer steps, where the last one is across all before it."""
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.cat([torch.ones(600, 1), torch.randn(600, 5, generator=generator)], 1))[0].T.view(6, 20, 30)
-    found = shares([basis[0]] * 3 + list(basis[1:]))
-    assert found[2] < 0.9
-    assert all(math.isclose(share, found[2], rel_tol=0.02) for share in found[3:])
+    shrinking = [torch.ones(20, 30) * (-1) ** (t + 1) * 0.9**t for t in range(30)]
+    assert shares(agreeing[: reached + 1] + shrinking)[-1] > 0.99
 
 
 def test_a_trained_model_is_not_lost_in_fine_tuning():
