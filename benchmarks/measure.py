@@ -44,7 +44,16 @@ MORE_SEEDS = {100: ["tabular", "ill-conditioned"], 24: ["reinforcement", "mlp", 
 SIZES = ["1e4", "1e5", "1e6", "2097152", "1e7", "1e8"]
 # Of the tasks of pretrained.py, those that AdamW is tuned on, and those that have only Trainer's default beside ours.
 TUNED = ["minilm polarity", "transformer sklearn"]
-PRETRAINED = [*TUNED, "minilm polarity lora", "minilm polarity head", "minilm polarity last layers", "minilm masked numpy"]
+PRETRAINED = [
+    *TUNED,
+    "minilm polarity lora",
+    "minilm polarity head",
+    "minilm polarity last layers",
+    "minilm valence",
+    "minilm valence off-centre",
+    "minilm masked numpy",
+    "efficientnet letters",
+]
 # Kinds of problem that the weights are specialised for, with the minutes for it.
 KINDS = {"curves": [1, 3, 10], "digits": [3, 10]}
 MNIST = ["mnist mlp", "mnist vit", "wikitext transformer", "wikitext fine-tuning"]

@@ -58,7 +58,7 @@ def muon(grads: Tensor) -> Tensor:
 def learned(network, grads: Tensor) -> Tensor:
     """Changes with the sign turned (T, ...), of a tensor of that shape."""
     layout, found = Layout((grads.shape[1:],), torch.device("cpu")), []
-    state = init_state(layout, network.config)
+    state = init_state(layout, network.config, torch.zeros(grads[0].numel()))
     for grad in grads.flatten(1):
         change, state = update(network, layout, grad, state, torch.tensor([math.inf]))
         found.append(-change)

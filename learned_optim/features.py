@@ -1,6 +1,6 @@
-"""What the optimizer network sees of a gradient: numbers without units.
+"""What the optimizer network sees of a gradient, and of a weight before its first step: numbers without units.
 
-No feature changes when the loss is multiplied by a constant, so one network serves all losses.
+None changes when the loss or the weights are multiplied by a constant, so one network serves all losses.
 
 Shapes: `N` coordinates of `K` tensors laid end to end; `...` any leading dimensions (replicas of a model).
 """
@@ -28,6 +28,10 @@ ABSOLUTE_FLOOR = 1e-20
 GRADIENT_BOUND = 3.0
 
 BUCKETS = 16  # of a sketch
+
+# Of matrices before training: by how much `unevenness` exceeds 1 by chance, at most, times the root of the number of entries; what may be
+# above that in any fresh matrix; and what is above that again in one that was surely trained.
+SCATTER, FRESH, TRAINED = 2.0, 0.03, 0.1
 
 ODD, EVEN = 2, 3  # how many features change sign with the gradient, and how many do not
 
@@ -159,6 +163,19 @@ class Layout:
         rows = torch.arange(-(-max(self.sizes) // BUCKETS), device=self.device)
         return (scatter_bits(rows * 0x9E3779B1) & 1).float() * 2 - 1
 
+    def trained(self, params: Tensor) -> Tensor:
+        """Which tensors look as if they had been trained before, from 0 to 1, and -1 where that cannot be seen: (..., N) -> (..., K)."""
+        looks = []
+        for part, (fan_out, fan_in), stack in zip(params.split(self.sizes, -1), self.fans, self.stacks, strict=True):
+            if fan_in > 1 and fan_out > 0:
+                uneven = unevenness(part.unflatten(-1, (*stack, fan_out, fan_in)))
+                uneven = uneven.mean(-1) if stack else uneven
+                excess = (uneven - 1 - FRESH - SCATTER / math.sqrt(fan_out * fan_in)) / TRAINED
+                looks.append(torch.where(excess > 0, excess.clamp(max=1), 0))  # 0 also where a weight is not finite
+            else:
+                looks.append(params.new_full(params.shape[:-1], -1))
+        return torch.stack(looks, -1)
+
     def spread(self, values: Tensor) -> Tensor:
         """Each tensor's value at each of its coordinates: (..., K) -> (..., N)."""
         return spread(values, self.sizes)
@@ -209,6 +226,19 @@ def coordinate_features(grad: Tensor, momentum: Tensor, second_moment: Tensor, m
     fast = steady * gradient * (1 + (gradient / GRADIENT_BOUND).square()).rsqrt()
     share = (variance / (mean + ABSOLUTE_FLOOR)).log() / 8
     return CoordinateFeatures(torch.stack([slow, fast]), torch.stack([slow.abs(), fast.abs(), share]), gradient)
+
+
+def unevenness(matrix: Tensor) -> Tensor:
+    """How much some singular values exceed others: (..., m, n) -> (...).
+
+    The sum of their fourth powers, over what it is on average where entries are independent, have no mean and one variance,
+    `m n (m + n)` times the variance squared (Marchenko & Pastur 1967). So it is 1 in a matrix that was drawn, whatever its scale, 1/2 in a
+    square orthogonal one, and up to `min(m, n)` where training has made a few singular values large.
+    """
+    wide = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
+    rows, columns = wide.shape[-2:]
+    wide = wide * (wide.square().mean((-2, -1), keepdim=True) + ABSOLUTE_FLOOR).rsqrt()
+    return (wide @ wide.mT).square().sum((-2, -1)) / (rows * columns * (rows + columns))
 
 
 def cosine(products: Tensor) -> Tensor:

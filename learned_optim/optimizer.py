@@ -264,8 +264,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if fresh:
             for group, given in self._given:
                 checks.parameters.check_flattened(group, given, f"parameter group with {len(given)} parameters")
+        stacked = {id(param): group["stacked"] for group in self.param_groups for param in group["params"]} if fresh else {}
         for param, state in fresh:
-            state.update(init_state(param, self.network.config))
+            with torch.autocast(device.type, enabled=False):
+                state.update(init_state(param, self.network.config, stacked[id(param)]))
             self._tables.pop(param, None)
         if not params:
             return None
@@ -425,7 +427,7 @@ def is_long(param: Tensor) -> bool:
     return param.ndim == 2 and param.shape[0] >= max(ROWS, TALL * param.shape[1])
 
 
-def init_state(param: Tensor, config: NetworkConfig) -> State:
+def init_state(param: Tensor, config: NetworkConfig, stacked: bool = False) -> State:
     """The state of a parameter that has seen no gradient.
 
     What belongs to coordinates is placed like the parameter, and of a DTensor sharded like it, in the formats of the configuration:
@@ -433,7 +435,9 @@ def init_state(param: Tensor, config: NetworkConfig) -> State:
     "int8" adds `lstm_scale`, (2 H + 1, blocks). `control`, see `rule.Control`, is (CONTROL,) and fp32, and whole in each process; its
     first number is the parameter's steps.
     """
-    state = {"control": torch.zeros(CONTROL, dtype=torch.float32, device=param.device)}
+    layout = Layout.of((param.shape,), param.device, (stacked,))
+    looks = layout.trained(sharding.whole(param).detach().reshape(-1).float())
+    state = {"control": Control.of(looks.new_zeros(CONTROL, 1))._replace(trained=looks).rows()[:, 0]}
     for key, tensor in stored(config).items():
         count = sum(tensor.counts)
         values, scales = zeros(sharding.local(param), count, tensor.fmt)

@@ -102,13 +102,13 @@ class Control(NamedTuple):
     correction: Tensor  # the logarithm of its step size's, (..., K)
     climbed: Tensor  # what its warm-up has gained on the first step's size, a logarithm; above full length until it is over, (..., K)
     table: Tensor  # whether it is a table, see `Layout`: 1 if it is, -1 if not, 0 while nobody has looked, (..., K)
+    trained: Tensor  # whether it looked trained before its first step, see `Layout.trained`, (..., K)
     path: Tensor  # a sketch of its mean update, (BUCKETS, ..., K)
 
     @staticmethod
     def of(rows: Tensor) -> Control:
         """From (CONTROL, ..., K)."""
-        step, trend, swing, length, correction, climbed, table = rows[:-BUCKETS]
-        return Control(step, trend, swing, length, correction, climbed, table, rows[-BUCKETS:])
+        return Control(*rows[:-BUCKETS], rows[-BUCKETS:])
 
     def rows(self) -> Tensor:
         """The way back."""
@@ -118,22 +118,21 @@ class Control(NamedTuple):
 CONTROL = len(Control._fields) - 1 + BUCKETS
 
 
-def init_state(layout: Layout, config: NetworkConfig, leading: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> State:
-    """The state of tensors that have seen no gradient: zeros, which take no memory.
+def init_state(layout: Layout, config: NetworkConfig, params: Tensor) -> State:
+    """The state of tensors that have seen no gradient, in the parameters' dtype: zeros, which take no memory, but for what their weights
+    look like.
 
     `control`, what a tensor has once, is (CONTROL, ..., K), see `Control`; `momentum`, `second_moment` and `drift` are (..., N), `hidden`
     and `cell` (H, ..., N).
+
+    Args:
+        params: (..., N).
     """
-    count, size = len(layout.sizes), sum(layout.sizes)
-    shapes = {
-        "control": (CONTROL, *leading, count),
-        "momentum": (*leading, size),
-        "second_moment": (*leading, size),
-        "hidden": (config.hidden_units, *leading, size),
-        "cell": (config.hidden_units, *leading, size),
-        "drift": (*leading, size),
-    }
-    return {key: torch.zeros((), dtype=dtype, device=layout.device).expand(shape) for key, shape in shapes.items()}
+    zero, trained = params.new_zeros(()), layout.trained(params.detach())
+    shapes = {"momentum": (), "second_moment": (), "hidden": (config.hidden_units,), "cell": (config.hidden_units,), "drift": ()}
+    state = {key: zero.expand(*rows, *params.shape) for key, rows in shapes.items()}
+    control = Control.of(zero.expand(CONTROL, *trained.shape))._replace(trained=trained)
+    return {"control": control.rows()} | state
 
 
 def update(
@@ -262,14 +261,15 @@ def step_sizes(
     straight = straightness(control.path, clock)
     correction, braked, inertia = network.controller(trend, swing, steady, straight, age, progress, known, control.correction)
     usual = (clock.mean + ABSOLUTE_FLOOR).sqrt()
-    climbed, warm = network.controller.climb(trend, length / usual, control.climbed)
+    climbed, warm = network.controller.climb(trend, length / usual, control.climbed, control.trained)
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
     schedule = torch.where(known > 0, annealed, decayed)
     pace = torch.maximum(agreed, (size / usual).clamp(max=1)) ** network.controller.power
     step_size = (network.log_step_size + correction + braked + warm).exp() * pace * schedule * clock.started
     trend, swing, length, correction, climbed = (part * clock.started for part in (trend, swing, length, correction, climbed))
-    return step_size, steady, inertia, Control(clock.step, trend, swing, length, correction, climbed, control.table, control.path)
+    control = control._replace(step=clock.step, trend=trend, swing=swing, length=length, correction=correction, climbed=climbed)
+    return step_size, steady, inertia, control
 
 
 def agreement(products: Tensor, clock: Clock, config: NetworkConfig) -> Tensor:

@@ -175,6 +175,12 @@ def is_behind(value: Any, param: Any) -> bool:
     return value.device_mesh == param.device_mesh and tuple(value.placements) == behind(param)
 
 
+def whole(param: Any) -> Tensor:
+    """A parameter with the parts that other processes have, which must all ask for it together."""
+    gathered: Tensor = param.full_tensor() if is_sharded(param) else param
+    return gathered
+
+
 def rows_in_use(param: Any, grad: Tensor) -> float:
     """The share of a matrix's rows of which the gradient is not zero.
 

@@ -40,7 +40,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def fresh(params: Sequence[Tensor], network: OptimizerNetwork) -> State:
-    return init_state(layout_of(params), network.config, dtype=network.log_step_size.dtype)
+    return init_state(layout_of(params), network.config, flat(params).to(network.log_step_size.dtype))
 
 
 def step(

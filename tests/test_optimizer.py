@@ -45,7 +45,7 @@ def test_step_is_the_rule(network: OptimizerNetwork) -> None:
     groups = [{"params": params[:2], "lr": 0.5, "weight_decay": 0.1, "total_steps": 9}, {"params": params[2:]}]
     optimizer = LearnedOptimizer(groups, network, kernel="reference")
     layout = Layout.of(tuple(param.shape for param in params), torch.device("cpu"))
-    state = rule.init_state(layout, network.config)
+    state = rule.init_state(layout, network.config, torch.cat([param.detach().reshape(-1) for param in params]))
     horizons = torch.tensor([9.0, 9.0, *[torch.inf] * 3])
     for step in range(5):
         optimizer.zero_grad()

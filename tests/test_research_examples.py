@@ -79,7 +79,7 @@ def test_fast_weights_start_as_rms() -> None:
     usual = torch.rand(10) + 0.1
     scale, layout = usual + 0.05, Layout((torch.Size([2, 3]), torch.Size([4])), torch.device("cpu"))
     rule, grad, moved = module.FastWeights(0.01, scale, usual, 2), torch.randn(1, 10), 0.1 * torch.randn(1, 10)
-    state = init_state(layout, module.CONFIG, (1,)) | {"moved": moved}
+    state = init_state(layout, module.CONFIG, moved) | {"moved": moved}
     change, new = rule(layout, grad, state, torch.full((1, 2), torch.inf))
     expected, _ = module.rms(0.01, scale, 0.0, layout, grad, {"moved": moved}, None)
     torch.testing.assert_close(change + torch.tensor(-5.0).sigmoid() * moved, expected, rtol=0.02, atol=1e-5)

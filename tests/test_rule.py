@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from learned_optim.config import NetworkConfig
 from learned_optim.network import OptimizerNetwork
-from learned_optim.rule import CONTROL, DRIFT_STEPS, TREND_STEPS, init_state, update
+from learned_optim.rule import CONTROL, DRIFT_STEPS, TREND_STEPS, Control, init_state, update
 
 MATRICES = [(16, 16), (32, 8), (8, 32), (12, 3, 3, 3)]
 VECTORS = [(9,), (1, 9), (9, 1)]
@@ -44,7 +44,7 @@ def test_blocks_cover_every_coordinate_once(size: int) -> None:
 
 def test_init_state() -> None:
     layout = layout_of([torch.ones(shape) for shape in [(3,), (), (2, 4)]])
-    state = init_state(layout, NetworkConfig(hidden_units=3), (6,), torch.float64)
+    state = init_state(layout, NetworkConfig(hidden_units=3), torch.ones(6, 12, dtype=torch.float64))
     assert {key: tuple(value.shape) for key, value in state.items()} == {
         "control": (CONTROL, 6, 3),
         "momentum": (6, 12),
@@ -53,7 +53,10 @@ def test_init_state() -> None:
         "cell": (3, 6, 12),
         "drift": (6, 12),
     }
-    assert all(value.dtype == torch.float64 and not value.any() for value in state.values())
+    assert all(value.dtype == torch.float64 for value in state.values())
+    assert Control.of(state["control"]).trained.eq(torch.tensor([-1, -1, 0])).all()
+    zeros = state | {"control": Control.of(state["control"])._replace(trained=torch.zeros(6, 3)).rows()}
+    assert not any(value.any() for value in zeros.values())
 
 
 def test_update_is_pure(network: OptimizerNetwork, generator: torch.Generator) -> None:
@@ -334,7 +337,7 @@ def test_replicas_side_by_side_are_a_loop(network: OptimizerNetwork, generator: 
     replicas = [(draw(SHAPES, generator), [draw(SHAPES, generator) for _ in range(3)]) for _ in range(4)]
     replicas[2][1][0][3].zero_()  # one replica's tensor starts later than the others'
     layout = layout_of(replicas[0][0])
-    state = init_state(layout, network.config, (4,))
+    state = init_state(layout, network.config, torch.stack([flat(params) for params, _ in replicas]))
     for t in range(3):
         grads = torch.stack([flat(gradients[t]) for _, gradients in replicas])
         change, state = update(network, layout, grads, state, torch.full((4, len(SHAPES)), total_steps))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
 from learned_optim.config import NetworkConfig
+from learned_optim.rule import Control
 
 
 def update_sizes(gradients: list[torch.Tensor], network: OptimizerNetwork) -> list[float]:
@@ -78,6 +79,41 @@ def test_full_steps_that_turn_back_are_kept_while_gradients_get_shorter():
     reached = next(t for t, share in enumerate(shares(agreeing)) if share > 0.99)
     shrinking = [torch.ones(20, 30) * (-1) ** (t + 1) * 0.9**t for t in range(30)]
     assert shares(agreeing[: reached + 1] + shrinking)[-1] > 0.99
+
+
+def test_trained_matrices_are_patient_and_a_fresh_one_among_them_is_not():
+    """As a pretrained model with a new read-out that starts far off: all gradients agree until it is where it belongs."""
+    generator = torch.Generator().manual_seed(0)
+    trained = [nn.Parameter(torch.randn(24, 3, generator=generator) @ torch.randn(3, 24, generator=generator)) for _ in range(40)]
+    fresh, vector = nn.Parameter(torch.randn(24, 24, generator=generator)), nn.Parameter(torch.ones(24))
+    params = [*trained, fresh, vector]
+    moved = {}
+    for name, network in zip(("with", "without"), with_and_without(), strict=True):
+        optimizer = LearnedOptimizer(params, network)
+        start = [param.detach().clone() for param in params]
+        for _ in range(8):
+            before = [param.detach().clone() for param in params]
+            for param in params:
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+        moved[name] = [rms(param.detach() - other) for param, other in zip(params, before, strict=True)]
+        for param, value in zip(params, start, strict=True):
+            param.data.copy_(value)
+    shares = [one / other for one, other in zip(moved["with"], moved["without"], strict=True)]
+    assert max(shares[:40]) < 0.1
+    assert shares[40] > 0.99
+    assert shares[41] < 0.2  # what cannot be seen is as most of the others
+
+
+def test_few_trained_matrices_need_little_patience():
+    generator = torch.Generator().manual_seed(0)
+    param = nn.Parameter(torch.randn(24, 3, generator=generator) @ torch.randn(3, 24, generator=generator))
+    optimizer = LearnedOptimizer([param], with_and_without()[0])
+    for _ in range(8):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    climbed = Control.of(optimizer.state[param]["control"]).climbed.item()
+    assert climbed > math.log(50)
 
 
 def test_a_trained_model_is_not_lost_in_fine_tuning():

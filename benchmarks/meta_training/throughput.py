@@ -45,7 +45,7 @@ class TensorRule:
         self.network, self.total_steps = network, torch.tensor([float(horizon)])
 
     def init(self, param: Tensor) -> State:
-        return init_state(self.layout(param), self.network.config)
+        return init_state(self.layout(param), self.network.config, param.reshape(-1))
 
     def change(self, grad: Tensor, param: Tensor, state: State) -> tuple[Tensor, State]:
         """What to add to the parameter, and the new state."""

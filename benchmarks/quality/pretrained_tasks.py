@@ -257,9 +257,10 @@ def single_words(validation: bool) -> tuple[Tensor, Tensor]:
     return tokens(texts), torch.tensor([value for _, value in listed]) / scale
 
 
-def valence(seed: int, change: Callable[[nn.Module], nn.Module] = lambda model: model) -> Problem:
-    """Regression: how good or bad is what the sentence says?"""
-    return problem(seed, change(Sentences(minilm(), 1)), single_words(False), single_words(True), 16, fitted)
+def valence(seed: int, change: Callable[[nn.Module], nn.Module] = lambda model: model, mean: float = 0.0) -> Problem:
+    """Regression: how good or bad is what the sentence says? Around `mean`, as of ratings that nobody has centred."""
+    training, validation = ((texts, values + mean) for texts, values in (single_words(False), single_words(True)))
+    return problem(seed, change(Sentences(minilm(), 1)), training, validation, 16, fitted)
 
 
 # Docstrings of packages, which the packages' own licences cover (all of them BSD)
@@ -642,6 +643,7 @@ PRETRAINED_DEVELOPMENT: dict[str, Task] = {
     "minilm polarity head": Task(functools.partial(polarity, change=frozen), 150),
     "minilm polarity last layers": Task(functools.partial(polarity, change=last_layers, examples=300), 150),
     "minilm valence": Task(valence, 100),
+    "minilm valence off-centre": Task(functools.partial(valence, mean=3.0), 100),
     "minilm valence bf16": Task(functools.partial(valence, change=InBf16), 100),
     "minilm masked numpy": Task(lambda seed: masked_language(seed, pieces(documentation("numpy"))), 100),
     "minilm pairs numpy": Task(lambda seed: pairs(seed, documentation("numpy")), 100),

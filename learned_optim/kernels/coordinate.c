@@ -24,7 +24,7 @@ enum { CHUNK = 256, MAX_UNITS = 8, ODD = 2, EVEN = 3, BUCKETS = 16, ROWS = CHUNK
 enum { INVERSE1, INVERSE2, MEAN, SHARE, PORTION, KEPT, STEADY, INERTIA, SCALARS };
 
 /* What a tensor has once, as in `Control` of `learned_optim/rule.py`. */
-enum { STEP, CONTROL = 7 + BUCKETS };
+enum { STEP, CONTROL = 8 + BUCKETS };
 
 /* Formats of stored state, as in `learned_optim/storage.py`. */
 enum { FLOAT32, BFLOAT16, INT8 };

@@ -70,7 +70,7 @@ class Evaluation:
         def curves(unroll: Unroll) -> Curves:
             rule = functools.partial(update, network)
             params, _, buffers = unroll.optimizees
-            state = init_state(unroll.layout, network.config, (REPLICAS,), params.dtype)  # the network may be another one than the config's
+            state = init_state(unroll.layout, network.config, params)  # the network may be another one than the config's
             fresh = replace(unroll, optimizees=Optimizees(params, state, buffers))
             return {mode: train(fresh, rule, known) for mode, known in MODES.items()}
 

@@ -137,7 +137,7 @@ def begin(
         params = initial.detach().to(params).expand_as(params)
     buffers = {name: torch.stack([buffers[name] for _, buffers in inits]).to(device) for name in inits[0][1]}
     layout = Layout.of(tuple(task.shapes.values()), params.device)
-    state = init_state(layout, config, (replicas,), params.dtype)
+    state = init_state(layout, config, params)
     unroll = Unroll(task, seed, Optimizees(params, state, buffers), torch.ones(replicas, device=device), **options)  # type: ignore[arg-type]
     with torch.no_grad():
         return replace(unroll, first_loss=unroll.measure(0, unroll.optimizees))

@@ -1,0 +1,89 @@
+"""Whether a matrix was trained can be seen before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from learned_optim import LearnedOptimizer, OptimizerNetwork
+from learned_optim.config import NetworkConfig
+from learned_optim.features import Layout, unevenness
+from learned_optim.rule import Control
+
+FRESH: dict[str, Callable[[], Tensor]] = {
+    "linear": lambda: nn.Linear(96, 64).weight,
+    "wide linear": lambda: nn.Linear(784, 10).weight,
+    "read-out": lambda: nn.Linear(384, 1).weight,
+    "convolution": lambda: nn.Conv2d(8, 32, 3).weight,
+    "embedding": lambda: nn.Embedding(1000, 32).weight,
+    "normal": lambda: nn.init.trunc_normal_(torch.empty(128, 128), std=0.02),
+    "xavier": lambda: nn.init.xavier_uniform_(torch.empty(64, 256)),
+    "orthogonal": lambda: nn.init.orthogonal_(torch.empty(64, 64)),
+    "zeros": lambda: torch.zeros(64, 64),
+}
+
+
+def looks(weight: Tensor, stacked: bool = False) -> float:
+    found = Layout.of((weight.shape,), torch.device("cpu"), (stacked,)).trained(weight.detach().reshape(-1))
+    return float(found)
+
+
+@pytest.mark.parametrize("kind", FRESH)
+def test_what_was_drawn_looks_fresh(kind: str) -> None:
+    torch.manual_seed(0)
+    assert max(looks(FRESH[kind]()) for _ in range(20)) < 0.2
+
+
+def test_what_was_trained_looks_trained_whatever_its_scale() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(1000, 32) * torch.linspace(0.1, 3, 32)
+    labels = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 5))(inputs).argmax(1)
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 5))
+    weights = [model[0].weight, model[2].weight]
+    before = [looks(weight) for weight in weights]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(400):
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+    assert max(before) < 0.2
+    assert min(looks(weight) for weight in weights) == 1
+    assert min(looks(1e-4 * weight) for weight in weights) == 1
+
+
+def test_vectors_say_nothing_and_broken_weights_say_fresh() -> None:
+    assert looks(torch.ones(7)) == looks(torch.ones(7, 1)) == looks(torch.tensor(1.0)) == looks(torch.ones(0, 3)) == -1
+    assert looks(torch.full((8, 8), torch.nan)) == looks(torch.full((8, 8), torch.inf)) == 0
+
+
+def test_stacked_matrices_are_looked_at_one_by_one() -> None:
+    torch.manual_seed(0)
+    experts = torch.randn(64, 24, 2) @ torch.randn(64, 2, 24)
+    assert looks(experts, stacked=True) == 1
+    assert looks(experts) < 0.5  # flattened, they have nothing in common
+    assert looks(torch.randn(6, 24, 24), stacked=True) < 0.2
+
+
+def test_unevenness_is_that_of_singular_values() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(3, 5, 9, generator=generator)
+    values = torch.linalg.svdvals(matrices) / matrices.square().mean((-2, -1)).sqrt()[:, None]
+    torch.testing.assert_close(unevenness(matrices), values.pow(4).sum(-1) / (5 * 9 * 14))
+    torch.testing.assert_close(unevenness(matrices.mT), unevenness(matrices))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_optimizer_looks_once_before_the_first_step(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    params = [nn.Parameter((torch.randn(32, 2) @ torch.randn(2, 32)).to(dtype)), nn.Parameter(torch.randn(32, 32).to(dtype))]
+    optimizer = LearnedOptimizer(params, OptimizerNetwork(NetworkConfig()))
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        params[0].data.normal_()  # it looks fresh from now on, but it was not
+    assert [Control.of(optimizer.state[param]["control"]).trained.item() for param in params] == [1, 0]
