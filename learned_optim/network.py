@@ -27,10 +27,10 @@ BRAKE, LEAP = 0.2, 0.5
 # that may call for longer steps; the steps before it counts in full; and the trends between which longer steps are let through.
 NOISE, PURPOSE, PATH_LEAD, TURN, TURNED = 2.0, 0.2, 100.0, 0.1, 0.3
 
-# Of the warm-up: how much slower than it climbs it falls back, how far below its first step it can get, how much further it would have
-# climbed by the time that full steps have proved themselves, and the length of gradients, beside the usual, below which they do no harm;
-# and of matrices that were trained before, what of them all together climbs in a step, at most, and the least that this is for each.
-RETREAT, DEPTH, PROOF, HARMLESS = 0.5, 2.0, 2.0, 0.95
+# Of the warm-up: how much slower than it climbs it falls back, how far below its first step it can get, and how much further it would have
+# climbed by the time that full steps have proved themselves. By how much matrices that were trained before climb in a step, at most: all of
+# them together, and the least that this is for each.
+RETREAT, DEPTH, PROOF = 0.5, 2.0, 2.0
 HASTE, LEAST_HASTE = 6.0, 0.15
 
 
@@ -134,8 +134,7 @@ class Controller(nn.Module):
     mean of all trends, and fall back where that is negative. From scratch gradients agree, and full length takes a few steps. In
     fine-tuning they hardly do, and steps settle at the length at which the agreement ends. Full steps have yet to prove themselves, since
     the trend, a mean of ten steps, still speaks of shorter ones: the warm-up is over once gradients have agreed for as long as would have
-    lengthened steps by `e^PROOF` more, without turning back. Until then steps still fall back, unless gradients are getting shorter:
-    steps that undo what a model knows make them longer.
+    lengthened steps by `e^PROOF` more, without turning back. Until then steps still fall back.
 
     **Care.** Where a new read-out on a trained model starts far off, all gradients agree until it is where it belongs, and tell nothing of
     what the rest bears. But that a matrix was trained can be seen before its first step (`features.unevenness`). How long its steps may be
@@ -197,12 +196,11 @@ class Controller(nn.Module):
         correction = (correction + path + torch.where(known > 0, self.log_rate.exp() * annealed, endless)).clamp(-MOST, MOST)
         return correction, self.brake * (swing + BRAKE).clamp(max=0), self.inertia * longer
 
-    def climb(self, trend: Tensor, length: Tensor, climbed: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
+    def climb(self, trend: Tensor, climbed: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
         """One step of the warm-up.
 
         Args:
             trend: as in `forward`, (..., K).
-            length: of each tensor's recent gradients, in units of what is usual, (..., K).
             climbed: what has been gained so far, a logarithm, (..., K).
             trained: whether a tensor looked trained before its first step, from 0 to 1, or -1 where that cannot be seen, (..., K).
 
@@ -211,9 +209,7 @@ class Controller(nn.Module):
         """
         mean = trend.mean(-1, keepdim=True)
         full = -self.log_start
-        harmed = (length.log().mean(-1, keepdim=True) > math.log(HARMLESS)).to(mean.dtype)
-        fall = RETREAT * torch.where(climbed - full > 0, harmed, 1) * mean.clamp(max=0)
-        rise = self.climb_rate * (mean.clamp(min=0) + fall)
+        rise = self.climb_rate * torch.where(mean > 0, mean, RETREAT * mean)
         seen = torch.where(trained < 0, 0, torch.ones_like(trained))
         count = (trained * seen).sum(-1, keepdim=True)
         careful = torch.where(trained < 0, count / seen.sum(-1, keepdim=True).clamp(min=1), trained)
