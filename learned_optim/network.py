@@ -31,7 +31,7 @@ NOISE, PURPOSE, PATH_LEAD, TURN, TURNED = 2.0, 0.2, 100.0, 0.1, 0.3
 # climbed by the time that full steps have proved themselves. By how much matrices that were trained before climb in a step, at most: all of
 # them together, and the least that this is for each.
 RETREAT, DEPTH, PROOF = 0.5, 2.0, 2.0
-HASTE, LEAST_HASTE = 6.0, 0.15
+HASTE, LEAST_HASTE = 8.0, 0.2
 
 
 class CoordinateLSTM(nn.Module):
