@@ -38,6 +38,7 @@ from learned_optim.weights import fingerprint
 ROOT = tables.ROOT
 Kept = Callable[[dict[str, Any]], bool]  # whether a run is
 RUNS = ROOT / "benchmarks/quality/results/runs.jsonl.xz"
+DRAWN_RUNS = ROOT / "benchmarks/quality/results/distribution_runs.jsonl.xz"
 PRETRAINED_RUNS = ROOT / "benchmarks/quality/results/pretrained_runs.jsonl.xz"
 # Where runs scatter most, formats of the state are compared with more seeds than the benchmark's six.
 MORE_SEEDS = {100: ["tabular", "ill-conditioned"], 24: ["reinforcement", "mlp", "physics", "resnet", "cnn", "new digits"]}
@@ -54,6 +55,7 @@ PRETRAINED = [
     "minilm masked numpy",
     "efficientnet letters",
 ]
+DRAWN = 50  # problems of those drawn at random to publish; AdamW takes most of a minute to be tuned on one
 # Kinds of problem that the weights are specialised for, with the minutes for it.
 KINDS = {"curves": [1, 3, 10], "digits": [3, 10]}
 MNIST = ["mnist mlp", "mnist vit", "wikitext transformer", "wikitext fine-tuning"]
@@ -123,6 +125,13 @@ def quality(folder: Path, kept: Kept) -> None:
     pack(folder / "runs.jsonl", RUNS, kept)
 
 
+def distribution(folder: Path, kept: Kept) -> None:
+    unpack(DRAWN_RUNS, folder / "runs.jsonl")
+    python("benchmarks/quality/distribution.py", "--held-out", "--problems", DRAWN, "--out", folder)
+    publish(folder, "benchmarks/quality/results", {"results.json": "distribution.json"})
+    pack(folder / "runs.jsonl", DRAWN_RUNS, kept)
+
+
 def pretrained(folder: Path, kept: Kept) -> None:
     """Needs the extra `pretrained-models`."""
     unpack(PRETRAINED_RUNS, folder / "runs.jsonl")
@@ -186,6 +195,7 @@ def parts(kept: Kept, data: Path | None) -> dict[str, Callable[[Path], None]]:
         "learned": lambda folder: learned(folder, kept),
         "quality": lambda folder: quality(folder, kept),
         "pretrained": lambda folder: pretrained(folder, kept),
+        "distribution": lambda folder: distribution(folder, kept),
         "demo": demo,
         "trainer_gpt": lambda _: trainer("trainer_gpt"),
         "trainer_classifier": lambda _: trainer("trainer_classifier"),

@@ -160,7 +160,7 @@ def test_speed_is_the_ratio_of_steps_to_the_same_loss(quality: Any, tmp_path: Pa
     assert measured == pytest.approx([0.5, 2.0, 0.125], rel=0.06)
 
 
-@pytest.mark.parametrize(("constant", "value"), [("PROOF", 0.0), ("BRAKE", 0.3), ("RETREAT", 0.8), ("HASTE", 4.0)])
+@pytest.mark.parametrize(("constant", "value"), [("PROOF", 0.0), ("BRAKE", 0.3), ("RETREAT", 0.8), ("HASTE", 4.0), ("LEAST_HASTE", 0.15)])
 def test_runs_of_a_rule_that_was_changed_are_not_kept(quality: Any, monkeypatch: pytest.MonkeyPatch, constant: str, value: float) -> None:
     behaviour = sys.modules["behaviour"]
     run = {"weights": "these", "behaviour": behaviour.behaviour(load_network("default"))}

@@ -125,22 +125,26 @@ def test_adamw_is_tuned_once_for_all_optimizer_weights(distribution: Any, monkey
     """And what was measured with these is not measured again."""
     tuned, trained = [], []
 
-    def measured(seed: int, folder: Path, pretrained: str, base: dict[str, Any] | None) -> Any:
+    def measured(seed: int, folder: Path, pretrained: str | None, base: dict[str, Any] | None) -> Any:
         trained.append(seed)
         if base is None:
             tuned.append(seed)
         curve = [(0, 2.0), (50, 1.5), (100, 1.0)]
         grid = {distribution.DEFAULT: 1.0}
         base = {"seed": seed, "kind": "dense squares", "start": "scratch", "first": 2.0, "grid": grid, "curves": {"1": curve}}
-        return base, dict.fromkeys(distribution.MODES, curve)
+        return base, dict.fromkeys(distribution.MODES, curve) if pretrained else {}
 
     monkeypatch.setattr(distribution, "measure", measured)
     monkeypatch.setattr(distribution, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
     monkeypatch.setattr(distribution, "behaviour", lambda network: [1.0])
+    seeds = [distribution.HELD_OUT + k for k in range(4)]
+    distribution.main(["--problems", "2", "--out", str(tmp_path), "--held-out", "--only-adamw"])
+    assert (sorted(tuned), sorted(trained)) == (seeds[:2], seeds[:2])
+    assert not (tmp_path / "results.json").exists()
+    trained.clear()
     for weights, count in (("first", 3), ("first", 4), ("second", 4)):
         monkeypatch.setattr(distribution, "fingerprint", lambda network, name=weights: name)
         distribution.main(["--problems", str(count), "--out", str(tmp_path), "--held-out"])
-    seeds = [distribution.HELD_OUT + k for k in range(4)]
     assert sorted(tuned) == seeds
     assert sorted(trained) == sorted([*seeds, *seeds])
     found = json.loads((tmp_path / "results.json").read_text())

@@ -28,7 +28,7 @@ def load(name: str) -> ModuleType:
 
 tables = load("tables")
 files, writing = (importlib.import_module(f"blocks.{name}") for name in ("files", "writing"))
-FILES = "QUALITY", "LEARNED", "PRETRAINED", "MNIST", "HISTORY", "SPEED", "ITERATIONS", "SHARDED", "DEMO", "ATTACKS"
+FILES = "QUALITY", "LEARNED", "PRETRAINED", "DISTRIBUTION", "MNIST", "HISTORY", "SPEED", "ITERATIONS", "SHARDED", "DEMO", "ATTACKS"
 USED = [path for name, path in vars(files).items() if name in FILES]
 
 

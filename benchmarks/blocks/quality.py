@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .files import HISTORY, HORIZON, LEARNED, MNIST, OPTIMIZERS, PLAIN, PRETRAINED, QUALITY, TRAINER, UNTUNED, Files
+from .files import DISTRIBUTION, HISTORY, HORIZON, LEARNED, MNIST, OPTIMIZERS, PLAIN, PRETRAINED, QUALITY, TRAINER, UNTUNED, Files
 from .writing import all_but, bold, geometric_mean, listing, prose, table, word
+
+STARTED = "adapters", "all weights", "last layers", "new head"  # what is trained where problems begin from a trained model
 
 
 def both(optimizers: dict[str, Any], suffix: str = "") -> list[str]:
@@ -56,6 +58,35 @@ def quality_pretrained(files: Files) -> str:
         measured = [f"{one['loss']:.3f} ({one['accuracy']:.1%})" if one else "not run" for one in ends]
         rows.append([task, f"{found[PLAIN]['start']:.3f}", *measured])
     return table([["evaluation loss (accuracy)", "start", *shown], *rows])
+
+
+DRAWN = {
+    "geometric mean": "speed, geometric mean",
+    "median": "speed, median",
+    "5th percentile": "speed, 5th percentile",
+    "1st": "speed, 1st percentile; the lowest, if there are fewer than a hundred",
+    "above tuned AdamW": "end above tuned AdamW",
+    "above AdamW at 1e-3": "end above AdamW at 0.001",
+    "above its start": "end above their start",
+}
+
+
+def quality_distribution(files: Files) -> str:
+    """Speeds and shares of all problems, then speeds by what is trained."""
+    found = files(DISTRIBUTION)
+    modes = list(found["all"])
+    rows = [
+        [f"{found['all'][modes[0]]['problems']:.0f} problems, drawn by seeds that nothing was chosen on", "no settings", "`total_steps`"]
+    ]
+    for key, label in DRAWN.items():
+        values = [found["all"][mode][key] for mode in modes]
+        rows.append([label, *(f"{100 * value:.0f} %" if "above" in key else f"{value:.2f}" for value in values)])
+    for kind, one in found["kinds"].items():
+        what = f"{kind} of a trained model" if kind in ("all weights", "last layers") else kind
+        what = what if kind in STARTED else f"{kind}, from scratch"
+        speeds = [f"{one[mode]['geometric mean']:.2f}" for mode in modes]
+        rows.append([f"geometric mean, {what} ({one[modes[0]]['problems']:.0f})", *speeds])
+    return table(rows)
 
 
 def quality_standing(files: Files) -> str:
@@ -239,6 +270,7 @@ BLOCKS: dict[str, Callable[[Files], str]] = {
     "quality.summary": quality_summary,
     "quality.since": quality_since,
     "quality.pretrained": quality_pretrained,
+    "quality.distribution": quality_distribution,
     "quality.standing": quality_standing,
     "quality.seeds": quality_seeds,
     "quality.tail": quality_tail,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from .cost import FUSED, MINE, state
-from .files import HORIZON, ITERATIONS, LEARNED, PLAIN, PRETRAINED, TRAINER, Files
+from .files import DISTRIBUTION, HORIZON, ITERATIONS, LEARNED, PLAIN, PRETRAINED, TRAINER, Files
 from .quality import tuned
 from .writing import bold, geometric_mean, records, table, word
 
@@ -28,6 +28,9 @@ def summary(files: Files) -> str:
     tuning = [f"{geometric_mean(task[name]['loss'] / task[tuned(task)]['loss'] for task in tasks):.2f}" for name in names[:2]]
     ratios = {name: [task[name]["loss"] / task[TRAINER]["loss"] for task in every] for name in names[:2]}
     beside = [f"{geometric_mean(found):.2f} ({max(found):.2f})" for found in ratios.values()]
+    drawn = files(DISTRIBUTION)["all"].values()
+    speeds = [f"{one['median']:.2f} ({one['5th percentile']:.2f})" for one in drawn]
+    problems = f"{next(iter(drawn))['problems']:.0f} problems drawn at random: speed, median (5th percentile)"
     models = records(files(ITERATIONS)["iterations"])
 
     def cost(name: str) -> str:
@@ -39,6 +42,7 @@ def summary(files: Files) -> str:
             ["", "LearnedOptimizer, no settings", "with `total_steps`", "AdamW, tuned", "Muon, tuned"],
             row(f"from scratch: speed in steps, mean of {len(found[PLAIN]['tasks'])} tasks", scratch, max),
             row("from scratch: speed on the worst task", worst, max),
+            [problems, *speeds, "1.00 (by definition)", ""],
             row(f"fine-tuning: final loss / tuned AdamW's, {word(len(tasks))} model{'s' * (len(tasks) > 1)}", [*tuning, "1.00", ""], min),
             [f"the same / Trainer's default AdamW's, mean of {word(len(every))} tasks (worst one)", *beside, "", ""],
             [f"time of an iteration / with AdamW, {word(len(models))} models on a CPU", *[cost(MINE)] * 2, "1", cost("Muon")],

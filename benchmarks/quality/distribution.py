@@ -2,6 +2,7 @@
 
     python benchmarks/quality/distribution.py --problems 60             # development: rules and weights are chosen on these
     python benchmarks/quality/distribution.py --problems 60 --held-out  # other seeds, to publish only
+    python benchmarks/quality/distribution.py --problems 60 --only-adamw  # what takes longest, once for all optimizer weights
 
 Problems are drawn by seed (`learned_optim.meta_train.families.drawn`). AdamW is tuned on each: seven learning rates, constant and with a
 cosine, with warm-up, and its best setting once more for other lengths of training. *Speed* is the number of steps that it needs for the
@@ -163,13 +164,12 @@ def speed(base: dict[str, Any], curve: Curve) -> float:
     return of_curves(curve, envelope(list(base["curves"].values())), SOLVED * base["first"])
 
 
-def measure(seed: int, folder: Path, pretrained: str, base: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Curve]]:
-    """One problem: tuned AdamW, unless that is known, and ours in both modes."""
+def measure(seed: int, folder: Path, pretrained: str | None, base: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Curve]]:
+    """One problem: tuned AdamW, unless that is known, and ours in both modes, if there are weights to judge."""
     torch.set_num_threads(1)
     trial = Trial(seed, folder / "starts")
     base = base or baseline(trial)
-    network = load_network(pretrained)
-    return base, {name: learned(trial, network, known) for name, known in MODES.items()}
+    return base, {name: learned(trial, load_network(pretrained), known) for name, known in MODES.items()} if pretrained else {}
 
 
 def summarise(rows: Sequence[dict[str, Any]], mode: str) -> dict[str, float]:
@@ -199,6 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pretrained", default="default", help="the weights to judge")
     parser.add_argument("--problems", type=int, default=300)
     parser.add_argument("--held-out", action="store_true", help="seeds that nothing is chosen on")
+    parser.add_argument("--only-adamw", action="store_true", help="tune AdamW and stop")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="problems side by side, each on one thread")
     parser.add_argument("--out", type=Path, default=Path("runs/distribution"))
     arguments = parser.parse_args(argv)
@@ -215,18 +216,21 @@ def main(argv: list[str] | None = None) -> None:
             bases[row["base"]["seed"]] = row["base"]
         elif is_of(row, *mark.values()):
             ours[row["seed"]] = row["ours"]
-    todo = [seed for seed in seeds if seed not in ours]
+    todo = [seed for seed in seeds if seed not in (bases if arguments.only_adamw else ours)]
     with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
-        jobs = [pool.submit(measure, seed, arguments.out, arguments.pretrained, bases.get(seed)) for seed in todo]
+        judged = None if arguments.only_adamw else arguments.pretrained
+        jobs = [pool.submit(measure, seed, arguments.out, judged, bases.get(seed)) for seed in todo]
         for count, job in enumerate(as_completed(jobs), 1):
             base, curves = job.result()
             seed = base["seed"]
             new = [{"base": base}] if seed not in bases else []
+            new += [{"seed": seed, "ours": curves} | mark] if curves else []
             bases[seed], ours[seed] = base, curves
             with path.open("a") as file:
-                for row in (*new, {"seed": seed, "ours": curves} | mark):
-                    file.write(json.dumps(row, separators=(",", ":")) + "\n")
+                file.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in new)
             print(f"\r{count}/{len(todo)} problems ", end="", file=sys.stderr, flush=True)
+    if arguments.only_adamw:
+        return
     mine = [{"base": bases[seed], "ours": ours[seed]} for seed in seeds]
     found = {
         "weights": mark["weights"],
