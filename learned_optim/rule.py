@@ -109,7 +109,7 @@ class Control(NamedTuple):
     @staticmethod
     def of(rows: Tensor) -> Control:
         """From (CONTROL, ..., K)."""
-        return Control(*rows[:-BUCKETS], rows[-BUCKETS:])
+        return Control._make((*rows[:-BUCKETS], rows[-BUCKETS:]))
 
     def rows(self) -> Tensor:
         """The way back."""
