@@ -210,7 +210,7 @@ class Controller(nn.Module):
         mean = trend.mean(-1, keepdim=True)
         full = -self.log_start
         rise = self.climb_rate * torch.where(mean > 0, mean, RETREAT * mean)
-        seen = torch.where(trained < 0, 0, torch.ones_like(trained))
+        seen = 1 - (trained < 0).to(trained.dtype)
         count = (trained * seen).sum(-1, keepdim=True)
         careful = torch.where(trained < 0, count / seen.sum(-1, keepdim=True).clamp(min=1), trained)
         rise = rise - careful * (rise - (HASTE / count.clamp(min=1)).clamp(min=LEAST_HASTE)).clamp(min=0)
