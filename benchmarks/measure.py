@@ -55,7 +55,7 @@ PRETRAINED = [
     "minilm masked numpy",
     "efficientnet letters",
 ]
-DRAWN = 50  # problems of those drawn at random to publish; AdamW takes most of a minute to be tuned on one
+DRAWN = 40  # problems of those drawn at random to publish; AdamW takes most of a minute to be tuned on one
 # Kinds of problem that the weights are specialised for, with the minutes for it.
 KINDS = {"curves": [1, 3, 10], "digits": [3, 10]}
 MNIST = ["mnist mlp", "mnist vit", "wikitext transformer", "wikitext fine-tuning"]
