@@ -42,20 +42,31 @@ def quality_since(files: Files) -> str:
     return table([[f"speed, geometric mean of {len(tasks)} tasks (worst one)", *names], *rows])
 
 
+GRID = 6  # settings of AdamW at least that it counts as tuned with
+
+
+def tried(found: dict[str, Any]) -> list[str]:
+    """AdamW's settings that were run on a pretrained model, the best first."""
+    return sorted((name for name in found if name.startswith("AdamW ")), key=lambda name: float(found[name]["loss"]))
+
+
 def tuned(found: dict[str, Any]) -> str:
     """The best of AdamW's settings on a pretrained model; none where its grid was not run."""
-    grid = [name for name in found if name.startswith("AdamW ")]
-    return min(grid, key=lambda name: float(found[name]["loss"])) if len(grid) >= 6 else ""
+    grid = tried(found)
+    return grid[0] if len(grid) >= GRID else ""
 
 
 def quality_pretrained(files: Files) -> str:
     """What fine-tuning a real pretrained model ends at."""
     shown = {"LearnedOptimizer, no settings": PLAIN, "with `total_steps`": HORIZON}
-    shown |= {"AdamW, best of six": "", "Trainer's default": TRAINER}
+    shown |= {"AdamW, tuned": "", "Trainer's default": TRAINER}
     rows = []
     for task, found in files(PRETRAINED)["tasks"].items():
-        ends = [found.get(name or tuned(found)) for name in shown.values()]
+        grid = tried(found)
+        ends = [found.get(name or next(iter(grid), "")) for name in shown.values()]
         measured = [f"{one['loss']:.3f} ({one['accuracy']:.1%})" if one else "not run" for one in ends]
+        if 0 < len(grid) < GRID:
+            measured[list(shown).index("AdamW, tuned")] += f", {word(len(grid))} rate{'s' * (len(grid) > 1)} tried"
         rows.append([task, f"{found[PLAIN]['start']:.3f}", *measured])
     return table([["evaluation loss (accuracy)", "start", *shown], *rows])
 
