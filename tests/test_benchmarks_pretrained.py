@@ -36,7 +36,8 @@ def benchmark() -> Iterator[Any]:
 
 DEVELOPMENT = (
     *("minilm polarity", "minilm polarity lora", "minilm polarity head", "minilm polarity last layers", "minilm valence"),
-    *("minilm valence bf16", "minilm masked numpy", "minilm pairs numpy", "efficientnet letters", "transformer sklearn"),
+    *("minilm valence off-centre", "minilm valence bf16", "minilm masked numpy", "minilm pairs numpy"),
+    *("efficientnet letters", "transformer sklearn"),
 )
 HELD_OUT = (
     *("minilm packages", "minilm packages lora bf16", "minilm masked manual", "minilm pairs few", "efficientnet digits"),

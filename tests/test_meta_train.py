@@ -23,7 +23,7 @@ from learned_optim.meta_train import __main__ as command
 from learned_optim.meta_train.loop import divergence, schedule
 from learned_optim.meta_train.slots import Slot
 from learned_optim.meta_train.unroll import named
-from learned_optim.rule import update
+from learned_optim.rule import Control, update
 
 # The unroll
 
@@ -109,7 +109,8 @@ def test_warm_restarts_go_on_with_trained_optimizees_and_fresh_state() -> None:
     again = slot._begin(network, None, 1)
     assert again.task is task
     assert torch.equal(again.optimizees.params, trained)
-    assert not any(value.any() for value in again.optimizees.state.values())
+    assert not any(value.any() for key, value in again.optimizees.state.items() if key != "control")
+    assert not Control.of(again.optimizees.state["control"]).step.any()
 
 
 def test_augmentations_change_half_of_the_tasks() -> None:
