@@ -252,22 +252,21 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for param, grad, group in members:
             state = self.state[param]  # looking a tensor up is slow enough to be done once
             if "control" not in state:
-                fresh.append((param, state))
+                fresh.append((param, state, group))
             if param.numel():
                 params.append(param)
                 grads.append(grad)
                 states.append(state)
                 groups.append(group)
-        for param, _ in fresh:
+        for param, _, _ in fresh:
             checks.parameters.check_place(param, self._name(param))
             checks.parameters.check_format(param, self._name(param), self.network.config)
         if fresh:
             for group, given in self._given:
                 checks.parameters.check_flattened(group, given, f"parameter group with {len(given)} parameters")
-        stacked = {id(param): group["stacked"] for group in self.param_groups for param in group["params"]} if fresh else {}
-        for param, state in fresh:
+        for param, state, group in fresh:
             with torch.autocast(device.type, enabled=False):
-                state.update(init_state(param, self.network.config, stacked[id(param)]))
+                state.update(init_state(param, self.network.config, group["stacked"]))
             self._tables.pop(param, None)
         if not params:
             return None

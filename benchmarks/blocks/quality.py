@@ -8,7 +8,9 @@ from typing import Any
 from .files import DISTRIBUTION, HISTORY, HORIZON, LEARNED, MNIST, OPTIMIZERS, PLAIN, PRETRAINED, QUALITY, TRAINER, UNTUNED, Files
 from .writing import all_but, bold, geometric_mean, listing, prose, table, word
 
-STARTED = "adapters", "all weights", "last layers", "new head"  # what is trained where problems begin from a trained model
+# What is trained where drawn problems begin from a trained model.
+STARTED = {"adapters": "adapters", "all weights": "all weights of a trained model", "last layers": "last layers of a trained model"}
+STARTED |= {"new head": "new head"}
 
 
 def both(optimizers: dict[str, Any], suffix: str = "") -> list[str]:
@@ -93,8 +95,7 @@ def quality_distribution(files: Files) -> str:
         values = [found["all"][mode][key] for mode in modes]
         rows.append([label, *(f"{100 * value:.0f} %" if "above" in key else f"{value:.2f}" for value in values)])
     for kind, one in found["kinds"].items():
-        what = f"{kind} of a trained model" if kind in ("all weights", "last layers") else kind
-        what = what if kind in STARTED else f"{kind}, from scratch"
+        what = STARTED.get(kind, f"{kind}, from scratch")
         speeds = [f"{one[mode]['geometric mean']:.2f}" for mode in modes]
         rows.append([f"geometric mean, {what} ({one[modes[0]]['problems']:.0f})", *speeds])
     return table(rows)
