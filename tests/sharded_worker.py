@@ -50,6 +50,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from learned_optim import LearnedOptimizer
+from learned_optim.config import NetworkConfig
+from learned_optim.optimizer import init_state
+from learned_optim.rule import Control
 
 
 def adamw(params: Any, **_: Any) -> torch.optim.Optimizer:
@@ -227,6 +230,23 @@ def state_is_sharded(folder: Path) -> None:
     assert weights < 1.1 / dist.get_world_size() * sum(param.numel() for param in model.parameters())
 
 
+def trained_matrices_are_seen_whole(folder: Path) -> None:
+    """Of each matrix the rows of one half look fresh, and those of the other trained."""
+    model = make(Text)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.ndim == 2:
+                half = len(param) // 2
+                param[half:] = param[half:, :1] * param[:1] * len(param)
+    states = [init_state(param, NetworkConfig()) for param in model.parameters()]
+    expected = [float(Control.of(state["control"]).trained) for state in states]
+    shard(model)
+    optimizer = LearnedOptimizer(model.parameters())
+    train(model, optimizer, mine(), range(1))
+    assert [float(Control.of(optimizer.state[param]["control"]).trained) for param in model.parameters()] == pytest.approx(expected)
+    assert max(expected) == 1
+
+
 def parts_without_gradients(folder: Path) -> None:
     """A process whose parameters got no gradient, or one that is not finite, must not leave the others waiting."""
     model = make(Text)
@@ -317,6 +337,7 @@ TWO = [
     fully_sharded_adapters,
     fully_sharded_words,
     state_is_sharded,
+    trained_matrices_are_seen_whole,
     distributed_data_parallel,
     zero_redundancy,
     parts_without_gradients,
