@@ -1,6 +1,7 @@
 """Where does the learned optimizer, untuned, stand on problems that nobody chose?
 
     python benchmarks/quality/distribution.py --problems 60             # development: rules and weights are chosen on these
+    python benchmarks/quality/distribution.py --seeds 106 110 119       # some of them
     python benchmarks/quality/distribution.py --problems 60 --held-out  # other seeds, to publish only
     python benchmarks/quality/distribution.py --problems 60 --only-adamw  # what takes longest, once for all optimizer weights
 
@@ -199,14 +200,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pretrained", default="default", help="the weights to judge")
     parser.add_argument("--problems", type=int, default=300)
     parser.add_argument("--held-out", action="store_true", help="seeds that nothing is chosen on")
+    parser.add_argument("--seeds", type=int, nargs="+", help="these problems, in place of the first ones")
     parser.add_argument("--only-adamw", action="store_true", help="tune AdamW and stop")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="problems side by side, each on one thread")
     parser.add_argument("--out", type=Path, default=Path("runs/distribution"))
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     network, first = load_network(arguments.pretrained), HELD_OUT if arguments.held_out else 0
+    seeds = arguments.seeds or range(first, first + arguments.problems)
     mark = {"weights": fingerprint(network), "behaviour": behaviour(network)}
-    seeds = range(first, first + arguments.problems)
     path = arguments.out / "runs.jsonl"
     bases: dict[int, dict[str, Any]] = {}
     ours: dict[int, dict[str, Curve]] = {}
@@ -234,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     mine = [{"base": bases[seed], "ours": ours[seed]} for seed in seeds]
     found = {
         "weights": mark["weights"],
-        "held out": arguments.held_out,
+        "held out": min(seeds) >= HELD_OUT,
         "machine": {"platform": platform.platform(), "torch": torch.__version__},
         "all": {mode: summarise(mine, mode) for mode in MODES},
         "kinds": {kind: {mode: summarise(some, mode) for mode in MODES} for kind, some in kinds(mine).items()},
