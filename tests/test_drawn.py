@@ -151,3 +151,7 @@ def test_adamw_is_tuned_once_for_all_optimizer_weights(distribution: Any, monkey
     assert found["weights"] == "second"
     assert found["all"]["no settings"]["problems"] == found["kinds"]["dense"]["total_steps"]["problems"] == 4
     assert found["all"]["no settings"]["above its start"] == 0
+    distribution.main(["--seeds", str(seeds[2]), "5", "--out", str(tmp_path)])
+    assert sorted(tuned) == [5, *seeds]
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert (found["all"]["no settings"]["problems"], found["held out"]) == (2, False)

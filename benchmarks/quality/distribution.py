@@ -7,7 +7,10 @@
 
 Problems are drawn by seed (`learned_optim.meta_train.families.drawn`). AdamW is tuned on each: seven learning rates, constant and with a
 cosine, with warm-up, and its best setting once more for other lengths of training. *Speed* is the number of steps that it needs for the
-loss where ours ends, over the steps that ours took, from an eighth to four. Goes on where it was stopped.
+loss where ours ends, over the steps that ours took, from an eighth to four. Goes on where it was stopped. AdamW need not be tuned again on
+problems of which the runs are committed, once they are unpacked:
+
+    xz -dc benchmarks/quality/results/distribution_runs.jsonl.xz > runs/distribution/runs.jsonl
 
 Shapes: `R` settings of AdamW that are trained side by side on the same batches, `N` coordinates of a model.
 """
