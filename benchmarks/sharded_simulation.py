@@ -39,6 +39,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from learned_optim import LearnedOptimizer, load_network
+from learned_optim.features import BUCKETS
 from learned_optim.rule import orthogonalize
 from learned_optim.sharding import ShardedLayout, Shards
 from learned_optim.storage import bytes_per_weight
@@ -49,7 +50,7 @@ KERNEL_BYTES, ADAMW_BYTES, MUON_BYTES = 68, 28, 20  # of a weight and step: grad
 ADAMW_STATE, MUON_STATE = 8, 4
 MUON_STEPS = 5
 # Numbers of each tensor in the sums of a step, which all processes get, in fp64; with weight decay.
-SUMS = {"compiled": (4, 1, 1), "reference": (3, 4, 1, 1)}
+SUMS = {"compiled": (4, 1, 1, BUCKETS + 1), "reference": (3, 4, 1, BUCKETS, 1, 1)}
 
 
 class Mesh:

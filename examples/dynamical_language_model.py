@@ -47,7 +47,7 @@ class FastWeights(nn.Module):
         scale = self.usual + layout.spread(self.epsilon.exp())
         aged = {"control": state["control"].index_fill(0, torch.tensor(0), AGE), "second_moment": scale.square().expand_as(grad)}
         change, new = update(self.network, layout, grad, state | aged, horizon)
-        surprise = layout.means([(grad / scale).square()])[0].sqrt()
+        surprise = layout.mean((grad / scale).square()).sqrt()
         change = layout.spread(self.gain.exp() * surprise) * change - layout.spread(self.decay.sigmoid()) * state["moved"]
         return change, new | {"moved": state["moved"] + change}
 

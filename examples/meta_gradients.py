@@ -45,7 +45,7 @@ def policy_gradient(unroll, network, weights, config):
 
     def act(layout, grad, state, horizon):
         change, state = update(network, layout, grad, state, horizon)
-        spread = NOISE * layout.spread(layout.means([change.detach().square()])[0].sqrt())
+        spread = NOISE * layout.spread(layout.mean(change.detach().square()).sqrt())
         noise = torch.randn_like(change)
         chosen.append((noise * change / (spread + 1e-12)).sum(-1))  # its derivative is that of the log-probability
         return change.detach() + spread * noise, state
@@ -74,7 +74,7 @@ def beginner():
         torch.manual_seed(0)
         network = OptimizerNetwork(NetworkConfig(orthogonalize_steps=0))
     network.controller.log_rate.data.fill_(-30.0)
-    network.controller.shrink.data.zero_()
+    network.controller.bend.data.zero_()
     network.controller.brake.data.zero_()
     network.controller.inertia.data.zero_()
     network.log_step_size.data.fill_(math.log(0.1))

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .storage import scatter_bits
+
 # Floors of the second moment. The relative one is a share of the tensor's own mean, which keeps the rule scale-free: a coordinate whose
 # gradient is 1e-4 of its tensor's is damped, not amplified. The absolute one serves tensors that have seen no gradient at all, and is large
 # enough for the derivative of x ** -0.5 there to stay finite in fp32.
@@ -25,6 +27,7 @@ ABSOLUTE_FLOOR = 1e-20
 # Bound of the normalised gradient: one outlier batch must not drive the LSTM into saturation.
 GRADIENT_BOUND = 3.0
 
+BUCKETS = 16  # of a sketch
 
 # Of matrices before training: by how much `unevenness` exceeds 1 by chance, at most, times the root of the number of entries; what may be
 # above that in any fresh matrix; and what is above that again in one that was surely trained.
@@ -126,9 +129,13 @@ class Layout:
         """`tables` as numbers, (K,)."""
         return self.per_tensor(self.tables)
 
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over each tensor: (..., N) -> (..., K)."""
+        return torch.stack([part.mean(-1) for part in values.split(self.sizes, -1)], -1)
+
     def means(self, values: Sequence[Tensor]) -> Tensor:
-        """Means over each tensor: each (..., N) -> (len(values), ..., K)."""
-        return torch.stack([torch.stack([part.mean(-1) for part in each.split(self.sizes, -1)], -1) for each in values])
+        """`mean` of several, (len(values), ..., K)."""
+        return torch.stack([self.mean(each) for each in values])
 
     def mean_squares(self, values: Sequence[Tensor], members: Sequence[int]) -> list[Tensor]:
         """Of some tensors, each (..., 1), of all of them, each (..., n)."""
@@ -137,6 +144,24 @@ class Layout:
     def places(self, k: int) -> Tensor:
         """Which coordinates of a tensor are here, (n,)."""
         return torch.arange(self.sizes[k], device=self.device)
+
+    def sketch(self, values: Tensor) -> Tensor:
+        """A count sketch of each tensor (Charikar et al. 2002, "Finding frequent items in data streams"): (..., N) -> (BUCKETS, ..., K).
+
+        Random signs, one for BUCKETS neighbours, and then the sum of every BUCKETS-th coordinate, over the root of the size. A sketch is
+        linear, and its square, summed over buckets, is in expectation the tensor's mean square.
+        """
+        sums = []
+        for part, size in zip(values.split(self.sizes, -1), self.sizes, strict=True):
+            rows = torch.nn.functional.pad(part, (0, -size % BUCKETS)).unflatten(-1, (-1, BUCKETS))
+            sums.append(self.signs[: rows.shape[-2]].to(values.dtype) @ rows / math.sqrt(size))
+        return torch.stack(sums, -1).movedim(-2, 0)
+
+    @functools.cached_property
+    def signs(self) -> Tensor:
+        """-1 or 1 for each row of a sketch, (rows of the largest tensor,)."""
+        rows = torch.arange(-(-max(self.sizes) // BUCKETS), device=self.device)
+        return (scatter_bits(rows * 0x9E3779B1) & 1).float() * 2 - 1
 
     def trained(self, params: Tensor) -> Tensor:
         """Which tensors look as if they had been trained before, from 0 to 1, and -1 where that cannot be seen: (..., N) -> (..., K)."""

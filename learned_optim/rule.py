@@ -9,13 +9,15 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
 
 1. **Moments** as in Adam (Kingma & Ba 2015): :math:`m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t`,
    :math:`v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2`, used bias-corrected.
-2. **Step size.** Four statistics of each tensor, all free of scale, say whether its steps are too short or too long:
+2. **Step size.** Five statistics of each tensor, all free of scale, say whether its steps are too short or too long:
 
    - the *agreement* :math:`a_t` of its recent gradients: the length of their mean, in units of what it would be by chance. It is 1 where
      they are noise, 4.4 where all are the same, and a quarter where each turns back the one before;
    - the *trend*: the mean, over some ten steps, of the cosine of its gradient with its momentum. It is the hypergradient of the step size;
    - the *swing*: the same mean, in which gradients that are longer than usual count for more. It shows at once what grows step by step;
-   - the *steadiness* :math:`w_t = \min(1, 2 a_t)^2`: less than 1 where gradients turn back.
+   - the *steadiness* :math:`w_t = \min(1, 2 a_t)^2`: less than 1 where gradients turn back;
+   - the *straightness* of its path: the length of the mean of its updates, each counted with length 1, over about the last quarter of the
+     run. It is 1 on a straight line and falls like :math:`1/\sqrt{t}` where updates are noise. A sketch of 16 numbers keeps that mean.
 
    From these `network.Controller` makes a correction :math:`e^{\kappa_t}` of the prior step size, which adds up over the run, a brake
    :math:`e^{b_t}` for single steps, and a warm-up :math:`e^{r_t}`. The warm-up begins at a fiftieth and rises while gradients go on
@@ -37,9 +39,9 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
 5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t + b_t + r_t} \, p_t^q \, d_t`. The pace :math:`p_t` is the
    agreement, or the length of the last gradient in units of :math:`\sqrt{v_t}`, at most 1, if that is more: long where gradients agree,
    short where they vanish; its power :math:`q`, of `Controller`, is 1 unless it is learned. Adam's steps have such a factor in each
-   coordinate, and step 4 would lose it. The schedule :math:`s` is :math:`(1 + t/100)^{-1/2}`. If `T` is known it is the root of that, and
-   falls linearly to zero over the last 60 % beside (Haegele et al. 2024, "Scaling laws and compute-optimal training beyond fixed training
-   durations").
+   coordinate, and step 4 would lose it. The schedule :math:`s` is constant and then falls linearly to zero over the last 60 % of `T` if
+   that is known (Haegele et al. 2024, "Scaling laws and compute-optimal training beyond fixed training durations"), else
+   :math:`1/\sqrt{1 + t/100}`.
 
 A tensor's clock `t` starts with its first non-zero gradient. Until then its state stays as it was made and its update is zero.
 
@@ -58,7 +60,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .config import NetworkConfig
-from .features import ABSOLUTE_FLOOR, Block, Layout, coordinate_features, cosine
+from .features import ABSOLUTE_FLOOR, BUCKETS, Block, Layout, coordinate_features, cosine
 from .network import OptimizerNetwork
 from .sharding import ShardedLayout
 
@@ -67,13 +69,14 @@ State = dict[str, Tensor]
 # Newton-Schulz coefficients of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): singular values end within about [0.7, 1.2].
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
+WINDOW = 0.25  # share of the run so far over which the path is looked at
 COOLDOWN = 0.6  # share of a known horizon over which the step size falls to zero
 TREND_STEPS = 10.0  # time constant of the trend and the swing, in steps; before that they are means so far
 DRIFT_STEPS = 50.0  # the same of the drift
 DECAY_STEPS = 100.0  # time constant of the prior step size's decay without a horizon, in steps
 EPSILON = 1e-12
 # Floors that keep the derivatives of roots and logarithms finite, and the last one also what is computed of small differences accurate.
-LEAST_AGREEMENT = 0.01
+LEAST_AGREEMENT = LEAST_STRAIGHTNESS = 0.01
 LEAST_SHRINKAGE = 0.03
 TURNING = 0.5  # the agreement below which gradients turn back
 MANY = 3  # matrices, from which on their steps are as long as in any deeper model
@@ -101,18 +104,19 @@ class Control(NamedTuple):
     climbed: Tensor  # what its warm-up has gained on the first step's size, a logarithm; above full length until it is over, (..., K)
     table: Tensor  # whether it is a table, see `Layout`: 1 if it is, -1 if not, 0 while nobody has looked, (..., K)
     trained: Tensor  # whether it looked trained before its first step, see `Layout.trained`, (..., K)
+    path: Tensor  # a sketch of its mean update, (BUCKETS, ..., K)
 
     @staticmethod
     def of(rows: Tensor) -> Control:
         """From (CONTROL, ..., K)."""
-        return Control._make(rows)
+        return Control._make((*rows[:-BUCKETS], rows[-BUCKETS:]))
 
     def rows(self) -> Tensor:
         """The way back."""
-        return torch.stack(self)
+        return torch.cat([torch.stack(self[:-1]), self.path])
 
 
-CONTROL = len(Control._fields)
+CONTROL = len(Control._fields) - 1 + BUCKETS
 
 
 def init_state(layout: Layout, config: NetworkConfig, params: Tensor) -> State:
@@ -177,6 +181,8 @@ def update(
     # 4. Length, 5. Update
     directions = normalize(direction.split(layout.sizes, -1), layout, network, matrix_dtype)
     change = [-size * direction for size, direction in zip(step_size.split(1, -1), directions, strict=True)]
+    moved = torch.cat(directions, -1)
+    control = follow(control, clock, layout.sketch(moved), layout.mean(moved.square()))
     state = {"control": control.rows(), "momentum": momentum, "second_moment": second_moment}
     return torch.cat(change, -1), state | {"hidden": hidden, "cell": cell, "drift": drift}
 
@@ -240,7 +246,7 @@ def step_sizes(
         total_steps: (..., K).
 
     Returns:
-        step sizes, steadiness and inertia, (..., K), and the new control.
+        step sizes, steadiness and inertia, (..., K), and the new control but for the path.
     """
     agreed = agreement(products, clock, network.config)
     # 1 where gradients agree or are noise, less where they turn back, because of steep directions that the others have to wait for.
@@ -253,12 +259,13 @@ def step_sizes(
     trend = torch.lerp(control.trend, turn, weight)
     length = torch.lerp(control.length, size, weight)
     swing = torch.lerp(control.swing, turn, weight * (size / length).clamp(min=1))
-    correction, braked, inertia = network.controller(trend, swing, steady, age, progress, known, control.correction)
+    straight = straightness(control.path, clock)
+    correction, braked, inertia = network.controller(trend, swing, steady, straight, age, progress, known, control.correction)
     usual = (clock.mean + ABSOLUTE_FLOOR).sqrt()
     climbed, warm = network.controller.climb(trend, control.climbed, control.trained)
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
-    schedule = torch.where(known > 0, annealed * decayed.sqrt(), decayed)
+    schedule = torch.where(known > 0, annealed, decayed)
     pace = torch.maximum(agreed, (size / usual).clamp(max=1)) ** network.controller.power
     step_size = (network.log_step_size + correction + braked + warm).exp() * pace * schedule * clock.started
     trend, swing, length, correction, climbed = (part * clock.started for part in (trend, swing, length, correction, climbed))
@@ -284,6 +291,14 @@ def agreement(products: Tensor, clock: Clock, config: NetworkConfig) -> Tensor:
     return agreed
 
 
+def straightness(path: Tensor, clock: Clock) -> Tensor:
+    """Logarithm of the straightness of each tensor's path, (..., K): half of it the tensor's own, half the mean of all."""
+    moved = clock.step > 1
+    own = torch.where(moved, (path.square().sum(0) + LEAST_STRAIGHTNESS**2).log() / 2, 0)
+    everyone = own.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(moved, (own + everyone) / 2, 0)
+
+
 def drifted(drift: Tensor, gradient: Tensor, portion: Tensor, share: Tensor, kept: Tensor) -> Tensor:
     """The mean of gradients, in units of the root of the second moment as it is now; all (..., n).
 
@@ -297,6 +312,17 @@ def drifted(drift: Tensor, gradient: Tensor, portion: Tensor, share: Tensor, kep
         portion, share, kept: see `Clock`.
     """
     return kept * (1 - share * gradient.square()).clamp(min=LEAST_SHRINKAGE**2).sqrt() * drift + portion * gradient
+
+
+def follow(control: Control, clock: Clock, sketch: Tensor, mean_square: Tensor) -> Control:
+    """Goes on with the sketch of the path by one more update, which counts with a length of 1.
+
+    Args:
+        sketch: of the update, (BUCKETS, ..., K).
+        mean_square: of the update, (..., K).
+    """
+    weight = (1 / (WINDOW * clock.step.clamp(min=1))).clamp(max=1) * clock.started
+    return control._replace(path=torch.lerp(control.path, sketch * (mean_square + EPSILON).rsqrt(), weight))
 
 
 def blockwise(function: Callable[..., tuple[Tensor, ...]], layout: Layout, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 A DTensor (FSDP2, tensor parallelism, both) is one tensor of which each process holds a part. All that belongs to coordinates is computed
 where they are. What a tensor has once is computed from sums over the whole of it, which one small all-reduce gives to all processes for all
-tensors together; so `control` is the same everywhere. Random bits go by a coordinate's place in the whole tensor. A step is
+tensors together; so `control` is the same everywhere. Random bits and sketches go by a coordinate's place in the whole tensor. A step is
 therefore that of one process, up to the order of sums, however the tensor is cut, and a checkpoint may be cut in another way.
 
 A matrix is orthogonalised as a whole, by one of the processes that share it, so that each of `R` processes does about one `R`-th of the
@@ -32,7 +32,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .features import Layout
+from .features import BUCKETS, Layout
+from .storage import scatter_bits
 
 if TYPE_CHECKING:  # importing these takes as long as the whole package, and who shards a model has done so
     from torch.distributed.device_mesh import DeviceMesh
@@ -404,6 +405,9 @@ class ShardedLayout(Layout):
         sums = torch.stack([torch.stack([part.sum(-1) for part in each.split(self.sizes, -1)], -1) for each in values])
         return (self.total(sums.double()) / self.divisors).to(sums.dtype)
 
+    def mean(self, values: Tensor) -> Tensor:
+        return self.means([values])[0]
+
     def mean_squares(self, values: Sequence[Tensor], members: Sequence[int]) -> list[Tensor]:
         sums = torch.zeros(len(values), dtype=torch.float64, device=self.device)
         for k in members:
@@ -414,6 +418,14 @@ class ShardedLayout(Layout):
     @functools.cached_property
     def divisors(self) -> Tensor:
         return torch.tensor(self.counts, dtype=torch.float64, device=self.device)
+
+    def sketch(self, values: Tensor) -> Tensor:
+        sums = []
+        for k, part in enumerate(values.split(self.sizes, -1)):
+            places = self.places(k)
+            signs = (scatter_bits(places // BUCKETS * 0x9E3779B1) & 1).to(part.dtype) * 2 - 1
+            sums.append(part.new_zeros(BUCKETS).index_add_(0, places % BUCKETS, signs * part))
+        return (self.total(torch.stack(sums, -1).double()) / self.divisors.sqrt()).to(values.dtype)
 
     def places(self, k: int) -> Tensor:
         shard = self.shards[k]

@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from learned_optim.config import FORMATS
+from learned_optim.features import BUCKETS
 from learned_optim.kernels import gpu
 
 TARGETS = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100, 120)}
@@ -53,7 +54,7 @@ COPY = 0.9
 def kernels() -> dict[str, tuple[Any, dict[str, Any], float]]:
     """Each kernel as it is compiled, by a name: its function, constants, and bytes that it moves for a weight; 0 where it has none."""
     found: dict[str, tuple[Any, dict[str, Any], float]] = {}
-    for columns in (1, 4):
+    for columns in (1, 4, 2 * BUCKETS):
         found |= {f"{name} {columns}": (getattr(gpu, f"_{name}"), {"COLUMNS": columns}, 0) for name in ("add_up", "means")}
     found |= {name: (getattr(gpu, f"_{name}"), {}, 0) for name in ("gather", "scatter", "judge")}
     for align, suffix in ((gpu.ALIGNMENT, ""), (1, " unaligned")):
@@ -72,6 +73,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], float]]:
                     {"UNITS": UNITS, **formats, "GRAD": kind, "ALIGN": align},
                     moved,
                 )
+        found[f"apply none{suffix}"] = gpu._apply, {"PARAM": None, "ALIGN": align}, 4
     return found
 
 

@@ -177,7 +177,7 @@ def test_an_unknown_loss_is_never_reached() -> None:
 
 @pytest.mark.parametrize("total_steps", [None, 200])
 def test_without_the_controller_nothing_corrects_the_step_size(quality: Any, total_steps: int | None) -> None:
-    """Neither where gradients agree nor where they turn back; nothing brakes a leap or adds the drift."""
+    """Neither where gradients agree and then turn back, nor by where the steps lead; nothing brakes a leap or adds the drift."""
     param = torch.nn.Parameter(torch.zeros(40, 30))
     for ablate, moves in ((lambda network: None, True), (quality.optimizers.without_controller, False)):
         network = load_network("default")
@@ -188,6 +188,6 @@ def test_without_the_controller_nothing_corrects_the_step_size(quality: Any, tot
             optimizer.step()
         assert bool(Control.of(optimizer.state[param]["control"]).correction != 0) is moves
         one, known = torch.ones(1), torch.full((1,), float(total_steps is not None))
-        _, braked, _ = network.controller(-one, -one, one, 50 * one, 0.2 * known, known, 0 * one)
-        *_, inertia = network.controller(one, one, one, 50 * one, 0.2 * known, known, 0 * one)
+        _, braked, _ = network.controller(-one, -one, one, 0 * one, 50 * one, 0.2 * known, known, 0 * one)
+        *_, inertia = network.controller(one, one, one, 0 * one, 50 * one, 0.2 * known, known, 0 * one)
         assert bool(braked < 0) is bool(inertia > 0) is moves

@@ -91,7 +91,7 @@ def test_steps_are_replayed_whole(total_steps: int | None) -> None:
         param.grad = torch.randn_like(param)
     optimizer.step()
     (ledger,) = optimizer._ledgers.values()
-    assert {name for name, _ in ledger.memory["replay"].programs} == {"decide", "lengths"}
+    assert {name for name, _ in ledger.memory["replay"].programs} == {"decide", "lengths", "finish"}
     assert all(isinstance(program, Program) for program in ledger.memory["replay"].programs.values()), ledger.memory["replay"].programs
 
 

@@ -14,11 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from learned_optim.config import NetworkConfig
 from learned_optim.network import OptimizerNetwork
-from learned_optim.rule import CONTROL, DECAY_STEPS, DRIFT_STEPS, TREND_STEPS, Control, init_state, update
+from learned_optim.rule import CONTROL, DRIFT_STEPS, TREND_STEPS, Control, init_state, update
 
 MATRICES = [(16, 16), (32, 8), (8, 32), (12, 3, 3, 3)]
 VECTORS = [(9,), (1, 9), (9, 1)]
-FIRST = (1 + 1 / DECAY_STEPS) ** -0.25  # what the schedule leaves of the first step
 
 
 def test_layout() -> None:
@@ -28,7 +27,7 @@ def test_layout() -> None:
     values = torch.arange(len(SHAPES), dtype=torch.float32).expand(2, -1)
     spread = layout.spread(values)
     assert [part.unique().tolist() for part in spread.split(layout.sizes, -1)] == [[k] for k in range(len(SHAPES))]
-    torch.testing.assert_close(layout.means([spread, -spread]), torch.stack([values, -values]))
+    torch.testing.assert_close(layout.mean(spread), values)
 
 
 @pytest.mark.parametrize("size", [1, 4, 10, 1000])
@@ -155,7 +154,9 @@ def test_order_of_tensors_does_not_matter(network: OptimizerNetwork, generator: 
 
 @pytest.mark.parametrize("shape", [(11,), (6, 5), (5, 9)], ids=str)
 def test_order_of_coordinates_does_not_matter(network: OptimizerNetwork, generator: torch.Generator, shape: tuple[int, ...]) -> None:
-    """A vector's coordinates, and a matrix's rows and columns, may be numbered in any order."""
+    """A vector's coordinates, and a matrix's rows and columns, may be numbered in any order. (A sketch's signs have places, so that
+    how straight the path looks differs by chance.)"""
+    network.controller.bend.zero_()
     params, gradients = draw([shape], generator), [draw([shape], generator) for _ in range(6)]
     orders = [torch.randperm(size, generator=generator) for size in shape]
 
@@ -200,7 +201,7 @@ def test_size_of_vector_updates(untrained: OptimizerNetwork, generator: torch.Ge
     """The root mean square is the step size times the learned gain, exactly."""
     params, gradients = draw([shape], generator), [draw([shape], generator)]
     change = run(untrained, params, gradients, total_steps=1000.0)[0][0][0]
-    expected = FIRST * (untrained.log_step_size + untrained.log_vector_gain).exp().item()
+    expected = (untrained.log_step_size + untrained.log_vector_gain).exp().item()
     assert rms(change) == pytest.approx(expected, rel=1e-5)
 
 
@@ -218,6 +219,7 @@ def test_length_of_the_direction_does_not_matter(network: OptimizerNetwork, gene
 @pytest.mark.parametrize("sign", [1, -1], ids=["agreeing", "turning"])
 def test_drift_counts_where_gradients_agree(untrained: OptimizerNetwork, generator: torch.Generator, sign: int) -> None:
     """The mean of all gradients so far and then of some fifty, over the root of the second moment, times the positive part of the trend."""
+    untrained.controller.bend.zero_()  # paths differ
     inertia, grad = untrained.controller.inertia.item(), torch.randn(30, generator=generator)
     decay1, decay2 = untrained.config.momentum, untrained.config.second_moment
     gradients = [[sign**t * (5 if t == 60 else 1) * (grad + 0.3 * torch.randn(30, generator=generator))] for t in range(80)]
@@ -245,7 +247,7 @@ def test_matrices_without_orthogonalisation_are_sized_as_vectors(generator: torc
     plain = OptimizerNetwork(NetworkConfig(orthogonalize_steps=0)).requires_grad_(False)
     plain.controller.log_start.zero_()
     change = run(plain, draw([(6, 5)], generator), [draw([(6, 5)], generator)], total_steps=1000.0)[0][0][0]
-    assert rms(change) == pytest.approx(FIRST * (plain.log_step_size + plain.log_vector_gain).exp().item(), rel=1e-5)
+    assert rms(change) == pytest.approx((plain.log_step_size + plain.log_vector_gain).exp().item(), rel=1e-5)
 
 
 def test_coordinates_without_gradient_never_move(network: OptimizerNetwork, generator: torch.Generator) -> None:

@@ -111,6 +111,7 @@ def without_lstm(network: OptimizerNetwork) -> None:
 def without_controller(network: OptimizerNetwork) -> None:
     network.controller.log_rate.data.fill_(-1000)  # its exponential is zero
     network.controller.shrink.data.zero_()
+    network.controller.bend.data.zero_()
     network.controller.brake.data.zero_()
     without_drift(network)
 

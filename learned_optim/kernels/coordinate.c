@@ -18,13 +18,13 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* CHUNK: coordinates whose intermediate results fit into the L1 cache, and that share a scale in int8. */
-enum { CHUNK = 256, MAX_UNITS = 8, ODD = 2, EVEN = 3 };
+enum { CHUNK = 256, MAX_UNITS = 8, ODD = 2, EVEN = 3, BUCKETS = 16, ROWS = CHUNK / BUCKETS };
 
 /* What the second pass needs to know of each tensor: see `scalars` in `learned_optim/kernels/__init__.py`. */
 enum { INVERSE1, INVERSE2, MEAN, SHARE, PORTION, KEPT, STEADY, INERTIA, SCALARS };
 
 /* What a tensor has once, as in `Control` of `learned_optim/rule.py`. */
-enum { STEP, CONTROL = 8 };
+enum { STEP, CONTROL = 8 + BUCKETS };
 
 /* Formats of stored state, as in `learned_optim/storage.py`. */
 enum { FLOAT32, BFLOAT16, INT8 };
@@ -57,7 +57,7 @@ typedef struct {
     const Block *blocks;
     int64_t count; /* of blocks */
     int64_t next;  /* the first block that no thread has taken */
-    double *sums;  /* (count, sums of the pass), where it has some */
+    double *sums;  /* (count, sums of the pass) */
     int64_t moment_format, lstm_format;
 } Job;
 
@@ -158,7 +158,7 @@ INLINE Ratio tanh_ratio(float x) {
 
 /* The number of this file's interface, for the caller to check that it was written for it. Raise it with each change of a struct,
  * or of what a pass is given. */
-int64_t interface(void) { return 14; }
+int64_t interface(void) { return 13; }
 
 /* What each of `count` tensors has once, into rows for torch to compute with, and back. */
 void gather(const Tensor *tensors, int64_t count, float *rows) {
@@ -451,7 +451,8 @@ void directions(Job *job, const Network *network, float decay1, float decay2, co
     of_units[network->units - 1](job, network, decay1, decay2, scalars);
 }
 
-/* The rest of steps 4 and 5, and weight decay: parameters lose the share `shrink` and get `scale` times the direction.
+/* The rest of steps 4 and 5, and weight decay: parameters lose the share `shrink` and get `scale` times the direction. Its sums are the
+ * direction's sketch, see `Layout.sketch` in `learned_optim/features.py`, and its square.
  *
  * factors: of each tensor shrink and scale. */
 EACH_CPU void apply(Job *job, const float *factors) {
@@ -461,14 +462,44 @@ EACH_CPU void apply(Job *job, const float *factors) {
         const float shrink = factors[2 * block->tensor], scale = factors[2 * block->tensor + 1];
         float *restrict param = tensor->param;
         const float *restrict direction = tensor->direction;
-        if (!param) continue;
-        for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) {
+        double *sums = job->sums + (BUCKETS + 1) * b;
+        float buckets[BUCKETS] = {0}, squares[BUCKETS] = {0}, signs[ROWS];
+        for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) { /* multiples of BUCKETS */
             const int64_t end = begin + CHUNK < block->end ? begin + CHUNK : block->end;
             const Next next = after(job, block, begin);
             prefetch(FLOAT32, next.tensor->direction, 0, next);
             if (next.tensor->param) prefetch(FLOAT32, next.tensor->param, 0, next);
+            if (tensor->width < tensor->size || tensor->first % BUCKETS) { /* a part that does not begin with the first bucket */
+                for (int64_t j = begin; j < end; j++) {
+                    const int64_t place = place_of(tensor, j), bucket = place % BUCKETS;
+                    const float sign = scatter_bits((uint32_t)(place / BUCKETS) * 0x9e3779b1u) & 1 ? 1.0f : -1.0f;
+                    buckets[bucket] += sign * direction[j];
+                    squares[bucket] += direction[j] * direction[j];
+                }
+            } else {
+                const int64_t offset = tensor->first / BUCKETS;
+#pragma omp simd
+                for (uint32_t row = 0; row < ROWS; row++)
+                    signs[row] = scatter_bits((uint32_t)(offset + begin / BUCKETS + row) * 0x9e3779b1u) & 1 ? 1.0f : -1.0f;
+                int64_t row = 0, first = begin;
+                for (; first + BUCKETS <= end; row++, first += BUCKETS) {
+#pragma omp simd
+                    for (int64_t j = 0; j < BUCKETS; j++) {
+                        buckets[j] += signs[row] * direction[first + j];
+                        squares[j] += direction[first + j] * direction[first + j];
+                    }
+                }
+                for (int64_t j = 0; first + j < end; j++) {
+                    buckets[j] += signs[row] * direction[first + j];
+                    squares[j] += direction[first + j] * direction[first + j];
+                }
+            }
+            if (!param) continue;
 #pragma omp simd
             for (int64_t j = begin; j < end; j++) param[j] += scale * direction[j] - shrink * param[j];
         }
+        double square = 0;
+        for (int64_t j = 0; j < BUCKETS; j++) sums[j] = buckets[j], square += squares[j];
+        sums[BUCKETS] = square;
     }
 }

@@ -29,14 +29,16 @@ from torch import Tensor
 from ..checks.parameters import check_weights
 from ..checks.state import Ledger, Places, addresses
 from ..config import FORMATS
-from ..features import LAYOUTS, Layout
+from ..features import BUCKETS, LAYOUTS, Layout
 from ..network import OptimizerNetwork
 from ..rule import (
     ADAMW_UPDATE_RMS,
     CONTROL,
+    Clock,
     Control,
     State,
     decide,
+    follow,
     is_orthogonal,
     orthogonalize_all,
     sit_out,
@@ -47,7 +49,7 @@ from . import replay, scalars
 from .replay import Replay
 
 BLOCK = 2**14  # coordinates that a thread takes at once
-INTERFACE, MAX_UNITS, SUMS = 14, 8, 4  # as in the C file; the most sums that a pass has
+INTERFACE, MAX_UNITS = 13, 8  # as in the C file
 
 # A row of the table of tensors has the size, three numbers of where its coordinates lie in the whole tensor, the parameter, the gradient,
 # the direction and these pieces of state, the last one of int8.
@@ -121,6 +123,7 @@ class Blocks:
         runs = layout.runs or [] if isinstance(layout, ShardedLayout) else [Run(0, size, size) for size in layout.sizes]
         self.places = list(zip(*runs, strict=True))  # where the tensors' coordinates lie in whole ones
         self.counts = torch.tensor(layout.counts, device="cpu")  # sizes of the whole tensors, (K,)
+        self.roots = self.counts.float().sqrt()  # (K,)
         starts = itertools.accumulate(layout.sizes, initial=0)
         self.starts = [4 * start for start in starts][:-1]  # of the tensors among the directions, in bytes
 
@@ -148,27 +151,23 @@ class Passes:
         columns += [[0] * self.count] * (COLUMNS - len(columns))
         self.table = array("q", itertools.chain.from_iterable(zip(*columns, strict=True)))
         rows = len(self.blocks.table) + self.count  # of blocks, then of tensors
-        self.sums = torch.empty(rows, SUMS, dtype=torch.float64, device="cpu")
+        self.sums = torch.empty(rows, BUCKETS + 1, dtype=torch.float64, device="cpu")
         tables = self.table.buffer_info()[0], self.blocks.table.data_ptr()
         self.job = Job(*tables, len(self.blocks.table), 0, self.sums.data_ptr(), *(FORMATS.index(fmt) for fmt in formats))
         # A thread needs some 30 microseconds to wake up, in which another has done four blocks.
         self.workers = min(torch.get_num_threads(), len(self.blocks.table) // 4) - 1
-        self.finite = True  # whether all that `means` returned last is
+        self.finite = True  # whether all that the last pass returned is
 
-    def run(self, name: str, *arguments: object) -> None:
-        """Runs a pass."""
+    def run(self, name: str, columns: int, *arguments: object) -> Tensor:
+        """Runs a pass. Returns means of its sums over each tensor, (columns, K)."""
         self.job.next = 0
         job, function = ctypes.byref(self.job), getattr(library(), name)
         others = [pool(self.workers).submit(function, job, *arguments) for _ in range(self.workers)]
         function(job, *arguments)
         for other in others:
             other.result()
-
-    def means(self, name: str, columns: int, *arguments: object) -> Tensor:
-        """Runs a pass. Returns means of its sums over each tensor, (columns, K)."""
-        self.run(name, *arguments)
         means, blocks = torch.empty(columns, self.count, dtype=torch.float32, device="cpu"), self.job.count
-        totals = self.sums.view(-1)[SUMS * blocks :]
+        totals = self.sums.view(-1)[(BUCKETS + 1) * blocks :]
         of_blocks = self.job.sums, self.job.blocks, blocks, columns
         numbers = self.blocks.counts.data_ptr(), self.count, totals.data_ptr(), means.data_ptr()
         self.finite = getattr(replay.library(), "means")(*of_blocks, *numbers) != 0  # noqa: B009
@@ -223,7 +222,7 @@ def step(
 
     rows = torch.empty(CONTROL, len(params), dtype=torch.float32, device="cpu")
     passes.control("gather", rows)
-    means = passes.means("moments", SUMS, config.second_moment)
+    means = passes.run("moments", 4, config.second_moment)
     if not passes.finite:
         finite = means.isfinite().all(0)
         if not finite.all():
@@ -240,7 +239,7 @@ def step(
 
     def of_tensors(rows: Tensor, means: Tensor, total_steps: Tensor) -> Sequence[Tensor]:
         clock, step_size, steady, inertia, control = decide(network, layout, means, Control.of(rows), total_steps)
-        return step_size, scalars(clock, steady, inertia), control.rows()
+        return step_size, scalars(clock, steady, inertia), *clock, *control
 
     def lengths(
         mean_square: Tensor, orthogonal: Tensor, is_table: Tensor, step_size: Tensor, rate: Tensor, decay: Tensor
@@ -248,13 +247,17 @@ def step(
         gain = torch.where(orthogonal > 0, 1.0, vector_scale(network, mean_square, is_table))
         scale = step_size * gain
         shrink = rate * decay * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
-        return [torch.stack([shrink, -rate * scale], -1)]
+        return gain, torch.stack([shrink, -rate * scale], -1)
+
+    def finish(sums: Tensor, gain: Tensor, roots: Tensor, *numbers: Tensor) -> Sequence[Tensor]:
+        clock, control = Clock(*numbers[: len(Clock._fields)]), Control(*numbers[len(Clock._fields) :])
+        return [follow(control, clock, sums[:-1] * gain * roots, sums[-1] * gain.square()).rows()]
 
     # What tensors have once is computed by way of a recording, where there is somewhere to keep it.
     once = run_once if ledger is None else ledger.memory.setdefault("replay", Replay()).of([network, network.config, *once_read])
-    step_size, constants, rows = once("decide", of_tensors, rows, means, total_steps)
+    step_size, constants, *numbers = once("decide", of_tensors, rows, means, total_steps)
     decays = config.momentum, config.second_moment
-    (mean_square,) = passes.means("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), *decays, constants.data_ptr())
+    (mean_square,) = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), *decays, constants.data_ptr())
 
     orthogonal = is_orthogonal(layout, config)
     if any(orthogonal):
@@ -265,8 +268,9 @@ def step(
             mean_square[decayed] = torch.cat(layout.mean_squares(parts, decayed))
     rates, decays_of = layout.per_tensor(lr), layout.per_tensor(weight_decay)
     kinds = torch.tensor(orthogonal, dtype=torch.float32, device="cpu"), layout.is_table
-    (factors,) = once("lengths", lengths, mean_square, *kinds, step_size, rates, decays_of)
-    passes.run("apply", factors.data_ptr())
+    gain, factors = once("lengths", lengths, mean_square, *kinds, step_size, rates, decays_of)
+    sums = passes.run("apply", BUCKETS + 1, factors.data_ptr())
+    (rows,) = once("finish", finish, sums, gain, passes.blocks.roots, *numbers)
     passes.control("scatter", rows)
     if not all(fused):
         for param, fuse, part, (share, factor) in zip(params, fused, directions.split(layout.sizes), factors.tolist(), strict=True):

@@ -30,7 +30,7 @@ from torch import Tensor
 from .. import features, storage
 from ..checks.state import Ledger
 from ..config import FORMATS
-from ..features import EVEN, ODD, Layout
+from ..features import BUCKETS, EVEN, ODD, Layout
 from ..network import OptimizerNetwork
 from ..rule import (
     ADAMW_UPDATE_RMS,
@@ -39,6 +39,7 @@ from ..rule import (
     Clock,
     Control,
     State,
+    follow,
     is_orthogonal,
     orthogonalize_all,
     step_sizes,
@@ -63,7 +64,7 @@ MATRIX_DTYPE = torch.bfloat16  # that matrices are orthogonalised in, as in Muon
 PLACES = ("moments", "lstm", "lstm_scale", "direction")
 FIELDS = ("size", "orthogonal", "order", "first", "first_chunk", "control", "param", "grad", *PLACES)
 _COLUMNS = tl.constexpr(len(FIELDS))
-_CONTROLS = tl.constexpr(CONTROL)
+_CONTROLS, _BUCKETS = tl.constexpr(CONTROL), tl.constexpr(BUCKETS)
 _SIZE, _FIRST, _FIRST_CHUNK, _CONTROL, _PARAM, _GRAD = (
     tl.constexpr(FIELDS.index(name)) for name in ("size", "first", "first_chunk", "control", "param", "grad")
 )
@@ -177,8 +178,8 @@ def step(
         tables = Tables.of(layout, numbers, ledger.memory)
         every, chunks = (count,), (len(tables.chunks),)
         rows = directions.new_empty(CONTROL, count)
-        means, sums = directions.new_empty(4, count), directions.new_empty(len(tables.blocks), 4)
-        totals = directions.new_empty(len(tables.chunks), 4, dtype=torch.float64)
+        means, sums = directions.new_empty(2 * BUCKETS, count), directions.new_empty(len(tables.blocks), 2 * BUCKETS)
+        totals = directions.new_empty(len(tables.chunks), 2 * BUCKETS, dtype=torch.float64)
         finite = directions.new_empty(count)
 
         def mean(columns: int) -> None:
@@ -215,8 +216,9 @@ def step(
         shrink = rate * layout.per_tensor(weight_decay) * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
         factors = torch.stack([shrink, -rate * scale])
         for begin, blocks, _, param, align in launches:
-            if param is not None:  # else torch changes them
-                _apply[blocks,](tables.tensors, tables.blocks, begin, finite, directions, factors, count, param, align)
+            _apply[blocks,](tables.tensors, tables.blocks, begin, finite, directions, factors, sums, count, param, align)
+        mean(2 * BUCKETS)
+        control = follow(control, clock, means[:BUCKETS] * gain * tables.sizes.sqrt(), means[BUCKETS] * gain.square())
         _scatter[every](tables.tensors, finite, control.rows(), count)
     for k in itertools.compress(range(count), (not fuse for fuse in fused)):
         params[k].add_(factors[1, k] * parts[k].view(params[k].shape) - factors[0, k] * params[k])
@@ -268,18 +270,18 @@ def _at(address, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
 @triton.jit
 def _gather(tensors, rows, count):
     """What each tensor has once into rows, (CONTROL, K)."""
-    k, i = tl.program_id(0), tl.arange(0, _CONTROLS)  # a power of two
+    k, i = tl.program_id(0), tl.arange(0, 2 * _BUCKETS)  # a power of two, and enough
     control = _at(tl.load(tensors + k * _COLUMNS + _CONTROL), tl.float32, 4)
-    tl.store(rows + i * count + k, tl.load(control + i))
+    tl.store(rows + i * count + k, tl.load(control + i, mask=i < _CONTROLS), mask=i < _CONTROLS)
 
 
 @triton.jit
 def _scatter(tensors, finite, rows, count):
     """The way back, of tensors that are not left out."""
-    k, i = tl.program_id(0), tl.arange(0, _CONTROLS)
+    k, i = tl.program_id(0), tl.arange(0, 2 * _BUCKETS)
     control = _at(tl.load(tensors + k * _COLUMNS + _CONTROL), tl.float32, 4)
     if tl.load(finite + k) != 0:
-        tl.store(control + i, tl.load(rows + i * count + k))
+        tl.store(control + i, tl.load(rows + i * count + k, mask=i < _CONTROLS), mask=i < _CONTROLS)
 
 
 @triton.jit
@@ -557,18 +559,31 @@ def _directions(
 
 
 @triton.jit(do_not_specialize=["begin"])
-def _apply(tensors, blocks, begin, finite, directions, factors, count, PARAM: tl.constexpr, ALIGN: tl.constexpr):
-    """The rest of steps 4 and 5, and weight decay: parameters lose the share `shrink` and get `scale` times the direction.
+def _apply(tensors, blocks, begin, finite, directions, factors, sums, count, PARAM: tl.constexpr, ALIGN: tl.constexpr):
+    """The rest of steps 4 and 5, and weight decay: parameters lose the share `shrink` and get `scale` times the direction. Its sums are the
+    direction's sketch, see `learned_optim.features.Layout.sketch`, and its square.
 
     factors: each tensor's shrink, then each one's scale.
-    PARAM: the parameters' dtype.
+    PARAM: the parameters' dtype; None where they are left to torch.
     """
-    _, k, row, first = _block(tensors, blocks, begin)
+    block, k, row, first = _block(tensors, blocks, begin)
     _, _, mask, places = _places(row, first, ALIGN)
-    if tl.load(finite + k) != 0:
-        param = _at(tl.load(row + _PARAM), PARAM, ALIGN) + first + places
-        value = tl.load(param, mask=mask, other=0.0).to(tl.float32)
-        directions += tl.multiple_of(tl.load(row + _DIRECTION), _ALIGNMENT) + first
-        direction = tl.load(directions + places, mask=mask, other=0.0)
-        change = tl.load(factors + count + k) * direction - tl.load(factors + k) * value
-        tl.store(param, (value + change).to(PARAM), mask=mask)
+    directions += tl.multiple_of(tl.load(row + _DIRECTION), _ALIGNMENT) + first
+    direction = tl.load(directions + places, mask=mask, other=0.0)
+    _sketch(direction, first, sums + 2 * _BUCKETS * block)
+    if PARAM is not None:  # noqa: SIM102  this is what a kernel is compiled for, and that what it looks at
+        if tl.load(finite + k) != 0:
+            param = _at(tl.load(row + _PARAM), PARAM, ALIGN) + first + places
+            value = tl.load(param, mask=mask, other=0.0).to(tl.float32)
+            change = tl.load(factors + count + k) * direction - tl.load(factors + k) * value
+            tl.store(param, (value + change).to(PARAM), mask=mask)
+
+
+@triton.jit
+def _sketch(direction, first, sums):
+    places = (first // _BUCKETS).to(tl.uint32) + tl.arange(0, _BLOCK // _BUCKETS)[:, None].to(tl.uint32)
+    sign = (_scatter_bits(places * 0x9E3779B1) & 1).to(tl.float32) * 2.0 - 1.0
+    bucket = tl.arange(0, _BUCKETS)
+    tl.store(sums + bucket, tl.sum(sign * tl.reshape(direction, (_BLOCK // _BUCKETS, _BUCKETS)), 0))
+    # The square has a row of zeros beside it, since the number of columns is a power of two.
+    tl.store(sums + _BUCKETS + bucket, tl.where(bucket == 0, tl.sum(direction * direction), 0.0))

@@ -114,7 +114,7 @@ class Unroll:
 
     def _noise(self, grad: Tensor, seed: int) -> Tensor:
         noise = torch.randn(grad.shape, generator=Generator().manual_seed(seed)).to(grad.device)
-        return noise * self.layout.spread((self.layout.means([grad.square()])[0] + ABSOLUTE_FLOOR).sqrt())
+        return noise * self.layout.spread((self.layout.mean(grad.square()) + ABSOLUTE_FLOOR).sqrt())
 
 
 def begin(
