@@ -155,3 +155,5 @@ def test_adamw_is_tuned_once_for_all_optimizer_weights(distribution: Any, monkey
     assert sorted(tuned) == [5, *seeds]
     found = json.loads((tmp_path / "results.json").read_text())
     assert (found["all"]["no settings"]["problems"], found["held out"]) == (2, False)
+    with pytest.raises(SystemExit):
+        distribution.main(["--seeds", "5", "--held-out", "--out", str(tmp_path)])

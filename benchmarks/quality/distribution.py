@@ -10,6 +10,7 @@ cosine, with warm-up, and its best setting once more for other lengths of traini
 loss where ours ends, over the steps that ours took, from an eighth to four. Goes on where it was stopped. AdamW need not be tuned again on
 problems of which the runs are committed, once they are unpacked:
 
+    mkdir -p runs/distribution
     xz -dc benchmarks/quality/results/distribution_runs.jsonl.xz > runs/distribution/runs.jsonl
 
 Shapes: `R` settings of AdamW that are trained side by side on the same batches, `N` coordinates of a model.
@@ -208,6 +209,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="problems side by side, each on one thread")
     parser.add_argument("--out", type=Path, default=Path("runs/distribution"))
     arguments = parser.parse_args(argv)
+    if arguments.seeds and arguments.held_out:
+        parser.error(f"--seeds names the problems, so --held-out has nothing to say; those from {HELD_OUT} on are held out")
     arguments.out.mkdir(parents=True, exist_ok=True)
     network, first = load_network(arguments.pretrained), HELD_OUT if arguments.held_out else 0
     seeds = arguments.seeds or range(first, first + arguments.problems)
