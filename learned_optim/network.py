@@ -17,15 +17,15 @@ from .weights import Pretrained
 
 MOST = 3.0  # of the correction, a logarithm, on either side of 0
 
-# Without a horizon: the trend that says for certain that steps only bounce about in noise, and the steps before it counts in full.
+# The trend that says for certain that steps only bounce about in noise, and the steps before it counts in full.
 BOUND, LEAD = 0.1, 30.0
 
 # Of the swing: from where on, below zero, steps brake, and from where on they leap from one side of a valley to the other.
 BRAKE, LEAP = 0.2, 0.5
 
-# Of the path: the straightness after one step of a path that is hardly longer than noise, which falls with the root of the steps; the least
-# that may call for longer steps; the steps before it counts in full; and the trends between which longer steps are let through.
-NOISE, PURPOSE, PATH_LEAD, TURN, TURNED = 2.0, 0.2, 100.0, 0.1, 0.3
+# Of the path: the straightness after one step of a path that is hardly longer than noise, which falls with the root of the steps, and the
+# steps before it counts in full.
+NOISE, PATH_LEAD = 2.0, 100.0
 
 # Of the warm-up: how much slower than it climbs it falls back, how far below its first step it can get, and how much further it would have
 # climbed by the time that full steps have proved themselves. By how much matrices that were trained before climb in a step, at most: all of
@@ -94,33 +94,27 @@ class Controller(nn.Module):
 
     **Correction.** The logarithm `k` of the step size's correction follows the hypergradient (Baydin et al. 2018, "Online learning rate
     adaptation with hypergradient descent"). While gradients point where the steps before them went, steps are too short. Once they point
-    back, steps are too long. With `fading = 1 / (1 + t / patience)`,
+    back, steps are too long. With `fading = 1 / (1 + t / patience)`, and `bold = 2 fading` where the horizon is known, else `fading^2`,
 
-        k' = k + rate * 2 (1 - t / T) * fading * (c if c > 0 else caution * w * c)      where the horizon is known, else
-        k' = k + rate * fading^2 * max(c, 0)
-               - shrink * (w * clamp(-c / BOUND, 0, 1) / (t + LEAD) + max(-h - LEAP, 0)),   both with |k'| <= MOST.
+        k' = k + (1 - t / T) * (rate * bold * max(c, 0) - shrink * (w * clamp(-c / BOUND, 0, 1) / (t + LEAD) + max(-h - LEAP, 0))),
+
+    with `|k'| <= MOST`, and without `t / T` where the horizon is not known.
 
     - `c` is a mean, since one cosine scatters, and a rule that answers one sign more than the other would turn scatter into growth.
-    - Correcting fades. Once the scale is found, the cosine shows the schedule and the noise.
+    - Lengthening fades. Once the scale is found, the cosine shows the schedule and the noise.
     - With a horizon the controller may be bold at first, since annealing undoes what was too bold. It comes to rest with the horizon, or it
       would undo the annealing.
-    - Caution is small. Steps that are right for the whole run overshoot along the steepest directions, which looks as if they were too
-      long. Where gradients turn back by more than noise would, the steadiness mutes that sign further.
-    - Without a horizon nothing else anneals. A negative trend then means that steps bounce about in noise (Pflug 1983; Chee & Toulis 2018,
-      "Convergence diagnostics for stochastic gradient descent"). Steps, whose prior falls with the root of `t`, now fall with `t` itself
-      (Robbins & Monro 1951).
+    - A negative trend means that steps bounce about in noise (Pflug 1983; Chee & Toulis 2018, "Convergence diagnostics for stochastic
+      gradient descent"). They shorten by the root of `t`, beside what the schedule does. Where gradients turn back by more than noise
+      would, along steep directions, steps may be right for the others, and the steadiness mutes that.
     - A swing below `-LEAP` means that each gradient turns back nearly the whole of the last: steps leap across a valley and would never
       come to rest in it. They shorten at once.
 
-    **Path.** The hypergradient looks ten steps back. It does not see where all steps lead: steep directions may turn back with every step
-    while the others ask for longer ones, and noise may turn back too slowly to be noticed. The straightness of the path tells (DoG, Ivgi et
-    al. 2023, and Prodigy, Mishchenko & Defazio 2024, measure a run by the distance that it went). A path that is less straight than
-    noise's, `n`, shortens steps. One that is straighter lengthens them, if the tensor's own trend is negative and the horizon is known:
+    **Path.** The hypergradient looks ten steps back. Noise may turn back too slowly for it to notice. The straightness of the path tells
+    (DoG, Ivgi et al. 2023, and Prodigy, Mishchenko & Defazio 2024, measure a run by the distance that it went). A path that is less straight
+    than noise's shortens steps:
 
-        k' += (1 - t / T) * clamp(bend * (min(s - n, 0) + b * max(s - max(n, log PURPOSE), 0)), -4, 4) / (t + PATH_LEAD),
-        n = min(0, log(NOISE / sqrt(t - 1))),  b = clamp((-own - TURN) / (TURNED - TURN), 0, 1).
-
-    Without a horizon `T` is infinite and `b` is 0, since nothing would undo what was too bold.
+        k' += (1 - t / T) * max(bend * min(s - min(0, log(NOISE / sqrt(t - 1))), 0), -4) / (t + PATH_LEAD).
 
     **Brake.** A leap also brakes single steps: they have `e^(brake * min(h + BRAKE, 0))` of their length until gradients no longer turn
     back. What has built up along the steepest directions dies down, and the others go on with long steps.
@@ -147,7 +141,6 @@ class Controller(nn.Module):
         super().__init__()
         self.log_rate = nn.Parameter(torch.tensor(math.log(0.03)))
         self.log_patience = nn.Parameter(torch.tensor(math.log(300.0)))
-        self.log_caution = nn.Parameter(torch.tensor(math.log(0.2)))
         self.shrink = nn.Parameter(torch.tensor(0.5))
         self.power = nn.Parameter(torch.tensor(1.0))  # of the pace, see step 5 in `rule`
         self.bend = nn.Parameter(torch.tensor(4.0))  # of the path
@@ -184,16 +177,14 @@ class Controller(nn.Module):
         """
         left = 1 - progress
         noise = (math.log(NOISE) - 0.5 * (age - 1).clamp(min=1).log()).clamp(max=0)
-        turning = known * ((-trend - TURN) / (TURNED - TURN)).clamp(0, 1)
-        bent, ahead = (straight - noise).clamp(max=0), (straight - noise.clamp(min=math.log(PURPOSE))).clamp(min=0)
-        path = left * (self.bend * (bent + turning * ahead)).clamp(-4, 4) / (age + PATH_LEAD)
+        path = left * (self.bend * (straight - noise).clamp(max=0)).clamp(min=-4) / (age + PATH_LEAD)
         trend, swing = (0.5 * (one + one.mean(-1, keepdim=True)) for one in (trend, swing))
-        longer, shorter = trend.clamp(min=0), steady * trend.clamp(max=0)
+        longer = trend.clamp(min=0)
         fading = 1 / (1 + age / self.log_patience.exp())
-        annealed = 2 * left * fading * (longer + self.log_caution.exp() * shorter)
+        bold = torch.where(known > 0, 2 * fading, fading**2)
         bouncing = steady * (-trend / BOUND).clamp(0, 1) / (age + LEAD) + (-swing - LEAP).clamp(min=0)
-        endless = self.log_rate.exp() * fading**2 * longer - self.shrink * bouncing
-        correction = (correction + path + torch.where(known > 0, self.log_rate.exp() * annealed, endless)).clamp(-MOST, MOST)
+        change = left * (self.log_rate.exp() * bold * longer - self.shrink * bouncing)
+        correction = (correction + path + change).clamp(-MOST, MOST)
         return correction, self.brake * (swing + BRAKE).clamp(max=0), self.inertia * longer
 
     def climb(self, trend: Tensor, climbed: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
