@@ -41,7 +41,8 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    short where they vanish; its power :math:`q`, of `Controller`, is 1 unless it is learned. Adam's steps have such a factor in each
    coordinate, and step 4 would lose it. The schedule :math:`s` is constant and then falls linearly to zero over the last 60 % of `T` if
    that is known (Haegele et al. 2024, "Scaling laws and compute-optimal training beyond fixed training durations"), else
-   :math:`1/\sqrt{1 + t/100}`.
+   :math:`1/\sqrt{1 + t/100}`. All steps of a run of more than 200 are shorter by :math:`(200/T)^{1/4}`: it has the time to go as far with
+   them, and their noise is less (Bjorck et al. 2024, "Scaling optimal LR across token horizons").
 
 A tensor's clock `t` starts with its first non-zero gradient. Until then its state stays as it was made and its update is zero.
 
@@ -71,6 +72,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 WINDOW = 0.25  # share of the run so far over which the path is looked at
 COOLDOWN = 0.6  # share of a known horizon over which the step size falls to zero
+SHORT_RUN = 200.0  # a known horizon, in steps, beyond which steps are shorter the longer it is
 TREND_STEPS = 10.0  # time constant of the trend and the swing, in steps; before that they are means so far
 DRIFT_STEPS = 50.0  # the same of the drift
 DECAY_STEPS = 100.0  # time constant of the prior step size's decay without a horizon, in steps
@@ -263,7 +265,7 @@ def step_sizes(
     correction, braked, inertia = network.controller(trend, swing, steady, straight, age, progress, known, control.correction)
     usual = (clock.mean + ABSOLUTE_FLOOR).sqrt()
     climbed, warm = network.controller.climb(trend, control.climbed, control.trained)
-    annealed = ((1 - progress) / COOLDOWN).clamp(max=1)
+    annealed = ((1 - progress) / COOLDOWN).clamp(max=1) * (total_steps / SHORT_RUN).clamp(min=1).rsqrt().sqrt()
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
     schedule = torch.where(known > 0, annealed, decayed)
     pace = torch.maximum(agreed, (size / usual).clamp(max=1)) ** network.controller.power

@@ -97,6 +97,14 @@ def test_step_size_anneals_to_a_known_horizon(untrained: OptimizerNetwork, gener
     assert all(size <= sizes[39] for size in sizes[40:])
 
 
+@pytest.mark.parametrize(("horizon", "share"), [(20, 1), (200, 1), (3200, 0.5)])
+def test_steps_of_long_runs_are_shorter(untrained: OptimizerNetwork, generator: torch.Generator, horizon: float, share: float) -> None:
+    schedule_alone(untrained)
+    params, gradients = draw([(9,), (6, 4)], generator), [draw([(9,), (6, 4)], generator)]
+    first, expected = (run(untrained, params, gradients, total_steps=total)[0][0] for total in (horizon, 100.0))
+    torch.testing.assert_close(first, [share * change for change in expected])
+
+
 def test_step_size_decays_slowly_without_a_horizon(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
     schedule_alone(untrained)
     params, gradients = draw([(9,)], generator), [draw([(9,)], generator) for _ in range(40)]

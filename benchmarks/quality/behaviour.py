@@ -15,6 +15,7 @@ from learned_optim import LearnedOptimizer, OptimizerNetwork
 
 SHAPES = ((12, 8), (8, 12), (6, 4, 3, 3), (8,))
 STEPS, LOOKS = 40, (3, 6, 12, 40)
+HORIZONS = None, 40, 2000
 # By how much of one direction a step's gradient is; the rest is noise. Gradients that agree; that are noise; that agree at first, then turn
 # back, then leap forth and back; that turn back while they get shorter. Warm-up, hypergradient, brake and drift each have their say here.
 SCENES: dict[str, Callable[[int], float]] = {
@@ -29,10 +30,10 @@ SAME = 2e-3  # relative; kernels and machines round by less
 
 
 def behaviour(network: OptimizerNetwork) -> list[float]:
-    """How far each of some tensors has gone at some moments of each scene, without and with a horizon."""
+    """How far each of some tensors has gone at some moments of each scene, without a horizon, with one and with a far one."""
     torch.set_num_threads(1)
     found = []
-    for name, horizon in itertools.product((*SCENES, *TRAINED), (None, STEPS)):
+    for name, horizon in itertools.product((*SCENES, *TRAINED), HORIZONS):
         scene = SCENES.get(name, SCENES["agree"])
         generator = Generator().manual_seed(0)
         shapes = (*SHAPES, *[(8, 8)] * TRAINED.get(name, 0))
