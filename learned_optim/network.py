@@ -111,8 +111,8 @@ class Controller(nn.Module):
       come to rest in it. They shorten at once.
 
     **Path.** The hypergradient looks ten steps back. Noise may turn back too slowly for it to notice. The straightness of the path tells
-    (DoG, Ivgi et al. 2023, and Prodigy, Mishchenko & Defazio 2024, measure a run by the distance that it went). A path that is less straight
-    than noise's shortens steps:
+    (DoG, Ivgi et al. 2023, and Prodigy, Mishchenko & Defazio 2024, measure a run by the distance that it went). A path that is less
+    straight than noise's shortens steps:
 
         k' += (1 - t / T) * max(bend * min(s - min(0, log(NOISE / sqrt(t - 1))), 0), -4) / (t + PATH_LEAD).
 
