@@ -62,7 +62,7 @@ def test_the_splits_are_as_they_were_made(benchmark: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of the packages that the models come in
 @pytest.mark.parametrize("name", [*DEVELOPMENT, *HELD_OUT])
-def test_every_task_trains(benchmark: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_task_trains(benchmark: Any, shorter: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the transformer of our own without the packages of the extra."""
     monkeypatch.setattr(benchmark.characters, "CACHE", tmp_path)
     monkeypatch.setattr(benchmark.characters, "PRETRAINING", 2)
@@ -70,6 +70,8 @@ def test_every_task_trains(benchmark: Any, name: str, tmp_path: Path, monkeypatc
         for module, names in HELD_OUT_DATA.items():
             for data in names:
                 monkeypatch.setattr(getattr(benchmark, module), data, lambda *_: pytest.fail("held-out data"))
+    for module in (benchmark.minilm, benchmark.pictures, benchmark.forecasting, benchmark.characters):
+        monkeypatch.setattr(module, "problem", shorter)
     try:
         problem = benchmark.main.make_problem(name, 0)
     except ModuleNotFoundError as error:
@@ -82,6 +84,16 @@ def test_every_task_trains(benchmark: Any, name: str, tmp_path: Path, monkeypatc
     assert 0 < loss < 20
     assert problem.evaluate(problem.model)[0] == pytest.approx(loss)
     assert problem.model.training
+
+
+@pytest.fixture
+def shorter(benchmark: Any) -> Any:
+    """Makes problems of a few examples, on which evaluation takes little time."""
+
+    def make(seed: int, model: nn.Module, train: Any, validation: Any, *options: Any) -> Any:
+        return benchmark.problems.problem(seed, model, train, [part[:12] for part in validation], *options)
+
+    return make
 
 
 def small(benchmark: Any, seed: int) -> Any:
