@@ -25,14 +25,14 @@ test-integrations: $(VENV)/test-integrations.stamp $(TIMM)/stamp ## run the test
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile $(INTEGRATIONS)
 	$(TIMM)/bin/pytest -k "timm or integrations" $(INTEGRATIONS)
 
-lint: $(VENV)/test.stamp docs ## check style, formatting, types, spelling, and the documentation with its links and examples
+lint: docs ## check style, formatting, types, spelling, and the documentation with its links and examples
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/pytest --doctest-modules learned_optim
 
-docs: $(VENV)/docs.stamp ## build the guide and reference in site/, with warnings as errors
+docs: $(VENV)/test.stamp ## build the guide and reference in site/, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 measure: $(VENV)/test.stamp ## measure again what depends on the weights, and fill in the tables (hours; resumes)
@@ -45,8 +45,7 @@ $(VENV)/%.stamp: pyproject.toml constraints.txt $(wildcard learned_optim/kernels
 	@touch $@
 
 EXTRAS_demo := demo
-EXTRAS_test := demo,test
-EXTRAS_docs := docs
+EXTRAS_test := demo,docs,test
 EXTRAS_test-integrations := demo,test-integrations
 INTEGRATIONS := $(addprefix tests/,test_trainer.py test_trainer_runs.py test_trl.py test_frameworks.py test_integration_examples.py test_documents.py)
 

@@ -193,7 +193,9 @@ def _named(text: str) -> tuple[Path, Any]:
     except Exception as error:
         raise CommandError(_told(error, path)) from error
     if not hasattr(module, name):
-        there = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == MINE]
+        from .meta_train import ModuleTask
+
+        there = [key for key, value in vars(module).items() if isinstance(value, ModuleTask) or getattr(value, "__module__", None) == MINE]
         raise CommandError(f"{path} has no {name!r}; it defines {', '.join(there) or 'nothing'}")
     return path, getattr(module, name)
 
@@ -358,7 +360,7 @@ def _push(args: Namespace) -> None:
 
 COMMANDS = {
     "demo": Command(
-        summary="train two small models beside AdamW, and print and plot who wins (about 3 minutes)",
+        summary="train two small models beside AdamW, and print and plot who wins (about two minutes)",
         arguments=_demo_arguments,
         run=_demo,
         examples=("", "--quick", "--pretrained runs/mine --out runs/demo-of-mine"),

@@ -102,15 +102,21 @@ def both(model: nn.Module, make_optimizer: Any) -> Spread:
     return model, make_optimizer(model.parameters()), (mesh.get_coordinate()[0], 2)
 
 
+@functools.cache
+def trained_alone(make_optimizer: Any, kind: type[nn.Module], dtype: torch.dtype, **options: Any) -> nn.Module:
+    """What one process makes of it. Several checks compare with the same."""
+    model = make(kind, dtype)
+    train(model, make_optimizer(model.parameters(), **options))
+    return model
+
+
 def compare(spread: Callable[..., Spread], kind: type[nn.Module] = Text, dtype: torch.dtype = torch.float32, **options: Any) -> None:
     """One process and several differ by at most ten times as much as they do with AdamW, whose difference counts as 1e-6 at least."""
     found = []
-    for make_optimizer in (adamw, functools.partial(ours, **options)):
-        alone = make(kind, dtype)
-        train(alone, make_optimizer(alone.parameters()))
-        model, optimizer, part = spread(make(kind, dtype), make_optimizer)
+    for make_optimizer, given in ((adamw, {}), (ours, options)):
+        model, optimizer, part = spread(make(kind, dtype), functools.partial(make_optimizer, **given))
         train(model, optimizer, part)
-        found.append(difference(model, alone))
+        found.append(difference(model, trained_alone(make_optimizer, kind, dtype, **given)))
     assert found[1] < 10 * max(found[0], 1e-6), found
     if spread is not zero:  # whose processes have other parameters each
         assert_same_control(optimizer)

@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks/quality"
 
 @pytest.fixture(scope="module")
 def benchmark() -> Iterator[Any]:
-    """The program's module, and its tasks'."""
+    """The program's module, its tasks', and those that the tasks are made of."""
     sys.path.insert(0, str(FOLDER))
     before = set(sys.modules)
     spec = importlib.util.spec_from_file_location("pretrained_models", FOLDER / "pretrained.py")
@@ -27,7 +27,8 @@ def benchmark() -> Iterator[Any]:
     assert spec.loader is not None
     main = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(main)
-    yield SimpleNamespace(main=main, tasks=sys.modules["pretrained_tasks"])
+    parts = {name.removeprefix("pretrained_tasks."): module for name, module in sys.modules.items() if name.startswith("pretrained_tasks.")}
+    yield SimpleNamespace(main=main, tasks=sys.modules["pretrained_tasks"], **parts)
     sys.path.remove(str(FOLDER))
     for name in set(sys.modules) - before:
         if FOLDER in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
@@ -45,6 +46,15 @@ HELD_OUT = (
 )
 
 
+# Where the tasks find the data that only held-out ones may use.
+HELD_OUT_DATA = {
+    "tasks": ("docstrings", "wikitext", "manual_topics"),
+    "minilm": ("of_packages",),
+    "pictures": ("scikit_learn", "word_images"),
+    "forecasting": ("profiles",),
+}
+
+
 def test_the_splits_are_as_they_were_made(benchmark: Any) -> None:
     assert tuple(benchmark.tasks.PRETRAINED_DEVELOPMENT) == DEVELOPMENT
     assert tuple(benchmark.tasks.PRETRAINED_HELD_OUT) == HELD_OUT
@@ -52,13 +62,16 @@ def test_the_splits_are_as_they_were_made(benchmark: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of the packages that the models come in
 @pytest.mark.parametrize("name", [*DEVELOPMENT, *HELD_OUT])
-def test_every_task_trains(benchmark: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_task_trains(benchmark: Any, shorter: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the transformer of our own without the packages of the extra."""
-    monkeypatch.setattr(benchmark.tasks, "CACHE", tmp_path)
-    monkeypatch.setattr(benchmark.tasks, "PRETRAINING", 2)
+    monkeypatch.setattr(benchmark.characters, "CACHE", tmp_path)
+    monkeypatch.setattr(benchmark.characters, "PRETRAINING", 2)
     if name in DEVELOPMENT:
-        for data in ("scikit_learn", "docstrings", "wikitext", "manual_topics", "of_packages", "word_images", "profiles"):
-            monkeypatch.setattr(benchmark.tasks, data, lambda *_: pytest.fail("held-out data"))
+        for module, names in HELD_OUT_DATA.items():
+            for data in names:
+                monkeypatch.setattr(getattr(benchmark, module), data, lambda *_: pytest.fail("held-out data"))
+    for module in (benchmark.minilm, benchmark.pictures, benchmark.forecasting, benchmark.characters):
+        monkeypatch.setattr(module, "problem", shorter)
     try:
         problem = benchmark.main.make_problem(name, 0)
     except ModuleNotFoundError as error:
@@ -73,16 +86,26 @@ def test_every_task_trains(benchmark: Any, name: str, tmp_path: Path, monkeypatc
     assert problem.model.training
 
 
+@pytest.fixture
+def shorter(benchmark: Any) -> Any:
+    """Makes problems of a few examples, on which evaluation takes little time."""
+
+    def make(seed: int, model: nn.Module, train: Any, validation: Any, *options: Any) -> Any:
+        return benchmark.problems.problem(seed, model, train, [part[:12] for part in validation], *options)
+
+    return make
+
+
 def small(benchmark: Any, seed: int) -> Any:
     inputs = torch.randn(100, 5, generator=Generator().manual_seed(0))
     data = [inputs, inputs.sum(1) / 5**0.5]
-    return benchmark.tasks.problem(seed, nn.Linear(5, 1), data, data, 8, benchmark.tasks.fitted)
+    return benchmark.problems.problem(seed, nn.Linear(5, 1), data, data, 8, benchmark.problems.fitted)
 
 
 def test_the_program_runs_and_resumes(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = ["AdamW 0.001 linear", "AdamW 0.1 linear"]
     monkeypatch.setattr(benchmark.main, "GRID", grid)
-    monkeypatch.setitem(benchmark.main.PROBLEMS, "small", benchmark.tasks.Task(lambda seed: small(benchmark, seed), 40))
+    monkeypatch.setitem(benchmark.main.PROBLEMS, "small", benchmark.problems.Task(lambda seed: small(benchmark, seed), 40))
     monkeypatch.setattr(benchmark.main, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(benchmark.main, "as_completed", list)
     arguments = ["--tasks", "small", "--optimizers", *grid, "learned", "--out", str(tmp_path)]

@@ -293,7 +293,7 @@ def test_the_command_compares(file: Path, tmp_path: Path, capsys: pytest.Capture
         ("{file}", "must be given as FILE.py:NAME"),
         ("{file}:", "must be given as FILE.py:NAME"),
         ("no_file.py:mine", "there is no file no_file.py"),
-        ("{file}:yours", "has no 'yours'; it defines batch, mine, Wrong, stopped, later"),
+        ("{file}:yours", "has no 'yours'; it defines batch, mine, Wrong, wrong, stopped, later"),
         ("{file}:number", "must be a learned_optim.meta_train.ModuleTask, or a function of a torch.Generator that returns one, got int"),
         ("{file}:wrong", "my_file.py, line 15: RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
         ("{broken}:mine", "broken.py, line 2: ModuleNotFoundError: No module named 'no_such'"),

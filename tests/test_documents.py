@@ -33,6 +33,13 @@ SHORTER = {
     ],
 }
 PROCESSES = {"several-gpus.md": 2}  # that torchrun starts
+# Runs programs one after the other, each in its folder: starting Python and torch for each would take longer than all of them.
+ONE_AFTER_THE_OTHER = """
+import os, runpy, sys
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    runpy.run_path(f"{folder}/pasted.py", run_name="__main__")
+"""
 
 
 def blocks(page: Path) -> list[str]:
@@ -45,15 +52,22 @@ def blocks(page: Path) -> list[str]:
     return runnable
 
 
+def environment(folder: Path) -> dict[str, str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}
+    return env | {"HF_HOME": str(folder / "hub"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_token", "OMP_NUM_THREADS": "1"}
+
+
+def alone(code: str) -> bool:
+    """Whether it needs a process of its own: libraries that warn of themselves, or read their settings when they are imported."""
+    return any(name in code for name in ("transformers", "push_to_hub"))
+
+
 def run(code: str, folder: Path, processes: int | None = None) -> None:
     (folder / "pasted.py").write_text(code, encoding="utf-8")
-    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}
-    env |= {"HF_HOME": str(folder / "hub"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_token", "OMP_NUM_THREADS": "1"}
-    warns = any(name in code for name in ("transformers", "push_to_hub"))  # of themselves
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes else [] if warns else ["-W", "error"]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes else []
     with HubServer() as hub:
         call = [sys.executable, *launcher, "pasted.py"]
-        env["HF_ENDPOINT"] = hub.url
+        env = environment(folder) | {"HF_ENDPOINT": hub.url}
         done = subprocess.run(call, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         pushed = hub.repositories.get("user/my-optimizer")
@@ -62,19 +76,29 @@ def run(code: str, folder: Path, processes: int | None = None) -> None:
         assert {"config.json", "model.safetensors", "README.md"} <= pushed.commits[pushed.refs["main"]].keys()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(3), ids=["train", "Trainer", "meta-train and push"])
-def test_each_block_of_the_readme_runs_as_pasted(number: int, tmp_path: Path) -> None:
-    found = blocks(README)
-    assert len(found) == 3
-    run(found[number], tmp_path)
+# What a reader pastes into a session: a block of README, or those of a page of the guide one after the other.
+PASTED = dict(zip(("train", "Trainer", "meta-train and push"), blocks(README), strict=True))
+PASTED |= {page.name: "\n".join(blocks(page)) for page in GUIDE if blocks(page)}
+# What is left of integrations.md depends on what is installed.
+ALONE = [name for name, code in PASTED.items() if alone(code) or name in (*PROCESSES, "integrations.md")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in GUIDE if blocks(page)], ids=lambda page: page.stem)
-def test_a_page_of_the_guide_runs_as_pasted(page: Path, tmp_path: Path) -> None:
-    """Its blocks one after the other, as a reader would paste them into a session."""
-    run("\n".join(blocks(page)), tmp_path, PROCESSES.get(page.name))
+@pytest.mark.parametrize("name", ALONE)
+def test_runs_as_pasted(name: str, tmp_path: Path) -> None:
+    run(PASTED[name], tmp_path, PROCESSES.get(name))
+
+
+@pytest.mark.slow
+def test_all_others_run_as_pasted_without_a_warning(tmp_path: Path) -> None:
+    others = [name for name in PASTED if name not in ALONE]
+    assert {"train", "use.md", "compare.md", "fine-tuning.md"} <= set(others)
+    for name in others:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pasted.py").write_text(PASTED[name], encoding="utf-8")
+    call = [sys.executable, "-W", "error", "-c", ONE_AFTER_THE_OTHER, *(str(tmp_path / name) for name in others)]
+    done = subprocess.run(call, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_block_that_looks_like_python_is_run() -> None:
@@ -84,7 +108,7 @@ def test_every_block_that_looks_like_python_is_run() -> None:
 
 
 def test_readme_is_short() -> None:
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 180
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_commands_of_the_documents_exist() -> None:
@@ -119,7 +143,7 @@ def test_messages_of_the_troubleshooting_are_printed_somewhere() -> None:
 
 @pytest.fixture
 def hooks() -> ModuleType:
-    pytest.importorskip("mkdocs", reason="needs mkdocs: make docs")
+    pytest.importorskip("mkdocs", reason="needs mkdocs")
     spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
     assert spec is not None
     assert spec.loader is not None

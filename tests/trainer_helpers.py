@@ -47,6 +47,13 @@ def gpt(seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).to(dtype)
 
 
+def without_dropout(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def network(seed: int = 1) -> OptimizerNetwork:
     torch.manual_seed(seed)
     return OptimizerNetwork(NetworkConfig(hidden_units=2))
