@@ -27,11 +27,11 @@ from triton.compiler import ASTSource
 
 from learned_optim.config import FORMATS
 from learned_optim.features import BUCKETS
-from learned_optim.kernels import gpu
+from learned_optim.kernels import gpu, gpu_replay
 
 TARGETS = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-TYPES = {"tensors": "*i64", "blocks": "*i32", "chunks": "*i32", "skipped": "*i64", "totals": "*fp64"}
+TYPES = {"instructions": "*i64", "tensors": "*i64", "blocks": "*i32", "chunks": "*i32", "skipped": "*i64", "totals": "*fp64"}
 TYPES |= {"begin": "i32", "count": "i32", "decay1": "fp32", "decay2": "fp32"}
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 STATE = [("float32", "float32"), ("float32", "bfloat16"), ("float32", "int8"), ("bfloat16", "bfloat16"), ("bfloat16", "int8")]
@@ -58,6 +58,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], float]]:
     for columns in (1, 4, 2 * BUCKETS):
         found |= {f"{name} {columns}": (getattr(gpu, f"_{name}"), {"COLUMNS": columns}, 0) for name in ("add_up", "means")}
     found |= {name: (getattr(gpu, f"_{name}"), {}, 0) for name in ("gather", "scatter", "judge")}
+    found["replay"] = gpu_replay._replay, {}, 0
     for align, cut in itertools.product((gpu.ALIGNMENT, 1), range(len(gpu.CUTS))):
         suffix = ("" if align > 1 else " unaligned") + ("" if cut == 0 else f" {gpu.CUTS[cut]}")
         for dtype in ("float32", "bfloat16", "float16") if align > 1 else ("float32", "bfloat16"):

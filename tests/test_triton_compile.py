@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).parents[1]
 NOTES = (ROOT / "benchmarks" / "GPU_NOTES.md").read_text(encoding="utf-8")
-SAMPLE = ["apply float32", "moments float32 float32", "directions float32 float32 bfloat16", "apply float32 stretches", "judge"]
+SAMPLE = ["apply float32", "moments float32 float32", "directions float32 float32 bfloat16", "apply float32 stretches", "judge", "replay"]
 
 
 def compiled(targets: list[str], folder: Path, *options: str) -> dict[str, dict[str, dict[str, Any]]]:

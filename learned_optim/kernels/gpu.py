@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,19 +36,16 @@ from ..config import FORMATS
 from ..features import BUCKETS, EVEN, ODD, Layout
 from ..network import OptimizerNetwork
 from ..rule import (
-    ADAMW_UPDATE_RMS,
     CONTROL,
     LEAST_SHRINKAGE,
-    Control,
     State,
-    decide,
-    follow,
     is_orthogonal,
     orthogonalize_all,
-    vector_scale,
 )
 from ..sharding import Run, ShardedLayout
-from . import SCALARS, scalars
+from . import SCALARS, after_update, before_directions, before_update, read_once
+from .gpu_replay import Program, upload
+from .replay import Replay, run_once
 
 BLOCK = 1024  # coordinates of a program
 CHUNK, CHUNKS = 256, 64  # blocks whose sums a program adds up at once, and chunks of them
@@ -57,6 +55,7 @@ ALIGNMENT = 16  # bytes that a thread loads at once
 WARPS = {ALIGNMENT: 4, 1: 8}  # of a program; where a thread loads number by number, fewer of them leave more registers for addresses
 KEPT_TABLES = 8  # of an optimizer, whose gradients may lie at a few places in turn
 INTERPRETED = triton.knobs.runtime.interpret
+REPLAYED = not INTERPRETED  # whether to run recordings, each of whose instructions takes the interpreter some hundredths of a second
 
 # Of parameters and gradients that the kernels read.
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -103,7 +102,8 @@ class Tables(NamedTuple):
     blocks: Tensor  # (B, 2): its tensor, and which of the tensor's blocks it is
     chunks: Tensor  # (C, 2): the same of chunks
     counts: Tensor  # coordinates of the whole tensors, (K,)
-    orthogonal: Tensor  # (K,)
+    orthogonal: Tensor  # 1 of those that are, else 0, (K,)
+    roots: Tensor  # of the counts, (K,)
 
     @staticmethod
     def of(layout: Layout, numbers: tuple[int, ...], kept: dict[Any, Any]) -> Tables:
@@ -113,8 +113,7 @@ class Tables(NamedTuple):
         A CUDA graph gets tables of its own, which it fills at each replay. So it needs none that may be dropped, and leaves none that are
         empty until then.
         """
-        capturing = layout.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if capturing:
+        if capturing(layout.device):
             return Tables.make(layout, numbers, upload_by_kernels)
         if (layout, numbers) not in kept:
             if len(kept) == KEPT_TABLES:
@@ -134,7 +133,8 @@ class Tables(NamedTuple):
             return torch.stack([tensor, part - first[tensor]], -1).int()
 
         blocks, chunks = parts(of["first_block"], BLOCK), parts(of["first_chunk"], BLOCK * CHUNK)
-        return Tables(tensors, blocks, chunks, of["count"].float(), of["orthogonal"] > 0)
+        counts = of["count"].float()
+        return Tables(tensors, blocks, chunks, counts, of["orthogonal"].float(), counts.sqrt())
 
 
 class Launch(NamedTuple):
@@ -148,16 +148,27 @@ class Launch(NamedTuple):
     cut: int  # how they lie in whole tensors, an index of CUTS
 
 
-def upload(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Integers, (n,), by a copy that nobody waits for."""
-    return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-
-
 def upload_by_kernels(numbers: Sequence[int], device: torch.device) -> Tensor:
     """Integers, (n,), as arguments of kernels: slower, but the host's memory need not outlive the call."""
     table = torch.zeros(len(numbers), dtype=torch.int64, device=device)
     torch._foreach_add_(list(table.unbind()), list(numbers))
     return table
+
+
+def capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def replaying(network: OptimizerNetwork, memory: dict[str, Any], device: torch.device) -> Callable[..., Sequence[Tensor]]:
+    """What runs functions of what tensors have once: by a recording, which a CUDA graph keeps, and does not make."""
+    if not REPLAYED:
+        return run_once
+    read = [network, network.config, *read_once(network), *network.coordinate.parameters()]
+    replay: Replay = memory.setdefault("replay", Replay(Program)).of(read)
+    if not capturing(device):
+        return replay
+    memory.setdefault("captured", []).append(replay.programs)
+    return replay.known
 
 
 def step(
@@ -183,7 +194,8 @@ def step(
     moment_format, lstm_format = FORMATS.index(config.moment_format), FORMATS.index(config.lstm_format)
 
     with torch.cuda.device_of(directions):  # Triton launches on the current one
-        tables = Tables.of(layout, numbers, ledger.memory)
+        tables = Tables.of(layout, numbers, ledger.memory.setdefault("tables", {}))
+        once = replaying(network, ledger.memory, directions.device)
         every, chunks = (count,), (len(tables.chunks),)
         rows = directions.new_empty(CONTROL, count)
         means, sums = directions.new_empty(2 * BUCKETS, count), directions.new_empty(len(tables.blocks), 2 * BUCKETS)
@@ -200,42 +212,41 @@ def step(
             return layout.total(values) if isinstance(layout, ShardedLayout) else values
 
         _gather[every](tables.tensors, rows, count)
-        control = Control.of(rows)
-        clocks = control.step
         for begin, blocks, grad, _, align, _ in launches:
             warps = WARPS[align]
             _moments[blocks,](tables.tensors, tables.blocks, begin, sums, config.second_moment, moment_format, grad, align, num_warps=warps)
         found_means = mean(4, 4)
         _judge[every](found_means, finite, ledger.skipped, count)
 
-        clock, step_size, steady, inertia, control = decide(network, layout, found_means, control, total_steps)
-        gates = -LOG2E * torch.cat([lstm.gate_bias[:, None], lstm.gate_weight], 1)
-        weights = gates, 2 * LOG2E * lstm.candidate_weight, lstm.skip, lstm.out
+        def before(*arguments: Tensor) -> Sequence[Tensor]:
+            gates = -LOG2E * torch.cat([lstm.gate_bias[:, None], lstm.gate_weight], 1)
+            return gates, 2 * LOG2E * lstm.candidate_weight, *before_directions(network, layout, *arguments)
+
+        gates, candidates, step_size, constants, *clock_and_control = once("before directions", before, rows, found_means, total_steps)
+        weights = gates, candidates, lstm.skip, lstm.out
         of_network = *weights, config.momentum, config.second_moment, config.hidden_units, moment_format, lstm_format
-        of_tensors = clocks, finite, scalars(clock, steady, inertia)
+        of_tensors = rows, finite, constants  # the first row is the clocks
         for begin, blocks, grad, _, align, cut in launches:
             of_launch = *of_tensors, directions, sums, *of_network, grad, align, cut
             _directions[blocks,](tables.tensors, tables.blocks, begin, *of_launch, num_warps=WARPS[align])
         (mean_square,) = mean(1, 1)
 
-        gain = torch.where(tables.orthogonal, 1.0, vector_scale(network, mean_square, layout.is_table))
-        scale = step_size * gain
         parts = [part[:size] for part, size in zip(directions.split(padded), layout.sizes, strict=True)]
         for k, matrix in orthogonalize_all(parts, layout, config, MATRIX_DTYPE):
             parts[k].copy_(matrix)
         if any(weight_decay) and any(orthogonal):
             mean_square = total(torch.stack(torch._foreach_norm(parts)).square()) / tables.counts
-        rate = layout.per_tensor(lr)
-        shrink = rate * layout.per_tensor(weight_decay) * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
-        factors = torch.stack([shrink, -rate * scale])
+        kinds = tables.orthogonal, layout.is_table
+        rates = layout.per_tensor(lr), layout.per_tensor(weight_decay)
+        gain, factors = once("before update", partial(before_update, network), mean_square, *kinds, step_size, *rates)
         for begin, blocks, _, param, align, cut in launches:
-            what = finite, directions, factors, sums, count, param, align, cut
+            what = finite, directions, factors, sums, param, align, cut
             _apply[blocks,](tables.tensors, tables.blocks, begin, *what, num_warps=WARPS[align])
         moved = mean(2 * BUCKETS, BUCKETS + 1)
-        control = follow(control, clock, moved[:-1] * gain * tables.counts.sqrt(), moved[-1] * gain.square())
-        _scatter[every](tables.tensors, finite, control.rows(), count)
+        (rows,) = once("after update", after_update, moved, gain, tables.roots, *clock_and_control)
+        _scatter[every](tables.tensors, finite, rows, count)
     for k in itertools.compress(range(count), (not fuse for fuse in fused)):
-        params[k].add_(factors[1, k] * parts[k].view(params[k].shape) - factors[0, k] * params[k])
+        params[k].add_(factors[k, 1] * parts[k].view(params[k].shape) - factors[k, 0] * params[k])
 
 
 def table(
@@ -595,11 +606,11 @@ def _directions(
 
 
 @triton.jit(do_not_specialize=["begin"])
-def _apply(tensors, blocks, begin, finite, directions, factors, sums, count, PARAM: tl.constexpr, ALIGN: tl.constexpr, CUT: tl.constexpr):
+def _apply(tensors, blocks, begin, finite, directions, factors, sums, PARAM: tl.constexpr, ALIGN: tl.constexpr, CUT: tl.constexpr):
     """The rest of steps 4 and 5, and weight decay: parameters lose the share `shrink` and get `scale` times the direction. Its sums are the
     direction's sketch, see `learned_optim.features.Layout.sketch`, and its square.
 
-    factors: each tensor's shrink, then each one's scale.
+    factors: each tensor's shrink and scale.
     PARAM: the parameters' dtype; None where they are left to torch.
     """
     block, k, row, first = _block(tensors, blocks, begin)
@@ -611,7 +622,7 @@ def _apply(tensors, blocks, begin, finite, directions, factors, sums, count, PAR
         if tl.load(finite + k) != 0:
             param = _at(tl.load(row + _PARAM), PARAM, ALIGN) + first + places
             value = tl.load(param, mask=mask, other=0.0).to(tl.float32)
-            change = tl.load(factors + count + k) * direction - tl.load(factors + k) * value
+            change = tl.load(factors + 2 * k + 1) * direction - tl.load(factors + 2 * k) * value
             tl.store(param, (value + change).to(PARAM), mask=mask)
 
 
