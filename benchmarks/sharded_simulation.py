@@ -3,18 +3,16 @@
     python benchmarks/sharded_simulation.py
 
 Counted from the code as it runs: the models' shapes (transformers, without memory), which process sends what to whom
-(`learned_optim.sharding`, for each process), the sums that all get, bytes of state (`learned_optim.storage`), the operations of
-Newton-Schulz, and the bytes and temporary memory of the PyTorch operations that sharded models take on GPUs (each operation's tensors, read
-once and written once). A test compares the traffic with that of two real processes.
+(`learned_optim.sharding`, for each process), the sums that all get, bytes of state (`learned_optim.storage`) and the operations of
+Newton-Schulz. A test compares the traffic with that of two real processes. The bytes of the Triton kernels are those of GPU_NOTES.md.
 
 Assumed is what the arguments say: the speed of links, matrix products and memory; and that nothing overlaps, that all wait for the process
 with the largest matrices, and that a batch holds more than a quarter of all words, so that embeddings are matrices. Copies around
 Newton-Schulz are left out for all.
 
-Four ways to step beside AdamW, each with parameters and gradients cut along rows (FSDP2):
+Three ways to step beside AdamW, each with parameters and gradients cut along rows (FSDP2):
 
-- ours, as sharded models run on GPUs: PyTorch operations, products in fp32.
-- ours, if the Triton kernels of unsharded models took shards: their bytes (see GPU_NOTES.md), products in bfloat16.
+- ours: the Triton kernels, products in bfloat16, matrices in fp32 on the wire.
 - Muon with all-to-all, as ours does it (Ahn et al. 2025, "Dion: distributed orthonormalized updates", whose code has Muon so): bfloat16
   on the wire, five iterations; embeddings, head and vectors by AdamW.
 - DistMuon (Liu et al. 2025, "Muon is scalable for LLM training", section 2.3): weights lie end to end and are cut in equal stretches. Each
@@ -27,18 +25,15 @@ import argparse
 import functools
 import itertools
 import json
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import Shard
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from learned_optim import LearnedOptimizer, load_network
+from learned_optim import load_network
 from learned_optim.features import BUCKETS
 from learned_optim.rule import orthogonalize
 from learned_optim.sharding import ShardedLayout, Shards
@@ -49,8 +44,9 @@ FP32, BF16 = 4, 2  # bytes
 KERNEL_BYTES, ADAMW_BYTES, MUON_BYTES = 68, 28, 20  # of a weight and step: gradients, moments and parameters in fp32, read or written
 ADAMW_STATE, MUON_STATE = 8, 4
 MUON_STEPS = 5
-# Numbers of each tensor in the sums of a step, which all processes get, in fp64; with weight decay.
-SUMS = {"compiled": (4, 1, 1, BUCKETS + 1), "reference": (3, 4, 1, BUCKETS, 1, 1)}
+# Numbers of each tensor in the sums of a step, which all processes get, with weight decay; and their bytes.
+SUMS = {"triton": (4, 1, 1, BUCKETS + 1), "compiled": (4, 1, 1, BUCKETS + 1), "reference": (3, 4, 1, BUCKETS, 1, 1)}
+SUM_BYTES = {"triton": 4, "compiled": 8, "reference": 8}
 
 
 class Mesh:
@@ -90,7 +86,7 @@ def parts_sent(layout: ShardedLayout) -> list[int]:
 
 def sums_sent(layout: ShardedLayout, kernel: str) -> list[int]:
     """Bytes of each all_reduce of a step."""
-    return [8 * count * len(layout.shapes) for count in SUMS[kernel]]
+    return [SUM_BYTES[kernel] * count * len(layout.shapes) for count in SUMS[kernel]]
 
 
 @functools.cache
@@ -101,52 +97,12 @@ def products(shape: tuple[int, int], steps: int, dtype: torch.dtype) -> int:
     return counter.get_total_flops()
 
 
-class Counter(TorchDispatchMode):
-    """Bytes that operations read and write, and the most that their results take at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.moved = self.now = self.most = 0
-        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {id(tensor.untyped_storage()) for tensor in tree_iter((args, kwargs)) if isinstance(tensor, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            self.moved += sum(tensor.nbytes for tensor in tree_iter((args, kwargs, out)) if isinstance(tensor, torch.Tensor))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in before and storage not in self.known:
-                self.known.add(storage)
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self._free, storage.nbytes())
-        return out
-
-    def _free(self, count: int) -> None:
-        self.now -= count
-
-
-@functools.cache
-def operations(weights: int = 2**20) -> tuple[float, float]:
-    """Bytes moved and temporary memory, a weight, of a step by PyTorch operations; the state is there already.
-
-    They are those of a CPU. On a GPU, where nobody waits to see which gradients are finite, copies of parameters and state come on top."""
-    param = torch.nn.Parameter(torch.ones(weights))
-    param.grad = torch.ones(weights)
-    optimizer = LearnedOptimizer([param], kernel="reference", weight_decay=0.1)
-    optimizer.step()
-    with Counter() as counter:
-        optimizer.step()
-    return counter.moved / weights, counter.most / weights
-
-
 class Machine(NamedTuple):
     """What is assumed, in units of one GPU."""
 
     link: float  # bytes a second to others, and as many from them
     latency: float  # seconds of a collective
-    fp32: float  # operations a second of matrix products
-    bf16: float
+    bf16: float  # operations a second of matrix products
     memory: float  # bytes a second
     tokens: int  # of a batch
 
@@ -160,27 +116,25 @@ def split(model: torch.nn.Module) -> tuple[list[torch.Size], list[int]]:
     return [param.shape for param in params], [k for k, param in enumerate(params) if param.ndim == 2 and id(param) not in tables]
 
 
-def ours(shapes: Sequence[torch.Size], ranks: int, machine: Machine, kernel: bool) -> dict[str, float]:
+def ours(shapes: Sequence[torch.Size], ranks: int, machine: Machine) -> dict[str, float]:
     config = load_network("default").config
-    moved, most = (KERNEL_BYTES, FP32) if kernel else operations()
-    dtype = torch.bfloat16 if kernel else torch.float32
     layouts = [layout_of(shapes, ranks, rank) for rank in range(ranks)]
-    sums = sums_sent(layouts[0], "compiled" if kernel else "reference")
+    sums = sums_sent(layouts[0], "triton")
     sent = max(sum(parts_sent(layout)) for layout in layouts) + ring(sum(sums), ranks)
     owned = [[k for exchange in layout.exchanges for k in exchange.owned] for layout in layouts]
-    work = [sum(products(tuple(shapes[k]), config.orthogonalize_steps, dtype) for k in members) for members in owned]
+    work = [sum(products(tuple(shapes[k]), config.orthogonalize_steps, torch.bfloat16) for k in members) for members in owned]
     here = [sum(layout.sizes) for layout in layouts]
     # What comes in, matrices, and what they become; and where Newton-Schulz works on the largest ones.
     matrices = [3 * FP32 * sum(shapes[k].numel() for k in members) for members in owned]
     collectives = len(parts_sent(layouts[0])) + len(sums)
     return {
         "state": max(here) * bytes_per_weight(config),
-        "temporary": max(most * count + size + FP32 * count for count, size in zip(here, matrices, strict=True)),
+        "temporary": max(2 * FP32 * count + size for count, size in zip(here, matrices, strict=True)),
         "sent": sent,
         "collectives": collectives,
         "seconds of links": sent / machine.link + collectives * machine.latency,
-        "seconds of products": max(work) / (machine.bf16 if kernel else machine.fp32),
-        "seconds of memory": max(here) * moved / machine.memory,
+        "seconds of products": max(work) / machine.bf16,
+        "seconds of memory": max(here) * KERNEL_BYTES / machine.memory,
     }
 
 
@@ -266,8 +220,7 @@ def simulate(machine: Machine, links: Sequence[float]) -> Iterator[dict[str, Any
             "AdamW": adamw(shapes, ranks, here),
             "Muon, all-to-all": muon(shapes, matrices, ranks, here),
             "DistMuon": distmuon(shapes, matrices, ranks, here),
-            "ours": ours(shapes, ranks, here, kernel=False),
-            "ours, kernels": ours(shapes, ranks, here, kernel=True),
+            "ours": ours(shapes, ranks, here),
         }
         for row in rows.values():
             row["seconds"] = sum(value for key, value in row.items() if key.startswith("seconds of"))
@@ -289,18 +242,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     links = "GB/s that a GPU sends while it gets as many: 8 GPUs of one host, 64 of eight"
     options.add_argument("--links", type=float, nargs=2, default=[300, 40], help=links)
     options.add_argument("--latency", type=float, default=30, help="microseconds of a collective")
-    options.add_argument("--fp32", type=float, default=45, help="TFLOP/s of matrix products in fp32")
     options.add_argument("--bf16", type=float, default=500, help="TFLOP/s of matrix products in bfloat16")
     options.add_argument("--memory", type=float, default=3, help="TB/s of a GPU's memory")
     options.add_argument("--tokens", type=int, default=16384, help="a batch's tokens on each GPU")
     arguments = options.parse_args(argv)
-    rates = (1e12 * getattr(arguments, name) for name in ("fp32", "bf16", "memory"))
+    rates = (1e12 * getattr(arguments, name) for name in ("bf16", "memory"))
     machine = Machine(0, 1e-6 * arguments.latency, *rates, arguments.tokens)
     models = list(simulate(machine, [1e9 * link for link in arguments.links]))
-    moved, most = operations()
     results = {
         "assumed": {key: value for key, value in machine._asdict().items() if key != "link"},
-        "PyTorch operations, bytes a weight": {"moved": moved, "temporary": most},
         "models": models,
     }
     for model in models:

@@ -292,8 +292,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         horizons = layout.per_tensor([group["total_steps"] or math.inf for group in groups])
         rates, decays = ([group[key] for group in groups] for key in ("lr", "weight_decay"))
         kernel = self._choose_kernel(device, stacklevel=9)
-        if isinstance(layout, sharding.ShardedLayout) and (kernel == "triton" or layout.runs is None):
-            kernel = "reference"  # the other kernels do not know where in their tensors the coordinates of these parts lie
+        if isinstance(layout, sharding.ShardedLayout) and layout.runs is None:
+            kernel = "reference"  # the others do not know where in their tensors the coordinates of these parts lie
         step = _step_function(kernel)
         return device, step, (layout, params, grads, states, horizons, rates, decays, ledger)
 

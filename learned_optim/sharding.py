@@ -381,7 +381,10 @@ class ShardedLayout(Layout):
                 continue
             for dim in shard.dims:
                 found.setdefault(shard.mesh.get_group(dim).group_name, (shard.mesh, dim, []))[-1].append(k)
-        self.sums = [(mesh, dim, members if len(members) < len(shapes) else None) for mesh, dim, members in found.values()]
+        self.sums = [  # indices lie on the device already, so that a step need not wait for it
+            (mesh, dim, torch.tensor(members, device=device) if len(members) < len(shapes) else None)
+            for mesh, dim, members in found.values()
+        ]
 
     def of_some(self, members: Sequence[int]) -> ShardedLayout:
         def of(each: Sequence[Item]) -> tuple[Item, ...]:

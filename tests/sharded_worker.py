@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -319,20 +320,36 @@ def counted() -> Iterator[tuple[list[int], list[int]]]:
         yield parts, sums
 
 
-def traffic(folder: Path) -> None:
+def traffic_of(kernel: str) -> None:
     """What the simulation of large models counts is what is sent."""
     program = load("sharded_simulation")
-    for kernel in ("compiled", "reference") if models.DEVICE == "cpu" else ("reference",):
-        model = shard(make(Text))
-        optimizer = LearnedOptimizer(model.parameters(), exact(), weight_decay=0.1, kernel=kernel)
-        train(model, optimizer, mine(), range(1))
-        backward(model, 1, mine())
-        with counted() as (parts, sums):
-            optimizer.step()
-        layout = program.layout_of([param.shape for param in model.parameters()], dist.get_world_size(), dist.get_rank())
-        assert parts == program.parts_sent(layout)
-        assert min(parts) > 0
-        assert sums == program.sums_sent(layout, kernel)
+    model = shard(make(Text))
+    optimizer = LearnedOptimizer(model.parameters(), exact(), weight_decay=0.1, kernel=kernel)
+    train(model, optimizer, mine(), range(1))
+    backward(model, 1, mine())
+    with counted() as (parts, sums):
+        optimizer.step()
+    layout = program.layout_of([param.shape for param in model.parameters()], dist.get_world_size(), dist.get_rank())
+    assert parts == program.parts_sent(layout)
+    assert min(parts) > 0
+    assert sums == program.sums_sent(layout, kernel)
+
+
+def traffic(folder: Path) -> None:
+    for kernel in ("compiled", "reference") if models.DEVICE == "cpu" else ("triton", "reference"):
+        traffic_of(kernel)
+
+
+def triton_kernels(folder: Path) -> None:
+    """Triton's interpreter runs them too, which takes its time: two steps of small matrices."""
+    if models.DEVICE == "cpu" and (os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None):
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"STEPS": 2, "WIDTH": 8, "LAYERS": 1}.items():
+            patch.setattr(models, name, value)
+        for spread, kind in ((fsdp2, Text), (zero, Adapters)):
+            compare(spread, kind, kernel="triton")
+        traffic_of("triton")
 
 
 TWO = [
@@ -353,7 +370,7 @@ TWO = [
     save_checkpoint,
     load_checkpoint,
 ]
-MORE = [stacked_experts, state_of_one_process, default_weights, mixed_precision, offloaded, flattened]
+MORE = [triton_kernels, stacked_experts, state_of_one_process, default_weights, mixed_precision, offloaded, flattened]
 # What two processes do not show: groups in two dimensions, and tensors and matrices that not every process has a part of.
 FOUR = [
     fully_sharded,
@@ -394,6 +411,10 @@ def main() -> None:
     arguments = options.parse_args()
     models.STEPS, models.WIDTH, models.LAYERS = arguments.steps, arguments.width, arguments.layers
     models.DEVICE = "cuda" if arguments.backend == "nccl" else "cpu"
+    if models.DEVICE == "cuda":  # matrices in bfloat16 would differ by more than what is looked for
+        from learned_optim.kernels import gpu
+
+        gpu.MATRIX_DTYPE = None
     torch.set_num_threads(1)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     again = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0

@@ -7,18 +7,20 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from rule_helpers import acting_network
 from test_kernels import FORMATS, assert_near, assert_states_near, network_of
 from torch import Generator, Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from learned_optim import LearnedOptimizer, OptimizerNetwork, rule
 from learned_optim.features import Layout
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from learned_optim.kernels import gpu
+from learned_optim.kernels import gpu, gpu_replay, replay
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 # The last but one is larger than a block, and the last one a multiple of what a thread loads at once besides. The interpreter takes about
@@ -210,10 +212,14 @@ def test_steps_upload_tables_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept.data_ptr() != param.grad.data_ptr()
 
 
+def entries(rows: list[dict[str, int]]) -> list[int]:
+    return [row.get(field, 0) for row in rows for field in gpu.FIELDS]
+
+
 def test_tables() -> None:
     layout = Layout(tuple(torch.Size([size]) for size in (5, 3 * gpu.BLOCK, gpu.BLOCK + 1)), DEVICE)
-    rows = ([2**48, 0, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0], [2**48 + 1, 0, 0, 3, 3, *[0] * 7], [2**48 + 2, 0, 1, 0, 0, *[0] * 7])
-    numbers = [number for row in rows for number in row]
+    places = [(2**48, 2, 2, 2), (2**48 + 1, 0, 3, 3), (2**48 + 2, 1, 0, 0)]
+    numbers = entries([dict(zip(("size", "order", "first_block", "first_chunk"), row, strict=True)) for row in places])
     slow, fast = (gpu.Tables.make(layout, tuple(numbers), way) for way in (gpu.upload_by_kernels, gpu.upload))
     assert slow.tensors.flatten().tolist() == fast.tensors.flatten().tolist() == numbers
     assert slow.blocks.tolist() == fast.blocks.tolist() == [[2, 0], [2, 1], [0, 0], [1, 0], [1, 1], [1, 2]]
@@ -226,8 +232,9 @@ def test_means_in_chunks() -> None:
     layout = Layout(tuple(torch.Size([size]) for size in sizes), DEVICE)
     counts = [-(-size // gpu.BLOCK) for size in sizes]
     firsts, chunks, order = [counts[2], counts[2] + counts[0], 0], [many, many + 1, 0], [2, 0, 1]
-    row = [0] * (len(gpu.FIELDS) - 5)
-    numbers = [number for each in zip(sizes, [0] * 3, order, firsts, chunks, strict=True) for number in [*each, *row]]
+    named = zip(sizes, order, firsts, chunks, strict=True)
+    rows = [{"size": size, "count": size, "order": nth, "first_block": block, "first_chunk": chunk} for size, nth, block, chunk in named]
+    numbers = entries(rows)
     tables = gpu.Tables.make(layout, tuple(numbers), gpu.upload)
     assert len(tables.chunks) == many + 3
     sums = torch.rand(len(tables.blocks), 4, generator=Generator().manual_seed(0)).to(DEVICE)
@@ -256,7 +263,42 @@ def test_optimizers_keep_tables_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
     optimizers[0].step()
     assert kept is not None
     assert len(uploads) == len(params) + 1
-    assert len(optimizers[0]._ledgers[DEVICE].memory) == gpu.KEPT_TABLES
+    assert len(optimizers[0]._ledgers[DEVICE].memory["tables"]) == gpu.KEPT_TABLES
+
+
+class Operations(TorchDispatchMode):
+    """Those of the rule that PyTorch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in replay.PLAIN:
+            self.found.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow
+def test_recordings_equal_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "REPLAYED", True)
+    compare(acting_network(hidden_units=1, lstm_format="float32"), shapes=[(3,), (1,)], weight_decay=0.1)
+
+
+def test_what_tensors_have_once_takes_no_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would cost the host some microseconds. What the recordings would give is of no interest here."""
+    monkeypatch.setattr(gpu, "REPLAYED", True)
+    monkeypatch.setattr(gpu_replay, "_replay", {(1,): lambda *_: None})
+    network = network_of("acting", orthogonalize_steps=0)
+    with Operations() as operations:
+        _, optimizer = train("triton", network, FEW, steps=1, weight_decay=0.1)
+    assert len(operations.found) > 100
+    programs = optimizer._ledgers[DEVICE].memory["replay"].programs
+    assert {name for name, _ in programs} == {"before directions", "before update", "after update"}
+    assert all(isinstance(program, gpu_replay.Program) for program in programs.values()), programs
+    with Operations() as operations:
+        optimizer.step()
+    assert not operations.found
 
 
 def test_in_a_compiled_function() -> None:

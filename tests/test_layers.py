@@ -16,7 +16,8 @@ checks.groups checks.parameters rule
 checks.state
 checks
 kernels inspection
-kernels.cpu kernels.gpu
+kernels.cpu kernels.gpu_replay
+kernels.gpu
 optimizer
 learned_optim
 meta_train.config meta_train.bar meta_train.distributed meta_train.process meta_train.twice

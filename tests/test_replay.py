@@ -24,6 +24,7 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "infinities": lambda a, b: a.isfinite().float() + (a == b).float() + (1 / a).isfinite().float(),
     "means": lambda a, b: torch.lerp(a, b, 0.3) + torch.lerp(a, b, a) + a.mean(-1, keepdim=True) + b.sum(0) + (a > 0).sum(-1, keepdim=True),
     "pieces": lambda a, b: torch.cat([torch.stack([a[0], *b[:-1]]), a[-2:]]) + torch.stack([a.sum(0), b[1]], -1).sum(-1),
+    "totals": lambda a, b: a + b[0].sum(-1, keepdim=True) + a[1].mean(-1, keepdim=True),
     "broadcasts": lambda a, b: a[0] * b + a[:, :1] + b[1, 2],
 }
 
@@ -36,10 +37,23 @@ def pair() -> tuple[Tensor, Tensor]:
     return torch.randn(4, 5, generator=generator), torch.randn(4, 5, generator=generator)
 
 
+@pytest.fixture(params=["in C", "by Triton"])
+def make(request: pytest.FixtureRequest) -> type[Program]:
+    if request.param == "in C":
+        return Program
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from learned_optim.kernels import gpu_replay
+
+    return gpu_replay.Program
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's NumPy
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_equals_what_was_recorded(name: str, pair: tuple[Tensor, Tensor]) -> None:
+def test_equals_what_was_recorded(name: str, pair: tuple[Tensor, Tensor], make: type[Program]) -> None:
     """To rounding, with other numbers than it was recorded with, and with what is not finite."""
-    run, odd = Replay(), torch.tensor([0.0, torch.inf, -torch.inf, torch.nan, 1e-30]).expand(4, 5)
+    if make is not Program and torch.cuda.is_available():
+        pair = pair[0].cuda(), pair[1].cuda()
+    run, odd = Replay(make), pair[0].new_tensor([0.0, torch.inf, -torch.inf, torch.nan, 1e-30]).expand(4, 5)
 
     def function(a: Tensor, b: Tensor) -> list[Tensor]:
         return [FUNCTIONS[name](a, b), a]
@@ -91,7 +105,7 @@ def test_steps_are_replayed_whole(total_steps: int | None) -> None:
         param.grad = torch.randn_like(param)
     optimizer.step()
     (ledger,) = optimizer._ledgers.values()
-    assert {name for name, _ in ledger.memory["replay"].programs} == {"decide", "lengths", "finish"}
+    assert {name for name, _ in ledger.memory["replay"].programs} == {"before directions", "before update", "after update"}
     assert all(isinstance(program, Program) for program in ledger.memory["replay"].programs.values()), ledger.memory["replay"].programs
 
 

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from test_distributed import torchrun
-from test_tables import load
 from torch import nn
 from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import Partial, Shard, distribute_tensor
@@ -86,18 +85,6 @@ def test_two_processes_go_on_with_what_four_saved_and_outlive_a_killed_one(two: 
     log = run(2, folder, *names, restarts=1)
     for name in names:
         assert_passed(folder, 2, name, log)
-
-
-def test_bytes_of_operations_are_counted() -> None:
-    program, one = load("sharded_simulation"), torch.ones(100)
-    with program.Counter() as counter:
-        two = one + 1
-        three = two * 2
-        del two
-        four = three.view(10, 10) + 1
-    assert four.sum() == 500
-    assert counter.moved == 3 * 800
-    assert counter.most == 800
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def gigabytes(value: float) -> str:
 
 def sharded(files: Files) -> str:
     """What a step of a sharded model would cost each GPU."""
-    labels = {"ours": "LearnedOptimizer", "ours, kernels": "the same, if the Triton kernels took shards"}
+    labels = {"ours": "LearnedOptimizer"}
     parts = ("seconds of links", "seconds of products", "seconds of memory", "seconds")
     rows = [
         [
@@ -132,15 +132,13 @@ def sharded(files: Files) -> str:
 
 
 def sharded_notes(files: Files) -> str:
-    found = files(SHARDED)
-    assumed, counted, models = found["assumed"], found["PyTorch operations, bytes a weight"], found["models"]
+    assumed, models = files(SHARDED)["assumed"], files(SHARDED)["models"]
     links = listing(f"{model['link, bytes a second'] / 1e9:.0f} GB/s between {model['GPUs']} GPUs" for model in models)
     sent = [model["forward and backward"]["sent"] / 1e9 for model in models]
     return prose(f"""
-        Assumed: {links}, {1e6 * assumed["latency"]:.0f} µs a collective, {assumed["fp32"] / 1e12:.0f} TFLOP/s of products in fp32 and
-        {assumed["bf16"] / 1e12:.0f} in bfloat16, {assumed["memory"] / 1e12:.0f} TB/s of memory, {assumed["tokens"]:,} tokens a GPU and
-        batch, and that nothing overlaps. FSDP2 itself sends {sent[0]:.1f} and {sent[1]:.1f} GB in an iteration. PyTorch operations move
-        {counted["moved"]:,.0f} bytes a weight, and hold at least {counted["temporary"]:.0f} at a time.
+        Assumed: {links}, {1e6 * assumed["latency"]:.0f} µs a collective, {assumed["bf16"] / 1e12:.0f} TFLOP/s of products in bfloat16,
+        {assumed["memory"] / 1e12:.0f} TB/s of memory, {assumed["tokens"]:,} tokens a GPU and batch, and that nothing overlaps. FSDP2
+        itself sends {sent[0]:.1f} and {sent[1]:.1f} GB in an iteration.
     """)
 
 

@@ -18,8 +18,9 @@ import itertools
 import operator
 import os
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -32,21 +33,15 @@ from ..config import FORMATS
 from ..features import BUCKETS, LAYOUTS, Layout
 from ..network import OptimizerNetwork
 from ..rule import (
-    ADAMW_UPDATE_RMS,
     CONTROL,
-    Clock,
-    Control,
     State,
-    decide,
-    follow,
     is_orthogonal,
     orthogonalize_all,
     sit_out,
-    vector_scale,
 )
 from ..sharding import Run, ShardedLayout
-from . import replay, scalars
-from .replay import Replay
+from . import after_update, before_directions, before_update, read_once, replay
+from .replay import Replay, run_once
 
 BLOCK = 2**14  # coordinates that a thread takes at once
 INTERFACE, MAX_UNITS = 13, 8  # as in the C file
@@ -182,15 +177,6 @@ class Passes:
         getattr(library(), name)(self.job.tensors, self.count, rows.data_ptr())
 
 
-def run_once(name: str, function: Callable[..., Sequence[Tensor]], *arguments: Tensor) -> Sequence[Tensor]:
-    return function(*arguments)
-
-
-def read_once(network: OptimizerNetwork) -> list[Any]:
-    """The weights that decide what tensors have once."""
-    return [*network._parameters.values(), *network.controller._parameters.values()]
-
-
 def step(
     network: OptimizerNetwork,
     layout: Layout,
@@ -237,25 +223,9 @@ def step(
                 sit_out(layout)
             return
 
-    def of_tensors(rows: Tensor, means: Tensor, total_steps: Tensor) -> Sequence[Tensor]:
-        clock, step_size, steady, inertia, control = decide(network, layout, means, Control.of(rows), total_steps)
-        return step_size, scalars(clock, steady, inertia), *clock, *control
-
-    def lengths(
-        mean_square: Tensor, orthogonal: Tensor, is_table: Tensor, step_size: Tensor, rate: Tensor, decay: Tensor
-    ) -> Sequence[Tensor]:
-        gain = torch.where(orthogonal > 0, 1.0, vector_scale(network, mean_square, is_table))
-        scale = step_size * gain
-        shrink = rate * decay * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
-        return gain, torch.stack([shrink, -rate * scale], -1)
-
-    def finish(sums: Tensor, gain: Tensor, roots: Tensor, *numbers: Tensor) -> Sequence[Tensor]:
-        clock, control = Clock(*numbers[: len(Clock._fields)]), Control(*numbers[len(Clock._fields) :])
-        return [follow(control, clock, sums[:-1] * gain * roots, sums[-1] * gain.square()).rows()]
-
     # What tensors have once is computed by way of a recording, where there is somewhere to keep it.
     once = run_once if ledger is None else ledger.memory.setdefault("replay", Replay()).of([network, network.config, *once_read])
-    step_size, constants, *numbers = once("decide", of_tensors, rows, means, total_steps)
+    step_size, constants, *numbers = once("before directions", partial(before_directions, network, layout), rows, means, total_steps)
     decays = config.momentum, config.second_moment
     (mean_square,) = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), *decays, constants.data_ptr())
 
@@ -268,9 +238,9 @@ def step(
             mean_square[decayed] = torch.cat(layout.mean_squares(parts, decayed))
     rates, decays_of = layout.per_tensor(lr), layout.per_tensor(weight_decay)
     kinds = torch.tensor(orthogonal, dtype=torch.float32, device="cpu"), layout.is_table
-    gain, factors = once("lengths", lengths, mean_square, *kinds, step_size, rates, decays_of)
+    gain, factors = once("before update", partial(before_update, network), mean_square, *kinds, step_size, rates, decays_of)
     sums = passes.run("apply", BUCKETS + 1, factors.data_ptr())
-    (rows,) = once("finish", finish, sums, gain, passes.blocks.roots, *numbers)
+    (rows,) = once("after update", after_update, sums, gain, passes.blocks.roots, *numbers)
     passes.control("scatter", rows)
     if not all(fused):
         for param, fuse, part, (share, factor) in zip(params, fused, directions.split(layout.sizes), factors.tolist(), strict=True):

@@ -7,6 +7,8 @@ lies, and a second one which stretch of which tensor a program does.
 A tensor whose sums are not finite is *left out*: nothing of it is written, and in what all tensors have together it counts as one whose
 gradient is zero. The host does not know of it; a counter on the device does.
 
+Of a sharded tensor the passes take this process's part. Between them sums are added up over the processes, see `learned_optim.sharding`.
+
 Nothing here waits for the device or, once the tables are there, copies to it, so that steps can be captured in CUDA graphs.
 
 Importing this module imports Triton. With TRITON_INTERPRET=1 set before that, Triton's interpreter runs the kernels, on a CPU's tensors
@@ -19,7 +21,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,44 +36,46 @@ from ..config import FORMATS
 from ..features import BUCKETS, EVEN, ODD, Layout
 from ..network import OptimizerNetwork
 from ..rule import (
-    ADAMW_UPDATE_RMS,
     CONTROL,
     LEAST_SHRINKAGE,
-    Clock,
-    Control,
     State,
-    follow,
     is_orthogonal,
     orthogonalize_all,
-    step_sizes,
-    vector_scale,
 )
-from . import SCALARS, scalars
+from ..sharding import Run, ShardedLayout
+from . import SCALARS, after_update, before_directions, before_update, read_once
+from .gpu_replay import Program, upload
+from .replay import Replay, run_once
 
 BLOCK = 1024  # coordinates of a program
 CHUNK, CHUNKS = 256, 64  # blocks whose sums a program adds up at once, and chunks of them
 LOG2E = math.log2(math.e)
 MAX_UNITS = 8  # as on a CPU; more would not fit into registers
 ALIGNMENT = 16  # bytes that a thread loads at once
+WARPS = {ALIGNMENT: 4, 1: 8}  # of a program; where a thread loads number by number, fewer of them leave more registers for addresses
 KEPT_TABLES = 8  # of an optimizer, whose gradients may lie at a few places in turn
 INTERPRETED = triton.knobs.runtime.interpret
+REPLAYED = not INTERPRETED  # whether to run recordings, each of whose instructions takes the interpreter some hundredths of a second
 
 # Of parameters and gradients that the kernels read.
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# How a part lies in its tensor: in one stretch, or several, of whole rows of a sketch; or in stretches that begin or end within such a row.
+CUTS = ("stretch", "stretches", "odd stretches")
 MATRIX_DTYPE = torch.bfloat16  # that matrices are orthogonalised in, as in Muon
 
 # Columns of the table of tensors; the nth `order` is the tensor whose blocks come nth. Names in capitals with an underscore are constants
 # that kernels see.
 PLACES = ("moments", "lstm", "lstm_scale", "direction")
-FIELDS = ("size", "orthogonal", "order", "first", "first_chunk", "control", "param", "grad", *PLACES)
+FIELDS = ("size", "count", *Run._fields, "orthogonal", "order", "first_block", "first_chunk", "control", "param", "grad", *PLACES)
 _COLUMNS = tl.constexpr(len(FIELDS))
 _CONTROLS, _BUCKETS = tl.constexpr(CONTROL), tl.constexpr(BUCKETS)
-_SIZE, _FIRST, _FIRST_CHUNK, _CONTROL, _PARAM, _GRAD = (
-    tl.constexpr(FIELDS.index(name)) for name in ("size", "first", "first_chunk", "control", "param", "grad")
+_SIZE, _COUNT, _FIRST, _WIDTH, _PITCH, _FIRST_BLOCK, _FIRST_CHUNK, _CONTROL, _PARAM, _GRAD = (
+    tl.constexpr(FIELDS.index(name)) for name in ("size", "count", *Run._fields, "first_block", "first_chunk", "control", "param", "grad")
 )
 _MOMENTS, _LSTM, _LSTM_SCALE, _DIRECTION = (tl.constexpr(FIELDS.index(name)) for name in PLACES)
 
 _FLOAT32, _BFLOAT16, _INT8 = map(tl.constexpr, range(len(FORMATS)))
+_STRETCH, _STRETCHES, _ODD_STRETCHES = map(tl.constexpr, range(len(CUTS)))
 _ALIGNMENT, _BLOCK, _GROUP, _ROWS = (tl.constexpr(n) for n in (ALIGNMENT, BLOCK, storage.BLOCK, BLOCK // storage.BLOCK))
 _CHUNK, _CHUNKS, _TWO_LOG2E = map(tl.constexpr, (CHUNK, CHUNKS, 2 * LOG2E))
 _BELOW_LEVELS = tl.constexpr(storage.LEVELS * (1 - 2**-20))  # by more than what an inverse is off by
@@ -96,8 +101,9 @@ class Tables(NamedTuple):
     tensors: Tensor  # (K, FIELDS)
     blocks: Tensor  # (B, 2): its tensor, and which of the tensor's blocks it is
     chunks: Tensor  # (C, 2): the same of chunks
-    sizes: Tensor  # (K,)
-    orthogonal: Tensor  # (K,)
+    counts: Tensor  # coordinates of the whole tensors, (K,)
+    orthogonal: Tensor  # 1 of those that are, else 0, (K,)
+    roots: Tensor  # of the counts, (K,)
 
     @staticmethod
     def of(layout: Layout, numbers: tuple[int, ...], kept: dict[Any, Any]) -> Tables:
@@ -107,8 +113,7 @@ class Tables(NamedTuple):
         A CUDA graph gets tables of its own, which it fills at each replay. So it needs none that may be dropped, and leaves none that are
         empty until then.
         """
-        capturing = layout.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if capturing:
+        if capturing(layout.device):
             return Tables.make(layout, numbers, upload_by_kernels)
         if (layout, numbers) not in kept:
             if len(kept) == KEPT_TABLES:
@@ -127,8 +132,9 @@ class Tables(NamedTuple):
             tensor = of["order"][torch.searchsorted(first[of["order"]], part, right=True) - 1]
             return torch.stack([tensor, part - first[tensor]], -1).int()
 
-        blocks, chunks = parts(of["first"], BLOCK), parts(of["first_chunk"], BLOCK * CHUNK)
-        return Tables(tensors, blocks, chunks, of["size"].float(), of["orthogonal"] > 0)
+        blocks, chunks = parts(of["first_block"], BLOCK), parts(of["first_chunk"], BLOCK * CHUNK)
+        counts = of["count"].float()
+        return Tables(tensors, blocks, chunks, counts, of["orthogonal"].float(), counts.sqrt())
 
 
 class Launch(NamedTuple):
@@ -139,11 +145,7 @@ class Launch(NamedTuple):
     grad: Any  # the gradients' dtype in Triton
     param: Any  # the parameters' too; None where they are left to torch
     align: int  # how many bytes all addresses and sizes are multiples of
-
-
-def upload(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Integers, (n,), by a copy that nobody waits for."""
-    return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    cut: int  # how they lie in whole tensors, an index of CUTS
 
 
 def upload_by_kernels(numbers: Sequence[int], device: torch.device) -> Tensor:
@@ -151,6 +153,22 @@ def upload_by_kernels(numbers: Sequence[int], device: torch.device) -> Tensor:
     table = torch.zeros(len(numbers), dtype=torch.int64, device=device)
     torch._foreach_add_(list(table.unbind()), list(numbers))
     return table
+
+
+def capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def replaying(network: OptimizerNetwork, memory: dict[str, Any], device: torch.device) -> Callable[..., Sequence[Tensor]]:
+    """What runs functions of what tensors have once: by a recording, which a CUDA graph keeps, and does not make."""
+    if not REPLAYED:
+        return run_once
+    read = [network, network.config, *read_once(network), *network.coordinate.parameters()]
+    replay: Replay = memory.setdefault("replay", Replay(Program)).of(read)
+    if not capturing(device):
+        return replay
+    memory.setdefault("captured", []).append(replay.programs)
+    return replay.known
 
 
 def step(
@@ -169,59 +187,66 @@ def step(
     flat = [grad.contiguous() if grad.dtype in DTYPES else grad.float().contiguous() for grad in grads]
     fused = [param.dtype in DTYPES and param.is_contiguous() for param in params]
     padded = [size + -size % ALIGNMENT for size in layout.sizes]  # so that each tensor's directions are aligned
-    found, launches = table(layout, is_orthogonal(layout, config), params, fused, flat, states, padded)
+    orthogonal = is_orthogonal(layout, config)
+    found, launches = table(layout, orthogonal, params, fused, flat, states, padded)
     numbers = tuple(found)
     directions = params[0].new_empty(sum(padded), dtype=torch.float32)
     moment_format, lstm_format = FORMATS.index(config.moment_format), FORMATS.index(config.lstm_format)
 
     with torch.cuda.device_of(directions):  # Triton launches on the current one
-        tables = Tables.of(layout, numbers, ledger.memory)
+        tables = Tables.of(layout, numbers, ledger.memory.setdefault("tables", {}))
+        once = replaying(network, ledger.memory, directions.device)
         every, chunks = (count,), (len(tables.chunks),)
         rows = directions.new_empty(CONTROL, count)
         means, sums = directions.new_empty(2 * BUCKETS, count), directions.new_empty(len(tables.blocks), 2 * BUCKETS)
         totals = directions.new_empty(len(tables.chunks), 2 * BUCKETS, dtype=torch.float64)
         finite = directions.new_empty(count)
 
-        def mean(columns: int) -> None:
+        def mean(columns: int, used: int) -> Tensor:
+            """Means over whole tensors of what the last pass added up, (used, K); the number of columns is a power of two."""
             _add_up[chunks](tables.tensors, tables.chunks, sums, totals, columns)
             _means[every](tables.tensors, totals, means, count, columns)
+            return total(means[:used])
+
+        def total(values: Tensor) -> Tensor:
+            return layout.total(values) if isinstance(layout, ShardedLayout) else values
 
         _gather[every](tables.tensors, rows, count)
-        control = Control.of(rows)
-        clocks = control.step
-        for begin, blocks, grad, _, align in launches:
-            _moments[blocks,](tables.tensors, tables.blocks, begin, sums, config.second_moment, moment_format, grad, align)
-        mean(4)
-        _judge[every](means, finite, ledger.skipped, count)
+        for begin, blocks, grad, _, align, _ in launches:
+            warps = WARPS[align]
+            _moments[blocks,](tables.tensors, tables.blocks, begin, sums, config.second_moment, moment_format, grad, align, num_warps=warps)
+        found_means = mean(4, 4)
+        _judge[every](found_means, finite, ledger.skipped, count)
 
-        clock = Clock.after(clocks, means[3], config)
-        step_size, steady, inertia, control = step_sizes(network, clock, means[:3], control, total_steps)
-        gates = -LOG2E * torch.cat([lstm.gate_bias[:, None], lstm.gate_weight], 1)
-        weights = gates, 2 * LOG2E * lstm.candidate_weight, lstm.skip, lstm.out
+        def before(*arguments: Tensor) -> Sequence[Tensor]:
+            gates = -LOG2E * torch.cat([lstm.gate_bias[:, None], lstm.gate_weight], 1)
+            return gates, 2 * LOG2E * lstm.candidate_weight, *before_directions(network, layout, *arguments)
+
+        gates, candidates, step_size, constants, *clock_and_control = once("before directions", before, rows, found_means, total_steps)
+        weights = gates, candidates, lstm.skip, lstm.out
         of_network = *weights, config.momentum, config.second_moment, config.hidden_units, moment_format, lstm_format
-        of_tensors = clocks, finite, scalars(clock, steady, inertia)
-        for begin, blocks, grad, _, align in launches:
-            _directions[blocks,](tables.tensors, tables.blocks, begin, *of_tensors, directions, sums, *of_network, grad, align)
-        mean(1)
+        of_tensors = rows, finite, constants  # the first row is the clocks
+        for begin, blocks, grad, _, align, cut in launches:
+            of_launch = *of_tensors, directions, sums, *of_network, grad, align, cut
+            _directions[blocks,](tables.tensors, tables.blocks, begin, *of_launch, num_warps=WARPS[align])
+        (mean_square,) = mean(1, 1)
 
-        mean_square = means[0]
-        gain = torch.where(tables.orthogonal, 1.0, vector_scale(network, mean_square, layout.is_table))
-        scale = step_size * gain
         parts = [part[:size] for part, size in zip(directions.split(padded), layout.sizes, strict=True)]
         for k, matrix in orthogonalize_all(parts, layout, config, MATRIX_DTYPE):
             parts[k].copy_(matrix)
-        if any(weight_decay) and any(is_orthogonal(layout, config)):
-            mean_square = torch.stack(torch._foreach_norm(parts)).square() / tables.sizes
-        rate = layout.per_tensor(lr)
-        shrink = rate * layout.per_tensor(weight_decay) * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
-        factors = torch.stack([shrink, -rate * scale])
-        for begin, blocks, _, param, align in launches:
-            _apply[blocks,](tables.tensors, tables.blocks, begin, finite, directions, factors, sums, count, param, align)
-        mean(2 * BUCKETS)
-        control = follow(control, clock, means[:BUCKETS] * gain * tables.sizes.sqrt(), means[BUCKETS] * gain.square())
-        _scatter[every](tables.tensors, finite, control.rows(), count)
+        if any(weight_decay) and any(orthogonal):
+            mean_square = total(torch.stack(torch._foreach_norm(parts)).square()) / tables.counts
+        kinds = tables.orthogonal, layout.is_table
+        rates = layout.per_tensor(lr), layout.per_tensor(weight_decay)
+        gain, factors = once("before update", partial(before_update, network), mean_square, *kinds, step_size, *rates)
+        for begin, blocks, _, param, align, cut in launches:
+            what = finite, directions, factors, sums, param, align, cut
+            _apply[blocks,](tables.tensors, tables.blocks, begin, *what, num_warps=WARPS[align])
+        moved = mean(2 * BUCKETS, BUCKETS + 1)
+        (rows,) = once("after update", after_update, moved, gain, tables.roots, *clock_and_control)
+        _scatter[every](tables.tensors, finite, rows, count)
     for k in itertools.compress(range(count), (not fuse for fuse in fused)):
-        params[k].add_(factors[1, k] * parts[k].view(params[k].shape) - factors[0, k] * params[k])
+        params[k].add_(factors[k, 1] * parts[k].view(params[k].shape) - factors[k, 0] * params[k])
 
 
 def table(
@@ -235,29 +260,37 @@ def table(
 ) -> tuple[list[int], list[Launch]]:
     """The tensors' entries, one after the other, and the launches of a pass; a parameter that the kernels leave to torch is at 0."""
     entries: list[list[int]] = []
-    kinds: list[tuple[int, int, int]] = []  # alignment and dtypes; tensors of one kind have neighbouring blocks
+    kinds: list[tuple[int, int, int, int]] = []  # of one kind tensors have neighbouring blocks
     types, direction = list(DTYPES), 0
-    for k, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
+    runs = layout.runs or [] if isinstance(layout, ShardedLayout) else [Run(0, size, size) for size in layout.sizes]
+    for k, (param, grad, state, run) in enumerate(zip(params, grads, states, runs, strict=True)):
         size = layout.sizes[k]
         pointers = [param.data_ptr() if fused[k] else 0, grad.data_ptr()]
         stored = [state[key].data_ptr() for key in ("moments", "lstm")]
         aligned = not any(number % ALIGNMENT for number in (size, *pointers, *stored))
         scales = state["lstm_scale"].data_ptr() if "lstm_scale" in state else 0
-        entries.append([size, orthogonal[k], 0, 0, 0, state["control"].data_ptr(), *pointers, *stored, scales, direction])
-        kinds.append((ALIGNMENT if aligned else 1, types.index(grad.dtype), types.index(param.dtype) if fused[k] else len(types)))
+        where = run if run.width < size else Run(run.first, BLOCK, BLOCK)  # a stretch is as good as several without gaps
+        entry = {"size": size, "count": layout.counts[k], **where._asdict(), "orthogonal": orthogonal[k]}
+        addresses = [state["control"].data_ptr(), *pointers, *stored, scales, direction]
+        entries.append([*entry.values(), 0, 0, 0, *addresses])
+        several = run.width < size
+        cut = 2 if run.first % BUCKETS or (several and (run.width % BUCKETS or run.pitch % BUCKETS)) else int(several)
+        kinds.append((ALIGNMENT if aligned else 1, types.index(grad.dtype), types.index(param.dtype) if fused[k] else len(types), cut))
         direction += padded[k]
     launches: list[Launch] = []
     begin, chunk = 0, 0
     order = sorted(range(len(params)), key=kinds.__getitem__)
     for nth, k in enumerate(order):
-        entries[nth][FIELDS.index("order")], entries[k][FIELDS.index("first")], entries[k][FIELDS.index("first_chunk")] = k, begin, chunk
+        entries[nth][FIELDS.index("order")] = k
+        entries[k][FIELDS.index("first_block")], entries[k][FIELDS.index("first_chunk")] = begin, chunk
         begin += -(-layout.sizes[k] // BLOCK)
         chunk += -(-layout.sizes[k] // (BLOCK * CHUNK))
-    for (align, grad_type, param_type), members in itertools.groupby(order, kinds.__getitem__):
-        blocks = sum(-(-layout.sizes[k] // BLOCK) for k in members)
+    for (align, grad_type, param_type, cut), members in itertools.groupby(order, kinds.__getitem__):
+        if not (blocks := sum(-(-layout.sizes[k] // BLOCK) for k in members)):
+            continue  # parts of tensors of which nothing is here
         first = launches[-1].begin + launches[-1].blocks if launches else 0
         names = list(DTYPES.values())
-        launches.append(Launch(first, blocks, names[grad_type], [*names, None][param_type], align))
+        launches.append(Launch(first, blocks, names[grad_type], [*names, None][param_type], align, cut))
     return list(itertools.chain.from_iterable(entries)), launches
 
 
@@ -303,18 +336,18 @@ def _add_up(tensors, chunks, sums, totals, COLUMNS: tl.constexpr):
     row = tensors + tl.load(entry) * _COLUMNS
     column, block = tl.arange(0, COLUMNS), tl.load(entry + 1).to(tl.int64) * _CHUNK + tl.arange(0, _CHUNK)[:, None]
     mask = block < tl.cdiv(tl.load(row + _SIZE), _BLOCK)
-    each = tl.load(sums + (tl.load(row + _FIRST) + block) * COLUMNS + column[None, :], mask=mask, other=0.0)
+    each = tl.load(sums + (tl.load(row + _FIRST_BLOCK) + block) * COLUMNS + column[None, :], mask=mask, other=0.0)
     tl.store(totals + tl.program_id(0) * COLUMNS + column, tl.sum(each.to(tl.float64), 0))
 
 
 @triton.jit
 def _means(tensors, totals, means, count, COLUMNS: tl.constexpr):
-    """Means over each tensor, (C, COLUMNS) -> (COLUMNS, K), added in one order."""
+    """Means over each tensor, (C, COLUMNS) -> (COLUMNS, K), added in one order; of a part its share of the whole tensor's."""
     k = tl.program_id(0)
     row = tensors + k * _COLUMNS
     size, first = tl.load(row + _SIZE), tl.load(row + _FIRST_CHUNK).to(tl.int32)
     chunks, column = tl.cdiv(size, _BLOCK * _CHUNK).to(tl.int32), tl.arange(0, COLUMNS)
-    inverse = 1.0 / size.to(tl.float32)  # a division of fp64 would be a subroutine
+    inverse = 1.0 / tl.load(row + _COUNT).to(tl.float32)  # a division of fp64 would be a subroutine
     total = tl.zeros((_CHUNKS, COLUMNS), tl.float64)
     for begin in range(0, chunks, _CHUNKS):
         chunk = begin + tl.arange(0, _CHUNKS)[:, None]
@@ -337,6 +370,19 @@ def _places(row, first, ALIGN: tl.constexpr):
     size = tl.multiple_of(tl.load(row + _SIZE), ALIGN)
     places = tl.arange(0, _ROWS)[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
     return size, first, places < tl.multiple_of(tl.minimum(size - first, _BLOCK).to(tl.int32), ALIGN), places
+
+
+@triton.jit
+def _whole(row, first, places, CUT: tl.constexpr):
+    """Where a block's coordinates lie in the whole tensor, see `learned_optim.sharding.Run`."""
+    begin = tl.load(row + _FIRST)
+    if CUT != _STRETCH:
+        width, pitch = tl.load(row + _WIDTH), tl.load(row + _PITCH)
+        column, short = (first % width).to(tl.uint32) + places.to(tl.uint32), width.to(tl.uint32)
+        found = begin + (first // width + column // short) * pitch + column % short
+    else:
+        found = begin + first + places
+    return found
 
 
 @triton.jit
@@ -493,6 +539,7 @@ def _directions(
     LSTM: tl.constexpr,
     GRAD: tl.constexpr,
     ALIGN: tl.constexpr,
+    CUT: tl.constexpr,
 ):
     """Steps 1 and 3 of the rule, and the sum of squared directions; zeros for tensors that are left out.
 
@@ -517,7 +564,7 @@ def _directions(
         for h in tl.static_range(1, 2 * UNITS + 1):
             before = before + (_load(lstm, scales, h, where, LSTM, ALIGN),)  # type: ignore[assignment]  # noqa: RUF005  Triton knows no unpacking
 
-        bits = _random_bits(first + places, tl.load(clocks + k))
+        bits = _random_bits(_whole(row, first, places, CUT), tl.load(clocks + k))
         low, high = bits & 0xFFFF, bits >> 16
         momentum += (1.0 - decay1) * (grad - momentum)
         second_moment += (1.0 - decay2) * (grad * grad - second_moment)
@@ -559,31 +606,42 @@ def _directions(
 
 
 @triton.jit(do_not_specialize=["begin"])
-def _apply(tensors, blocks, begin, finite, directions, factors, sums, count, PARAM: tl.constexpr, ALIGN: tl.constexpr):
+def _apply(tensors, blocks, begin, finite, directions, factors, sums, PARAM: tl.constexpr, ALIGN: tl.constexpr, CUT: tl.constexpr):
     """The rest of steps 4 and 5, and weight decay: parameters lose the share `shrink` and get `scale` times the direction. Its sums are the
     direction's sketch, see `learned_optim.features.Layout.sketch`, and its square.
 
-    factors: each tensor's shrink, then each one's scale.
+    factors: each tensor's shrink and scale.
     PARAM: the parameters' dtype; None where they are left to torch.
     """
     block, k, row, first = _block(tensors, blocks, begin)
     _, _, mask, places = _places(row, first, ALIGN)
     directions += tl.multiple_of(tl.load(row + _DIRECTION), _ALIGNMENT) + first
     direction = tl.load(directions + places, mask=mask, other=0.0)
-    _sketch(direction, first, sums + 2 * _BUCKETS * block)
+    _sketch(direction, row, first, places, sums + 2 * _BUCKETS * block, CUT)
     if PARAM is not None:  # noqa: SIM102  this is what a kernel is compiled for, and that what it looks at
         if tl.load(finite + k) != 0:
             param = _at(tl.load(row + _PARAM), PARAM, ALIGN) + first + places
             value = tl.load(param, mask=mask, other=0.0).to(tl.float32)
-            change = tl.load(factors + count + k) * direction - tl.load(factors + k) * value
+            change = tl.load(factors + 2 * k + 1) * direction - tl.load(factors + 2 * k) * value
             tl.store(param, (value + change).to(PARAM), mask=mask)
 
 
 @triton.jit
-def _sketch(direction, first, sums):
-    places = (first // _BUCKETS).to(tl.uint32) + tl.arange(0, _BLOCK // _BUCKETS)[:, None].to(tl.uint32)
-    sign = (_scatter_bits(places * 0x9E3779B1) & 1).to(tl.float32) * 2.0 - 1.0
+def _sketch(direction, row, first, places, sums, CUT: tl.constexpr):
     bucket = tl.arange(0, _BUCKETS)
-    tl.store(sums + bucket, tl.sum(sign * tl.reshape(direction, (_BLOCK // _BUCKETS, _BUCKETS)), 0))
-    # The square has a row of zeros beside it, since the number of columns is a power of two.
+    if CUT == _ODD_STRETCHES:
+        whole = _whole(row, first, places, CUT)
+        signed = _sign(whole // _BUCKETS) * direction
+        for each in tl.static_range(_BUCKETS):
+            tl.store(sums + each, tl.sum(tl.where(whole % _BUCKETS == each, signed, 0.0)))
+    else:
+        rows = _whole(row, first, tl.arange(0, _BLOCK // _BUCKETS)[:, None] * _BUCKETS, CUT) // _BUCKETS
+        tl.store(sums + bucket, tl.sum(_sign(rows) * tl.reshape(direction, (_BLOCK // _BUCKETS, _BUCKETS)), 0))
+    # The square has a row of zeros beside it.
     tl.store(sums + _BUCKETS + bucket, tl.where(bucket == 0, tl.sum(direction * direction), 0.0))
+
+
+@triton.jit
+def _sign(rows):
+    """-1 or 1 for each row of a sketch, see `learned_optim.features.Layout.signs`."""
+    return (_scatter_bits(rows.to(tl.uint32) * 0x9E3779B1) & 1).to(tl.float32) * 2.0 - 1.0

@@ -1,8 +1,8 @@
-"""Arithmetic on a few numbers, recorded of PyTorch operations and replayed in C.
+"""Arithmetic on a few numbers, recorded of PyTorch operations and replayed in C, or on a GPU (`learned_optim.kernels.gpu_replay`).
 
 What tensors have once takes some two hundred PyTorch operations a step, each of which costs a microsecond before it has computed
 anything: for a small model that would be most of its step. So functions of the rule are called with a recorder around them, which notes
-the operations that they are made of, and from then on a loop in C runs these. The rule stays the only definition.
+the operations that they are made of, and from then on one loop runs these. The rule stays the only definition.
 
 Only what has no side effects, depends on nothing but its arguments and tensors that live on, and branches on no number can be recorded.
 """
@@ -78,12 +78,14 @@ class Unrecordable(Exception):
 class Recorder(TorchDispatchMode):
     """Notes operations on tensors of up to two dimensions, in the order in which they are called."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
         self.trouble: str | None = None
         self.instructions: list[int] = []
-        self.constants: list[tuple[int, Tensor]] = []
+        self.constants: list[tuple[int, Tensor | float]] = []
         self.outside: list[Tensor] = []  # what is loaded, each time anew
+        self.loaded: list[int] = []  # where it goes
         self.size = 0  # of the arena
         # Of each piece of memory: where its first number would be in the arena, and which of its numbers are there. Tensors are kept, so
         # that no other one gets their memory.
@@ -100,9 +102,9 @@ class Recorder(TorchDispatchMode):
         return out
 
     def load(self, tensor: Tensor) -> None:
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device != self.device:
             raise Unrecordable(f"a tensor of {tensor.dtype} with strides {tensor.stride()} on {tensor.device}")
-        self.room(tensor)
+        self.loaded.append(self.room(tensor))
         self.emit("load", tensor, [])
         self.instructions[-9] = len(self.outside)  # in place of its first argument's place
         self.outside.append(tensor)
@@ -112,8 +114,11 @@ class Recorder(TorchDispatchMode):
         self.alive.append(tensor)
         begin = int(tensor.storage_offset())
         self.places[tensor.untyped_storage().data_ptr()] = self.size - begin, range(begin, begin + tensor.numel())
-        self.size += tensor.numel()
-        return self.size - tensor.numel()
+        return self.reserve(tensor.numel())
+
+    def reserve(self, count: int) -> int:
+        self.size += count
+        return self.size - count
 
     def first(self, tensor: Tensor) -> int:
         """Where a tensor's first number is in the arena; one from outside is loaded."""
@@ -129,8 +134,8 @@ class Recorder(TorchDispatchMode):
     def place(self, value: Any, shape: Sequence[int]) -> list[int]:
         """Where an argument's numbers are once it is broadcast to a shape: the first one, and strides."""
         if not isinstance(value, Tensor):
-            value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
-            self.constants.append((self.room(value), value))
+            self.constants.append((self.reserve(1), float(value)))
+            return [self.constants[-1][0], 0, 0]
         strides = [0, 0, *value.expand(tuple(shape)).stride()][-2:]
         return [self.first(value), *strides]
 
@@ -187,12 +192,21 @@ class Program:
 
     def __init__(self, recorder: Recorder, arguments: int, results: Sequence[Tensor]) -> None:
         firsts = [recorder.place(value, value.shape)[0] for value in results]
-        self.instructions = torch.tensor(recorder.instructions, device="cpu").view(-1, 15)
-        self.arena = torch.zeros(recorder.size, dtype=torch.float32, device="cpu")
-        for place, value in recorder.constants:
-            self.arena[place : place + value.numel()] = value.flatten()
+        self.instructions = self.upload(recorder.instructions, recorder.device).view(-1, 15)
+        self.arena = torch.zeros(recorder.size, dtype=torch.float32, device=recorder.device)
+        for place, constant in recorder.constants:
+            if isinstance(constant, Tensor):
+                self.arena[place : place + constant.numel()] = constant.flatten()
+            else:
+                self.arena[place].fill_(constant)
         self.outside = recorder.outside[arguments:]
         self.results = [self.arena.as_strided(value.shape, value.stride(), first) for value, first in zip(results, firsts, strict=True)]
+        self.prepare(recorder)
+
+    def upload(self, numbers: Sequence[int], device: torch.device) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+    def prepare(self, recorder: Recorder) -> None:
         addresses = self.instructions.data_ptr(), len(self.instructions), self.arena.data_ptr()
         self.call = functools.partial(getattr(library(), "replay"), *addresses)  # noqa: B009  it may be None for all that mypy knows
 
@@ -204,9 +218,14 @@ class Program:
 
 
 class Replay:
-    """Runs functions of the rule for one optimizer; a function is known by its name and the last dimension of its first argument."""
+    """Runs functions of the rule for one optimizer; a function is known by its name and the last dimension of its first argument.
 
-    def __init__(self) -> None:
+    Args:
+        make: of a recording what runs it.
+    """
+
+    def __init__(self, make: type[Program] = Program) -> None:
+        self.make = make
         self.programs: dict[Any, Program | str] = {}
         self.read: list[Any] = []
 
@@ -216,27 +235,39 @@ class Replay:
             self.programs, self.read = {}, read
         return self
 
+    def known(self, name: str, function: Callable[..., Sequence[Tensor]], *arguments: Tensor) -> Sequence[Tensor]:
+        """Without making a recording."""
+        program = self.programs.get((name, arguments[0].shape[-1]))
+        return program.run(arguments) if isinstance(program, Program) else function(*arguments)
+
     def __call__(self, name: str, function: Callable[..., Sequence[Tensor]], *arguments: Tensor) -> Sequence[Tensor]:
         key = name, arguments[0].shape[-1]
         if key not in self.programs:
-            self.programs[key], results = record(function, arguments)
+            self.programs[key], results = record(function, arguments, self.make)
             if isinstance(self.programs[key], str):
                 return results
-        program = self.programs[key]
-        return function(*arguments) if isinstance(program, str) else program.run(arguments)
+        return self.known(name, function, *arguments)
 
 
-def record(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor]) -> tuple[Program | str, Sequence[Tensor]]:
+def record(
+    function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor], make: type[Program]
+) -> tuple[Program | str, Sequence[Tensor]]:
     """A function's program, or why it has none; and what it returned."""
-    recorder, copies = Recorder(), [value.clone(memory_format=torch.contiguous_format) for value in arguments]
+    device = arguments[0].device
+    recorder, copies = Recorder(device), [value.clone(memory_format=torch.contiguous_format) for value in arguments]
     try:
         for value in copies:
             recorder.load(value)
     except Unrecordable as error:
         return str(error), function(*arguments)
-    with torch.device("cpu"), recorder:  # whatever the default device
+    with device, recorder:  # whatever the default device
         results = function(*copies)
     try:
-        return recorder.trouble or Program(recorder, len(arguments), results), results
+        return recorder.trouble or make(recorder, len(arguments), results), results
     except Unrecordable as error:  # of a result
         return str(error), results
+
+
+def run_once(name: str, function: Callable[..., Sequence[Tensor]], *arguments: Tensor) -> Sequence[Tensor]:
+    """Called like a `Replay`; records nothing."""
+    return function(*arguments)
