@@ -4,7 +4,9 @@ An LSTM step in plain torch makes some forty trips through memory. Here one pass
 the moments and runs the LSTM, and what lies between stays in registers and the L1 cache. The compiled file depends on nothing but the
 processor.
 
-The first pass only reads. So a tensor with a gradient that is not finite is found before anything was written, and left out.
+The first pass only reads. So a tensor with a gradient that is not finite is found before anything was written, and left out. The LSTM's
+state is read in the second pass. Where that is not finite, because something has written to it, the tensor keeps its parameter, and is
+marked: the first pass of the next step finds it.
 
 Shapes: as in `learned_optim.rule`.
 """
@@ -15,6 +17,7 @@ import ctypes
 import functools
 import importlib.util
 import itertools
+import math
 import operator
 import os
 from array import array
@@ -49,12 +52,13 @@ from . import replay, scalars
 from .replay import Replay
 
 BLOCK = 2**14  # coordinates that a thread takes at once
-INTERFACE, MAX_UNITS = 13, 8  # as in the C file
+CORRECTION = Control._fields.index("correction")
+INTERFACE, MAX_UNITS = 14, 8  # as in the C file
 
 # A row of the table of tensors has the size, three numbers of where its coordinates lie in the whole tensor, the parameter, the gradient,
 # the direction and these pieces of state, the last one of int8.
 KEYS = ("control", "moments", "lstm", "lstm_scale")
-COLUMNS = 7 + len(KEYS)
+PARAMETER, COLUMNS = 4, 7 + len(KEYS)
 
 
 class Job(ctypes.Structure):
@@ -177,6 +181,10 @@ class Passes:
             self.finite = bool(means.isfinite().all())
         return means
 
+    def forget(self, k: int) -> None:
+        """Leaves a parameter as it is in the passes to come."""
+        self.table[COLUMNS * k + PARAMETER] = 0
+
     def control(self, name: str, rows: Tensor) -> None:
         """Runs "gather" or "scatter" on what tensors have once, (CONTROL, K)."""
         getattr(library(), name)(self.job.tensors, self.count, rows.data_ptr())
@@ -258,6 +266,15 @@ def step(
     step_size, constants, *numbers = once("decide", of_tensors, rows, means, total_steps)
     decays = config.momentum, config.second_moment
     (mean_square,) = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), *decays, constants.data_ptr())
+    broken: list[int] = []
+    if not passes.finite:
+        broken = mean_square.isfinite().logical_not().nonzero().flatten().tolist()
+        if ledger is not None:
+            ledger.skipped += len(broken)
+        for k in broken:
+            fused[k], mean_square[k] = False, 0
+            directions.split(layout.sizes)[k].zero_()
+            passes.forget(k)
 
     orthogonal = is_orthogonal(layout, config)
     if any(orthogonal):
@@ -271,8 +288,11 @@ def step(
     gain, factors = once("lengths", lengths, mean_square, *kinds, step_size, rates, decays_of)
     sums = passes.run("apply", BUCKETS + 1, factors.data_ptr())
     (rows,) = once("finish", finish, sums, gain, passes.blocks.roots, *numbers)
+    if broken:
+        rows[CORRECTION, broken] = math.nan
     passes.control("scatter", rows)
     if not all(fused):
-        for param, fuse, part, (share, factor) in zip(params, fused, directions.split(layout.sizes), factors.tolist(), strict=True):
-            if not fuse:
+        parts = directions.split(layout.sizes)
+        for k, (param, fuse, part, (share, factor)) in enumerate(zip(params, fused, parts, factors.tolist(), strict=True)):
+            if not fuse and k not in broken:
                 param.add_(factor * part.view(param.shape) - share * param)

@@ -5,7 +5,8 @@ LSTM, a third one changes the parameters. Each is one launch for all tensors of 
 lies, and a second one which stretch of which tensor a program does.
 
 A tensor whose sums are not finite is *left out*: nothing of it is written, and in what all tensors have together it counts as one whose
-gradient is zero. The host does not know of it; a counter on the device does.
+gradient is zero. Where the second pass finds that its LSTM's state is not finite, its parameter stays as it is, and it is marked, as on a
+CPU. The host does not know of either; a counter on the device does.
 
 Nothing here waits for the device or, once the tables are there, copies to it, so that steps can be captured in CUDA graphs.
 
@@ -65,6 +66,8 @@ PLACES = ("moments", "lstm", "lstm_scale", "direction")
 FIELDS = ("size", "orthogonal", "order", "first", "first_chunk", "control", "param", "grad", *PLACES)
 _COLUMNS = tl.constexpr(len(FIELDS))
 _CONTROLS, _BUCKETS = tl.constexpr(CONTROL), tl.constexpr(BUCKETS)
+_CORRECTION = tl.constexpr(Control._fields.index("correction"))
+_TOO_LARGE = tl.constexpr(2.0**64)  # the least number whose square is none
 _SIZE, _FIRST, _FIRST_CHUNK, _CONTROL, _PARAM, _GRAD = (
     tl.constexpr(FIELDS.index(name)) for name in ("size", "first", "first_chunk", "control", "param", "grad")
 )
@@ -192,7 +195,7 @@ def step(
         for begin, blocks, grad, _, align in launches:
             _moments[blocks,](tables.tensors, tables.blocks, begin, sums, config.second_moment, moment_format, grad, align)
         mean(4)
-        _judge[every](means, finite, ledger.skipped, count)
+        _judge[every](rows, means, finite, ledger.skipped, count)
 
         clock = Clock.after(clocks, means[3], config)
         step_size, steady, inertia, control = step_sizes(network, clock, means[:3], control, total_steps)
@@ -203,6 +206,7 @@ def step(
         for begin, blocks, grad, _, align in launches:
             _directions[blocks,](tables.tensors, tables.blocks, begin, *of_tensors, directions, sums, *of_network, grad, align)
         mean(1)
+        _judge_again[every](means, finite, ledger.skipped)
 
         mean_square = means[0]
         gain = torch.where(tables.orthogonal, 1.0, vector_scale(network, mean_square, layout.is_table))
@@ -221,7 +225,8 @@ def step(
         control = follow(control, clock, means[:BUCKETS] * gain * tables.sizes.sqrt(), means[BUCKETS] * gain.square())
         _scatter[every](tables.tensors, finite, control.rows(), count)
     for k in itertools.compress(range(count), (not fuse for fuse in fused)):
-        params[k].add_(factors[1, k] * parts[k].view(params[k].shape) - factors[0, k] * params[k])
+        change = factors[1, k] * parts[k].view(params[k].shape) - factors[0, k] * params[k]
+        params[k].add_(torch.where(finite[k] > 0, change, 0))
 
 
 def table(
@@ -277,22 +282,39 @@ def _gather(tensors, rows, count):
 
 @triton.jit
 def _scatter(tensors, finite, rows, count):
-    """The way back, of tensors that are not left out."""
+    """The way back, of tensors that are not left out; those that `_judge_again` did not know before are marked."""
     k, i = tl.program_id(0), tl.arange(0, 2 * _BUCKETS)
     control = _at(tl.load(tensors + k * _COLUMNS + _CONTROL), tl.float32, 4)
-    if tl.load(finite + k) != 0:
+    fine = tl.load(finite + k)
+    if fine > 0:
         tl.store(control + i, tl.load(rows + i * count + k, mask=i < _CONTROLS), mask=i < _CONTROLS)
+    elif fine < 0:
+        tl.store(control + _CORRECTION, float("nan"))
 
 
 @triton.jit
-def _judge(means, finite, skipped, count):
-    """Whether each tensor's means of the first pass are finite, 1 or 0; where they are not, they become zero, and the tensor is counted."""
-    k, column = tl.program_id(0), tl.arange(0, 4)
+def _judge(rows, means, finite, skipped, count):
+    """Whether each tensor's means of the first pass are finite, and what it has once is sound, 1 or 0; what is not becomes zero, and the
+    tensor is counted."""
+    k, column, i = tl.program_id(0), tl.arange(0, 4), tl.arange(0, 2 * _BUCKETS)
     found = tl.load(means + column * count + k)
-    fine = tl.min(tl.where(tl.abs(found) < float("inf"), 1, 0), 0)
+    control = tl.load(rows + i * count + k, mask=i < _CONTROLS, other=0.0)
+    sound = tl.min(tl.where((tl.abs(control) < _TOO_LARGE) & ((control >= 0) | (i > 0)), 1, 0), 0)
+    fine = sound * tl.min(tl.where(tl.abs(found) < float("inf"), 1, 0), 0)
     tl.store(means + column * count + k, tl.where(fine != 0, found, 0.0))
+    tl.store(rows + i * count + k, tl.where(sound != 0, control, 0.0), mask=i < _CONTROLS)
     tl.store(finite + k, fine.to(tl.float32))
     if fine == 0:
+        tl.atomic_add(skipped, 1)
+
+
+@triton.jit
+def _judge_again(means, finite, skipped):
+    """Makes -1 of a tensor whose mean of the second pass, (K,), is not finite, and zero of the mean, and counts the tensor."""
+    k = tl.program_id(0)
+    if not tl.abs(tl.load(means + k)) < float("inf"):
+        tl.store(means + k, 0.0)
+        tl.store(finite + k, -1.0)
         tl.atomic_add(skipped, 1)
 
 
@@ -418,8 +440,8 @@ def _store(values, scales, unit, where, new, bits, FORMAT: tl.constexpr, ALIGN: 
 
 @triton.jit(do_not_specialize=["begin"])
 def _moments(tensors, blocks, begin, sums, decay2, FORMAT: tl.constexpr, GRAD: tl.constexpr, ALIGN: tl.constexpr):
-    """Sums of step 1 of the rule: of squared gradients, of squared momenta before, of their products, and of new second moments. Nothing of
-    a tensor is written yet."""
+    """Sums of step 1 of the rule: of squared gradients, of squared momenta before, of their products, and of new second moments, which is
+    NaN where one of these is negative. Nothing of a tensor is written yet."""
     block, _, row, first = _block(tensors, blocks, begin)
     where = _places(row, first, ALIGN)
     _, _, mask, places = where
@@ -432,7 +454,7 @@ def _moments(tensors, blocks, begin, sums, decay2, FORMAT: tl.constexpr, GRAD: t
     tl.store(sums, tl.sum(grad * grad))
     tl.store(sums + 1, tl.sum(before * before))
     tl.store(sums + 2, tl.sum(grad * before))
-    tl.store(sums + 3, tl.sum(second_moment))
+    tl.store(sums + 3, tl.sum(tl.where(second_moment >= 0, second_moment, float("nan"))))
 
 
 @triton.jit
@@ -494,7 +516,8 @@ def _directions(
     GRAD: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Steps 1 and 3 of the rule, and the sum of squared directions; zeros for tensors that are left out.
+    """Steps 1 and 3 of the rule, and the sum of squared directions, NaN where the LSTM's state is not finite; zeros for tensors that are
+    left out.
 
     scalars: see `learned_optim.kernels.scalars`.
     """
@@ -555,7 +578,11 @@ def _directions(
         direction += inertia * drift
         _store(lstm, scales, 2 * UNITS, where, drift, low, LSTM, ALIGN)
         tl.store(directions + places, direction, mask=mask)
-        tl.store(sums, tl.sum(direction * direction))  # what is masked is zero, since all that it comes from is, and the network odd
+        sizes = tl.abs(before[0])
+        for h in tl.static_range(1, 2 * UNITS + 1):
+            sizes += tl.abs(before[h])
+        # What is masked is zero, since all that it comes from is, and the network odd.
+        tl.store(sums, tl.sum(tl.where(sizes < _TOO_LARGE, direction * direction, float("nan"))))
 
 
 @triton.jit(do_not_specialize=["begin"])
@@ -572,7 +599,7 @@ def _apply(tensors, blocks, begin, finite, directions, factors, sums, count, PAR
     direction = tl.load(directions + places, mask=mask, other=0.0)
     _sketch(direction, first, sums + 2 * _BUCKETS * block)
     if PARAM is not None:  # noqa: SIM102  this is what a kernel is compiled for, and that what it looks at
-        if tl.load(finite + k) != 0:
+        if tl.load(finite + k) > 0:
             param = _at(tl.load(row + _PARAM), PARAM, ALIGN) + first + places
             value = tl.load(param, mask=mask, other=0.0).to(tl.float32)
             change = tl.load(factors + count + k) * direction - tl.load(factors + k) * value
