@@ -162,6 +162,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             raise
+        if "momentum" in self.defaults:  # which the constructor adds when it is done with its groups
+            checks.groups.warn_of_lr([group], stacklevel=3)
         self._given.append((group, [0 if checks.parameters.is_lazy(param) else param.ndim for param in group["params"]]))
 
     @property
@@ -213,7 +215,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 grad = param.grad
                 if grad is None:
                     continue
-                if type(grad) is not Tensor or grad.layout is not torch.strided or grad.is_neg() or grad._is_zerotensor():
+                if type(grad) is not Tensor or grad.layout is not torch.strided or grad.is_neg():
                     grad = checks.parameters.usable_gradient(grad, param, self._name(param))
                 by_device[param.device][id(param)] = param, -grad if maximize else grad, group
         if not by_device:

@@ -135,6 +135,27 @@ def test_a_state_that_is_no_dictionary_is_refused(entry: Any) -> None:
         make()[1].load_state_dict(saved)
 
 
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda saved: saved.update(param_groups=None), "'param_groups' a list"),
+        (lambda saved: saved.update(state=[1]), "'state' must be a dictionary"),
+        (lambda saved: saved["param_groups"].__setitem__(0, None), "group 0 of the state is no dictionary but None"),
+        (lambda saved: saved["param_groups"][0].update(params="ab"), "group 0 of the state has no list of params but 'ab'"),
+        (lambda saved: saved["param_groups"][0].update(params=[[0], [1]]), "group 0 of the state has no list of params"),
+        (lambda saved: saved["param_groups"][0].update(param_names=3), "group 0 of the state has no list of param_names but 3"),
+    ],
+)
+def test_what_is_no_state_dict_is_refused_by_name(edit: Callable[[dict[str, Any]], Any], message: str) -> None:
+    model, optimizer = make()
+    before = copy.deepcopy((values(model), optimizer.state_dict()))
+    saved = copy.deepcopy(optimizer.state_dict())
+    edit(saved)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    assert_same((values(model), optimizer.state_dict()), before)
+
+
 def test_states_under_other_keys_are_not_left_out() -> None:
     """JSON makes text of numbers, and all parameters would begin anew."""
     _, optimizer = make()
@@ -573,10 +594,17 @@ def test_what_was_an_lr_elsewhere() -> None:
     for lr in (1e-3, torch.tensor(1e-3), 1):
         with pytest.raises(TypeError, match="If that is a learning rate, leave it out"):
             LearnedOptimizer([param], lr)
-    with pytest.warns(UserWarning, match=r"lr=0.001 multiplies the learned update.*1.0 is the default") as record:
-        LearnedOptimizer([param], lr=1e-3)
-    assert len(record) == 1
-    assert record[0].filename == __file__
+    optimizer = LearnedOptimizer([param])
+    for build in (
+        lambda: LearnedOptimizer([param], lr=1e-3),
+        lambda: LearnedOptimizer([param], lr=torch.tensor(1e-3)),
+        lambda: LearnedOptimizer([{"params": [param]}, {"params": [nn.Parameter(torch.ones(3))], "lr": 1e-3}], lr=1e-4),
+        lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "lr": 1e-3}),
+    ):
+        with pytest.warns(UserWarning, match=r"lr=0.001 multiplies the learned update.*1.0 is the default") as record:
+            build()
+        assert len(record) == 1
+        assert record[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LearnedOptimizer([param], lr=0.0)
@@ -585,7 +613,7 @@ def test_what_was_an_lr_elsewhere() -> None:
 
 def test_numpy_numbers_become_pythons() -> None:
     group = LearnedOptimizer(
-        [nn.Parameter(torch.ones(3))], lr=np.float32(0.5), weight_decay=np.float64(0.25), total_steps=np.int64(9)
+        [nn.Parameter(torch.ones(3))], lr=np.float16(0.5), weight_decay=np.float64(0.25), total_steps=np.int64(9)
     ).param_groups[0]
     assert [type(group[key]) for key in ("lr", "weight_decay", "total_steps")] == [float, float, int]
 

@@ -172,11 +172,12 @@ class Ledger:
         self._tensors: list[Tensor] = []
         self._dtypes: list[torch.dtype] = []
 
-    def check(self, layout: Layout, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
+    def check(self, layout: Layout, params: Sequence[Tensor], grads: list[Tensor], states: Sequence[dict[str, Any]]) -> None:
         """Refuses parameters, gradients and states that do not fit each other.
 
         Args:
             layout: of the parameters' shapes.
+            grads: those that are zeros without memory are replaced by zeros.
 
         Raises:
             RuntimeError: with the parameter's name and what does not fit.
@@ -188,9 +189,12 @@ class Ledger:
             self._look(params, states)
             raise
         if 0 in places.grads:
-            for param, grad in zip(params, grads, strict=True):
-                if not has_memory(grad):
+            for k, (param, grad) in enumerate(zip(params, grads, strict=True)):
+                if grad._is_zerotensor():
+                    grads[k] = grad.clone()
+                elif not has_memory(grad):
                     raise RuntimeError(f"the gradient of {self.name(param)} has lost its memory; call zero_grad() where that was freed")
+            places = places._replace(grads=addresses(grads))
         tensors, dtypes = [*params, *pieces], list(map(DTYPE, params))
         same = layout is self._layout and len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
         # Of the same tensors addresses change where somebody swapped their memory.

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..checks.parameters import check_weights
-from ..checks.state import Ledger, Places, addresses
+from ..checks.state import DTYPE, Ledger, Places, addresses
 from ..config import FORMATS
 from ..features import BUCKETS, LAYOUTS, Layout
 from ..network import OptimizerNetwork
@@ -190,6 +190,13 @@ class Passes:
         getattr(library(), name)(self.job.tensors, self.count, rows.data_ptr())
 
 
+def read_directly(tensors: Sequence[Tensor]) -> list[bool]:
+    """Which tensors are fp32 and without gaps. Mostly all are, which is quick to see."""
+    if set(map(DTYPE, tensors)) == {torch.float32} and all(map(Tensor.is_contiguous, tensors)):
+        return [True] * len(tensors)
+    return [tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors]
+
+
 def run_once(name: str, function: Callable[..., Sequence[Tensor]], *arguments: Tensor) -> Sequence[Tensor]:
     return function(*arguments)
 
@@ -217,15 +224,16 @@ def step(
     if ledger is not None and (read := [*weights, *addresses(once_read)]) != ledger.memory.get("weights"):
         check_weights([*lstm.parameters(), *once_read])
         ledger.memory["weights"] = read
-    flat = [grad if grad.dtype == torch.float32 and grad.is_contiguous() else grad.float().contiguous() for grad in grads]
+    direct = read_directly(grads)
+    flat = grads if all(direct) else [grad if plain else grad.float().contiguous() for grad, plain in zip(grads, direct, strict=True)]
     formats = [config.moment_format, config.lstm_format]
     if ledger is not None and ledger.states is states:
-        places = ledger.places if all(map(operator.is_, flat, grads)) else ledger.places._replace(grads=addresses(flat))
+        places = ledger.places if flat is grads else ledger.places._replace(grads=addresses(flat))
     else:
         kept = itemgetter(*(KEYS if "int8" in formats else KEYS[:-1]))
         places = Places.of(params, flat, itertools.chain.from_iterable(map(kept, states)))
     directions = torch.empty(sum(layout.sizes), dtype=torch.float32, device="cpu")
-    fused = [param.dtype == torch.float32 and param.is_contiguous() for param in params]
+    fused = read_directly(params)
     passes = Passes(layout, places, fused, directions, formats)
 
     rows = torch.empty(CONTROL, len(params), dtype=torch.float32, device="cpu")
