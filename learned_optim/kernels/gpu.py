@@ -295,12 +295,12 @@ def _scatter(tensors, finite, rows, count):
 @triton.jit
 def _judge(rows, means, finite, skipped, count):
     """Whether each tensor's means of the first pass are finite, and what it has once is sound, 1 or 0; what is not becomes zero, and the
-    tensor is counted."""
+    tensor is counted. A second moment that is negative shows in its mean, or in the direction of the second pass."""
     k, column, i = tl.program_id(0), tl.arange(0, 4), tl.arange(0, 2 * _BUCKETS)
     found = tl.load(means + column * count + k)
     control = tl.load(rows + i * count + k, mask=i < _CONTROLS, other=0.0)
     sound = tl.min(tl.where((tl.abs(control) < _TOO_LARGE) & ((control >= 0) | (i > 0)), 1, 0), 0)
-    fine = sound * tl.min(tl.where(tl.abs(found) < float("inf"), 1, 0), 0)
+    fine = sound * tl.min(tl.where((tl.abs(found) < float("inf")) & ((found >= 0) | (column < 3)), 1, 0), 0)
     tl.store(means + column * count + k, tl.where(fine != 0, found, 0.0))
     tl.store(rows + i * count + k, tl.where(sound != 0, control, 0.0), mask=i < _CONTROLS)
     tl.store(finite + k, fine.to(tl.float32))
@@ -440,8 +440,8 @@ def _store(values, scales, unit, where, new, bits, FORMAT: tl.constexpr, ALIGN: 
 
 @triton.jit(do_not_specialize=["begin"])
 def _moments(tensors, blocks, begin, sums, decay2, FORMAT: tl.constexpr, GRAD: tl.constexpr, ALIGN: tl.constexpr):
-    """Sums of step 1 of the rule: of squared gradients, of squared momenta before, of their products, and of new second moments, which is
-    NaN where one of these is negative. Nothing of a tensor is written yet."""
+    """Sums of step 1 of the rule: of squared gradients, of squared momenta before, of their products, and of new second moments. Nothing of
+    a tensor is written yet."""
     block, _, row, first = _block(tensors, blocks, begin)
     where = _places(row, first, ALIGN)
     _, _, mask, places = where
@@ -454,7 +454,7 @@ def _moments(tensors, blocks, begin, sums, decay2, FORMAT: tl.constexpr, GRAD: t
     tl.store(sums, tl.sum(grad * grad))
     tl.store(sums + 1, tl.sum(before * before))
     tl.store(sums + 2, tl.sum(grad * before))
-    tl.store(sums + 3, tl.sum(tl.where(second_moment >= 0, second_moment, float("nan"))))
+    tl.store(sums + 3, tl.sum(second_moment))
 
 
 @triton.jit
@@ -571,6 +571,7 @@ def _directions(
             above, below = _tanh(cell * _TWO_LOG2E)
             hidden = above * _inverse(below + out_of * below)
             direction += tl.load(out + h) * hidden
+            direction += 0.0 * (before[h] + cell)  # NaN of infinity, which the unit's bounds would hide
             _store(lstm, scales, h, where, hidden, low, LSTM, ALIGN)
             _store(lstm, scales, UNITS + h, where, cell, high, LSTM, ALIGN)
         left = tl.maximum(kept * kept - kept * kept * share * square, kept * kept * (_LEAST_SHRINKAGE * _LEAST_SHRINKAGE))
@@ -578,11 +579,7 @@ def _directions(
         direction += inertia * drift
         _store(lstm, scales, 2 * UNITS, where, drift, low, LSTM, ALIGN)
         tl.store(directions + places, direction, mask=mask)
-        sizes = tl.abs(before[0])
-        for h in tl.static_range(1, 2 * UNITS + 1):
-            sizes += tl.abs(before[h])
-        # What is masked is zero, since all that it comes from is, and the network odd.
-        tl.store(sums, tl.sum(tl.where(sizes < _TOO_LARGE, direction * direction, float("nan"))))
+        tl.store(sums, tl.sum(direction * direction))  # what is masked is zero, since all that it comes from is, and the network odd
 
 
 @triton.jit(do_not_specialize=["begin"])
