@@ -35,7 +35,7 @@ MOST_LAYOUTS = 4  # of sharded parameters that are kept
 # What may be a table: matrices with so many rows, and so many times as many as columns. What is one: where this share of the rows or less
 # has a gradient. Of a hidden layer with rectifiers some half has none.
 ROWS, TALL, FEW = 1024, 4, 0.25
-TABLE = Control._fields.index("table")
+TABLE, CORRECTION = map(Control._fields.index, ("table", "correction"))
 KERNELS = ("auto", "reference", "compiled", "triton")
 
 
@@ -162,6 +162,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             raise
+        if "momentum" in self.defaults:  # which the constructor adds when it is done with its groups
+            checks.groups.warn_of_lr([group], stacklevel=3)
         self._given.append((group, [0 if checks.parameters.is_lazy(param) else param.ndim for param in group["params"]]))
 
     @property
@@ -213,7 +215,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 grad = param.grad
                 if grad is None:
                     continue
-                if type(grad) is not Tensor or grad.layout is not torch.strided or grad.is_neg() or grad._is_zerotensor():
+                if type(grad) is not Tensor or grad.layout is not torch.strided or grad.is_neg():
                     grad = checks.parameters.usable_gradient(grad, param, self._name(param))
                 by_device[param.device][id(param)] = param, -grad if maximize else grad, group
         if not by_device:
@@ -233,7 +235,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             ledger = arguments[-1]
             if not self._warned and device.type == "cpu" and ledger.skipped.item():
                 self._warned = True
-                warnings.warn(checks.state.left_out(by_device[device].values(), self.state, self._name), stacklevel=7)
+                warnings.warn(checks.state.left_out(by_device[device].values(), self.state, ledger.keys, self._name), stacklevel=7)
 
     def _device(self) -> torch.device:
         """Where the parameters are; of a process that has none, where those of the others will be."""
@@ -459,8 +461,9 @@ def reference_step(
 ) -> None:
     """One step by `rule.update`, for `K` parameters on any device.
 
-    Tensors whose gradients are not finite are left out: on a CPU as if they had none; elsewhere, where nobody knows which these are, they
-    count as tensors that have not begun yet, and are put back to what they were.
+    Tensors whose gradients or moments are not finite are left out: on a CPU as if they had none; elsewhere, where nobody knows which these
+    are, they count as tensors that have not begun yet, and are put back to what they were. So are those whose LSTM's state is not finite,
+    which kernels see only after it was decided how long steps are.
 
     Args:
         params: changed in place.
@@ -476,15 +479,9 @@ def reference_step(
         rows = [load(state[key].view(sum(tensor.counts), -1), state.get(f"{key}_scale")) for state in states]
         joined |= tensor.split(torch.cat(rows, -1))
     grad = torch.cat([grad.reshape(-1).float() for grad in grads])
-    finite = layout.means([grad.square(), joined["momentum"].square(), joined["second_moment"]]).isfinite().all(0)
-    ledger.skipped += len(params) - finite.sum()
-    undo: list[tuple[Tensor, Tensor, Tensor]] = []
-    if not may_wait(layout.device):
-        joined = {key: torch.where(finite if key == "control" else layout.spread(finite), value, 0) for key, value in joined.items()}
-        grad = torch.where(layout.spread(finite), grad, 0)
-        for fine, param, state in zip(finite, params, states, strict=True):
-            undo += [(fine, value, value.clone()) for value in (param, *(state[key] for key in ledger.keys))]
-    elif not finite.all():
+    finite, whole = _are_finite(layout, grad, joined, network.config)
+    if may_wait(layout.device) and not finite.all():
+        ledger.skipped += len(params) - finite.sum()
         if chosen := finite.nonzero().flatten().tolist():
             some: Any = ([each[k] for k in chosen] for each in (params, grads, states, lr, weight_decay))
             params, grads, states, lr, weight_decay = some
@@ -492,6 +489,20 @@ def reference_step(
         else:
             sit_out(layout)
         return
+    fine = finite & whole
+    ledger.skipped += len(params) - fine.sum()
+    undo: list[tuple[Tensor, Tensor, Tensor]] = []
+    if not may_wait(layout.device):
+        joined = {key: torch.where(finite if key == "control" else layout.spread(finite), value, 0) for key, value in joined.items()}
+        grad = torch.where(layout.spread(finite), grad, 0)
+    if not (may_wait(layout.device) and fine.all()):
+        for each, param, state in zip(fine, params, states, strict=True):
+            undo += [(each, value, value.clone()) for value in (param, *(state[key] for key in ledger.keys))]
+        # The next step leaves them out from the beginning, as kernels do.
+        undo += [
+            (known, state["control"][CORRECTION], torch.full_like(known, torch.nan, dtype=torch.float32))
+            for known, state in zip(whole | ~finite, states, strict=True)
+        ]
     with layout.device:  # whatever the default device: torch.where makes tensors of numbers there
         change, new = update(network, layout, grad, joined, total_steps)
 
@@ -508,8 +519,25 @@ def reference_step(
             parts[k] = parts[k] - weight_decay[k] * (square.sqrt() / ADAMW_UPDATE_RMS) * params[k].reshape(-1)
     for param, part, rate in zip(params, parts, lr, strict=True):
         param.add_((part * rate).view(param.shape))
-    for fine, value, before in undo:
-        value.copy_(torch.where(fine, value, before))
+    for each, value, before in undo:
+        value.copy_(torch.where(each, value, before))
+
+
+def _are_finite(layout: Layout, grad: Tensor, state: State, config: NetworkConfig) -> Tensor:
+    """Whether steps can be made of tensors, (2, K): of their gradient, moments and control, and of their LSTM's state. That is where the
+    squares of all that are numbers in fp32, and neither the new second moment nor the clock is negative.
+
+    Args:
+        grad: (N,).
+        state: by its parts, see `storage.Stored`.
+    """
+    second_moment = torch.lerp(state["second_moment"], grad.square(), 1 - config.second_moment)
+    of_lstm = torch.cat([state["hidden"], state["cell"], state["drift"][None]])
+    sound = state["control"].square().isfinite().all(0) & (state["control"][0] >= 0)
+    fine = torch.stack([layout.spread(sound) & (second_moment >= 0), of_lstm.square().isfinite().all(0)])
+    numbers = [grad.square(), state["momentum"].square(), second_moment, *torch.where(fine, 0.0, torch.nan)]
+    found = layout.means(numbers).isfinite()  # of all processes' parts
+    return torch.stack([found[:4].all(0), found[4]])
 
 
 def may_wait(device: torch.device) -> bool:

@@ -136,6 +136,7 @@ CHECKPOINTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no groups": lambda saved: saved.pop("param_groups"),
     "nothing changed": lambda saved: None,
 }
+POISONS = (torch.nan, torch.inf, -torch.inf, -1e30)  # that something writes to the state's memory
 NETWORKS = ("default", "small")
 KEYS = {"default": ("control", "moments", "lstm"), "small": ("control", "moments", "lstm", "lstm_scale")}
 
@@ -146,6 +147,9 @@ def state_attacks() -> Iterator[tuple[str, Callable[[str], str]]]:
         for key, kind in itertools.product(KEYS[network], TENSORS):
             for way in (_in_a_checkpoint, _in_hand):
                 yield f"{network}, {key}: {kind}, {way.__name__}", lambda kernel, a=(way, network, key, kind): a[0](kernel, *a[1:])
+        for key, poison, last in itertools.product(KEYS[network], POISONS, (False, True)):
+            if (network, key) != ("small", "lstm"):  # int8 has no such numbers
+                yield f"{network}, {key}: {poison} in place, {last}", lambda kernel, a=(network, key, poison, last): _in_place(kernel, *a)
         for name in CHECKPOINTS:
             yield f"{network}, checkpoint: {name}", lambda kernel, a=(network, name): _load(kernel, a[0], CHECKPOINTS[a[1]])
 
@@ -187,6 +191,18 @@ def _in_hand(kernel: str, network: str, key: str, kind: str) -> tuple[str, list[
     state[key] = kept
     optimizer.step()
     return REFUSED, []
+
+
+def _in_place(kernel: str, network: str, key: str, poison: float, last: bool) -> tuple[str, list[Tensor]]:
+    """The parameter must stay where it is, and be counted, while the others move."""
+    model, optimizer = begun(kernel, network)
+    optimizer.state[model.first.weight][key].view(-1)[-1 if last else 0] = poison
+    for skipped in (1, 2):
+        before = values(model)
+        optimizer.step()
+        assert {name for name, value in values(model).items() if value.equal(before[name])} == {"first.weight", "empty"}
+        assert optimizer.skipped == skipped
+    return finished(model)
 
 
 def refusal(call: Callable[[], object]) -> str | None:

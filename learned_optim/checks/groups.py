@@ -71,11 +71,11 @@ def check_group(group: dict[str, Any]) -> None:
         check_tensor_lr(lr, may_wait=True)
     elif not _is_number(lr):
         raise ValueError(f"lr must be a number or a tensor with one element, got {lr!r:.80}")
-    elif not 0 <= lr <= LARGEST:
+    elif not _is_in_range(lr):
         raise ValueError(NO_LR.format(f"{lr!s:.80}"))
     else:
         group["lr"] = float(lr)
-    if not _is_number(weight_decay) or not 0 <= weight_decay <= LARGEST:
+    if not _is_number(weight_decay) or not _is_in_range(weight_decay):
         raise ValueError(f"weight_decay must not be negative, got {weight_decay!s:.80}, and must be a finite number")
     group["weight_decay"] = float(weight_decay)
     for key, what in (("total_steps", "optimizer steps"), ("matrices", "matrices in the whole model")):
@@ -107,9 +107,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def _is_in_range(value: Any) -> bool:
+    try:
+        return 0 <= float(value) <= LARGEST  # numbers of NumPy might overflow beside the bound
+    except OverflowError:
+        return False
+
+
 def warn_of_lr(groups: Sequence[dict[str, Any]], stacklevel: int) -> None:
     """Says so where an lr is of the size of AdamW's."""
-    small = {lr for group in groups if not isinstance(lr := group["lr"], Tensor) and 0 < lr <= SMALL_LR}
+    small = {lr for group in groups if 0 < (lr := float(group["lr"])) <= SMALL_LR}
     if small:
         warnings.warn(
             f"lr={max(small):g} multiplies the learned update, so training will be about {1 / max(small):.0f} times as slow as it was "
@@ -164,8 +171,16 @@ def match(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], defaults
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"this is no state of an optimizer: it lacks {key!r}")
-    _check_fingerprint(state_dict, weights)
     saved = state_dict["param_groups"]
+    if not isinstance(state_dict["state"], dict) or not isinstance(saved, list | tuple):
+        raise ValueError("this is no state of an optimizer: 'state' must be a dictionary, and 'param_groups' a list")
+    for k, group in enumerate(saved):
+        if not isinstance(group, dict):
+            raise ValueError(f"parameter group {k} of the state is no dictionary but {group!r:.80}")
+        for key in ("params", "param_names"):
+            if not isinstance(group.get(key) or [], list | tuple) or any(isinstance(entry, list | dict) for entry in group.get(key) or []):
+                raise ValueError(f"parameter group {k} of the state has no list of {key} but {group[key]!r:.80}")
+    _check_fingerprint(state_dict, weights)
     for k, group in enumerate(saved):
         if missing := [key for key in ("params", "lr", "weight_decay", "total_steps") if key not in group]:
             raise ValueError(f"parameter group {k} of the state lacks {', '.join(missing)}")

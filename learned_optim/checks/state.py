@@ -113,28 +113,32 @@ def addresses(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def left_out(
-    members: Iterable[tuple[Tensor, Tensor, Any]], states: Mapping[Tensor, dict[str, Tensor]], name: Callable[[Tensor], str]
+    members: Iterable[tuple[Tensor, Tensor, Any]],
+    states: Mapping[Tensor, dict[str, Tensor]],
+    keys: Sequence[str],
+    name: Callable[[Tensor], str],
 ) -> str:
     """What to say of tensors that a step has left out.
 
     Args:
         members: each parameter with its gradient, and what else there is.
+        keys: of the states.
     """
     members = list(members)
-    counted = "the others move on; the optimizer's attribute `skipped` counts them, and this is said once."
     broken = [name(param) for param, grad, _ in members if not is_finite(grad)]
-    poisoned = [
-        name(param) for param, *_ in members if impossible({key: sharding.local(states[param][key]) for key in ("control", "moments")})
-    ]
-    if poisoned and not broken:
-        return (
-            f"the state of {', '.join(poisoned[:5])} is not finite: something has written to it. Such parameters stay as they are until "
-            f"their entry of optimizer.state is deleted, and then begin anew; {counted}"
+    poisoned = [name(param) for param, *_ in members if impossible({key: sharding.local(states[param][key]) for key in keys})]
+    said = []
+    if broken or not poisoned:
+        said.append(
+            f"the gradient of {', '.join(broken[:5]) or 'a parameter'} is not finite, or its square is not. Such parameters and their "
+            "state stay as they are in that step; with error_if_nonfinite=True the step raises instead."
         )
-    return (
-        f"the gradient of {', '.join(broken[:5]) or 'a parameter'} is not finite, or its square is not. Such parameters and their "
-        f"state stay as they are in that step, and {counted} With error_if_nonfinite=True the step raises instead."
-    )
+    if poisoned:
+        said.append(
+            f"the state of {', '.join(poisoned[:5])} is not finite: something has written to it. Such parameters stay as they are until "
+            "their entry of optimizer.state is deleted, and then begin anew."
+        )
+    return f"{' '.join(said)} The others move on; the optimizer's attribute `skipped` counts them, and this is said once."
 
 
 class Places(NamedTuple):
@@ -168,11 +172,12 @@ class Ledger:
         self._tensors: list[Tensor] = []
         self._dtypes: list[torch.dtype] = []
 
-    def check(self, layout: Layout, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
+    def check(self, layout: Layout, params: Sequence[Tensor], grads: list[Tensor], states: Sequence[dict[str, Any]]) -> None:
         """Refuses parameters, gradients and states that do not fit each other.
 
         Args:
             layout: of the parameters' shapes.
+            grads: those that are zeros without memory are replaced by zeros.
 
         Raises:
             RuntimeError: with the parameter's name and what does not fit.
@@ -184,9 +189,12 @@ class Ledger:
             self._look(params, states)
             raise
         if 0 in places.grads:
-            for param, grad in zip(params, grads, strict=True):
-                if not has_memory(grad):
+            for k, (param, grad) in enumerate(zip(params, grads, strict=True)):
+                if grad._is_zerotensor():
+                    grads[k] = grad.clone()
+                elif not has_memory(grad):
                     raise RuntimeError(f"the gradient of {self.name(param)} has lost its memory; call zero_grad() where that was freed")
+            places = places._replace(grads=addresses(grads))
         tensors, dtypes = [*params, *pieces], list(map(DTYPE, params))
         same = layout is self._layout and len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
         # Of the same tensors addresses change where somebody swapped their memory.

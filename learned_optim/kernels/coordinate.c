@@ -26,6 +26,9 @@ enum { INVERSE1, INVERSE2, MEAN, SHARE, PORTION, KEPT, STEADY, INERTIA, SCALARS 
 /* What a tensor has once, as in `Control` of `learned_optim/rule.py`. */
 enum { STEP, CONTROL = 8 + BUCKETS };
 
+/* The bits of 2^64, the least number whose square is none. */
+static const uint32_t TOO_LARGE = 0x5f800000u;
+
 /* Formats of stored state, as in `learned_optim/storage.py`. */
 enum { FLOAT32, BFLOAT16, INT8 };
 
@@ -104,6 +107,13 @@ INLINE uint32_t float_to_bits(float value) {
     return bits;
 }
 
+/* The bits of the larger size. Those of NaN and infinity are larger than of any number, which the compiler, told that there are none, cannot
+ * see. */
+INLINE uint32_t larger(uint32_t bits, float value) {
+    const uint32_t others = float_to_bits(value) & 0x7fffffffu;
+    return others > bits ? others : bits;
+}
+
 /* 2^x for |x| <= 40, and 2^40 or 2^-40 beyond, so that products of three stay finite; relative error 3e-6.
  *
  * Adding 1.5 * 2^23 + 127 rounds x to an integer and leaves it, with the exponent's bias, in the lowest bits. The polynomial is the minimax
@@ -137,6 +147,12 @@ INLINE float log_normal(float x) {
     return exponent * 0.69314718f + slope * r;
 }
 
+/* Makes a sum NaN. */
+INLINE void poison(double *sum) {
+    const uint64_t bits = 0x7ff8000000000000u;
+    memcpy(sum, &bits, sizeof bits);
+}
+
 typedef struct {
     float numerator, denominator;
 } Ratio;
@@ -158,7 +174,7 @@ INLINE Ratio tanh_ratio(float x) {
 
 /* The number of this file's interface, for the caller to check that it was written for it. Raise it with each change of a struct,
  * or of what a pass is given. */
-int64_t interface(void) { return 13; }
+int64_t interface(void) { return 14; }
 
 /* What each of `count` tensors has once, into rows for torch to compute with, and back. */
 void gather(const Tensor *tensors, int64_t count, float *rows) {
@@ -253,8 +269,16 @@ INLINE void store(int64_t format, void *stored, float *scale, int64_t begin, int
     }
 }
 
-/* Sums of step 1 of the rule: of squared gradients, of squared momenta before, of their products, and of new second moments. Nothing is
- * written yet, so that a tensor whose sums are not finite may be left as it is; the second pass does. */
+/* Whether what a tensor has once are numbers that steps leave there: finite, their squares too, and a clock that is not negative. */
+INLINE int is_sound(const float *control) {
+    uint32_t worst = 0;
+    for (int64_t i = 0; i < CONTROL; i++) worst = larger(worst, control[i]);
+    return worst < TOO_LARGE && control[STEP] >= 0;
+}
+
+/* Sums of step 1 of the rule: of squared gradients, of squared momenta before, of their products, and of new second moments. The last one
+ * is NaN where one of these is negative, or something is wrong with what the tensor has once. Nothing is written yet, so that a tensor whose
+ * sums are not finite may be left as it is; the second pass does. */
 EACH_CPU void moments(Job *job, float decay2) {
     const int64_t format = job->moment_format;
     float scratch[2][CHUNK];
@@ -262,6 +286,7 @@ EACH_CPU void moments(Job *job, float decay2) {
         const Block *block = &job->blocks[b];
         const Tensor *tensor = &job->tensors[block->tensor];
         double *sums = job->sums + 4 * b;
+        float least = 0;
         memset(sums, 0, 4 * sizeof *sums);
         for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) {
             const int64_t n = block->end - begin < CHUNK ? block->end - begin : CHUNK;
@@ -275,16 +300,19 @@ EACH_CPU void moments(Job *job, float decay2) {
             load(format, tensor->moments, 0, begin, n, momentum);
             load(format, tensor->moments, 0, tensor->size + begin, n, second_moment);
             float grad_square = 0, momentum_square = 0, product = 0, second = 0;
-#pragma omp simd reduction(+ : grad_square, momentum_square, product, second)
+#pragma omp simd reduction(+ : grad_square, momentum_square, product, second) reduction(min : least)
             for (int64_t j = 0; j < n; j++) {
                 float g = grad[j], m = momentum[j], v = second_moment[j];
                 grad_square += g * g;
                 momentum_square += m * m;
                 product += g * m;
-                second += v + (1.0f - decay2) * (g * g - v);
+                v += (1.0f - decay2) * (g * g - v);
+                second += v;
+                least = at_most(v, least);
             }
             sums[0] += grad_square, sums[1] += momentum_square, sums[2] += product, sums[3] += second;
         }
+        if (least < 0 || (!block->begin && !is_sound(tensor->control))) poison(&sums[3]);
     }
 }
 
@@ -311,9 +339,10 @@ typedef struct {
  * constant where this is inlined, so that sums over units are unrolled. Short loops one after the other let a processor work on several of
  * their iterations at once; in a long one each waits for its own results.
  *
- * scalars: the tensor's. */
+ * scalars: the tensor's.
+ * worst: becomes the bits of the largest number in the LSTM's state, if that is more. Bounds would hide most of what is not finite. */
 INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t begin, int64_t n, const Network *network,
-                  const GateWeights gate_weights, float decay1, float decay2, const float *scalars, Next next, Scratch *restrict s) {
+                  const GateWeights gate_weights, float decay1, float decay2, const float *scalars, Next next, Scratch *restrict s, uint32_t *worst) {
     const float inverse1 = scalars[INVERSE1], inverse2 = scalars[INVERSE2], mean = scalars[MEAN], share = scalars[SHARE];
     const float portion = scalars[PORTION], kept = scalars[KEPT], steady = scalars[STEADY], inertia = scalars[INERTIA];
     const float floor = RELATIVE_FLOOR * mean + ABSOLUTE_FLOOR, inverse_mean = 1.0f / (mean + ABSOLUTE_FLOOR);
@@ -322,6 +351,7 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
     const int64_t size = tensor->size, chunks = (size + CHUNK - 1) / CHUNK, chunk = begin / CHUNK;
     const float *restrict grad = tensor->grad + begin;
     float *restrict direction = tensor->direction + begin;
+    uint32_t largest = *worst;
     float *momentum = place(moment_format, tensor->moments, begin, s->moments[0]);
     float *second_moment = place(moment_format, tensor->moments, size + begin, s->moments[1]);
     load(moment_format, tensor->moments, 0, begin, n, momentum);
@@ -358,11 +388,16 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
         s->even[2][j] = log_normal(variance * inverse_mean) * 0.125f;
         direction[j] = skip_slow * slow + skip_fast * fast + inertia * s->drift[j];
     }
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < n; j++) largest = larger(largest, s->drift[j]);
     store(format, tensor->lstm, tensor->lstm_scale + 2 * UNITS * chunks + chunk, 2 * UNITS * size + begin, n, s->drift, s->bits, 0);
     for (int h = 0; h < UNITS; h++) {
         load(format, tensor->lstm, tensor->lstm_scale + h * chunks + chunk, h * size + begin, n, s->odd[ODD + h]);
-#pragma omp simd
-        for (int64_t j = 0; j < n; j++) s->even[EVEN + h][j] = __builtin_fabsf(s->odd[ODD + h][j]);
+#pragma omp simd reduction(max : largest)
+        for (int64_t j = 0; j < n; j++) {
+            s->even[EVEN + h][j] = __builtin_fabsf(s->odd[ODD + h][j]);
+            largest = larger(largest, s->odd[ODD + h][j]);
+        }
     }
     for (int row = 0; row < 3 * UNITS; row++) {
         const float *weights = gate_weights[row];
@@ -393,8 +428,9 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
             float divisor = in[j] * candidate.denominator; /* cell / forget + candidate / in, with one division */
             cell[j] = (cell[j] * divisor + candidate.numerator * forget[j]) / (divisor * forget[j]);
         }
-#pragma omp simd
+#pragma omp simd reduction(max : largest)
         for (int64_t j = 0; j < n; j++) {
+            largest = larger(largest, cell[j]);
             Ratio squashed = tanh_ratio(cell[j]);
             float unit = squashed.numerator / (squashed.denominator * out[j]);
             hidden[j] = unit;
@@ -406,6 +442,7 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
     float square = 0;
 #pragma omp simd reduction(+ : square)
     for (int64_t j = 0; j < n; j++) square += direction[j] * direction[j];
+    *worst = largest;
     return square;
 }
 
@@ -418,11 +455,13 @@ INLINE void directions_by(const int UNITS, Job *job, const Network *network, flo
         const Tensor *tensor = &job->tensors[block->tensor];
         const float *own = scalars + SCALARS * block->tensor;
         double sum = 0;
+        uint32_t worst = 0;
         for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) {
             const int64_t n = block->end - begin < CHUNK ? block->end - begin : CHUNK;
             const Next next = after(job, block, begin);
-            sum += lstm(UNITS, job, tensor, begin, n, network, weights, decay1, decay2, own, next, &scratch);
+            sum += lstm(UNITS, job, tensor, begin, n, network, weights, decay1, decay2, own, next, &scratch, &worst);
         }
+        if (worst >= TOO_LARGE) poison(&sum);
         job->sums[b] = sum;
     }
 }
@@ -441,7 +480,8 @@ DIRECTIONS(6)
 DIRECTIONS(7)
 DIRECTIONS(8)
 
-/* Steps 1 and 3 of the rule, and the sum of squared directions.
+/* Steps 1 and 3 of the rule, and the sum of squared directions; NaN where the LSTM's state, or its square, is not
+ * finite.
  *
  * scalars: (tensors, SCALARS). */
 void directions(Job *job, const Network *network, float decay1, float decay2, const float *scalars) {

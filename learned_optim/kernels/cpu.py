@@ -4,7 +4,9 @@ An LSTM step in plain torch makes some forty trips through memory. Here one pass
 the moments and runs the LSTM, and what lies between stays in registers and the L1 cache. The compiled file depends on nothing but the
 processor.
 
-The first pass only reads. So a tensor with a gradient that is not finite is found before anything was written, and left out.
+The first pass only reads. So a tensor with a gradient that is not finite is found before anything was written, and left out. The LSTM's
+state is read in the second pass. Where that is not finite, because something has written to it, the tensor keeps its parameter, and is
+marked: the first pass of the next step finds it.
 
 Shapes: as in `learned_optim.rule`.
 """
@@ -15,6 +17,7 @@ import ctypes
 import functools
 import importlib.util
 import itertools
+import math
 import operator
 import os
 from array import array
@@ -28,12 +31,13 @@ import torch
 from torch import Tensor
 
 from ..checks.parameters import check_weights
-from ..checks.state import Ledger, Places, addresses
+from ..checks.state import DTYPE, Ledger, Places, addresses
 from ..config import FORMATS
 from ..features import BUCKETS, LAYOUTS, Layout
 from ..network import OptimizerNetwork
 from ..rule import (
     CONTROL,
+    Control,
     State,
     is_orthogonal,
     orthogonalize_all,
@@ -44,12 +48,13 @@ from . import after_update, before_directions, before_update, read_once, replay
 from .replay import Replay, run_once
 
 BLOCK = 2**14  # coordinates that a thread takes at once
-INTERFACE, MAX_UNITS = 13, 8  # as in the C file
+CORRECTION = Control._fields.index("correction")
+INTERFACE, MAX_UNITS = 14, 8  # as in the C file
 
 # A row of the table of tensors has the size, three numbers of where its coordinates lie in the whole tensor, the parameter, the gradient,
 # the direction and these pieces of state, the last one of int8.
 KEYS = ("control", "moments", "lstm", "lstm_scale")
-COLUMNS = 7 + len(KEYS)
+PARAMETER, COLUMNS = 4, 7 + len(KEYS)
 
 
 class Job(ctypes.Structure):
@@ -172,9 +177,20 @@ class Passes:
             self.finite = bool(means.isfinite().all())
         return means
 
+    def forget(self, k: int) -> None:
+        """Leaves a parameter as it is in the passes to come."""
+        self.table[COLUMNS * k + PARAMETER] = 0
+
     def control(self, name: str, rows: Tensor) -> None:
         """Runs "gather" or "scatter" on what tensors have once, (CONTROL, K)."""
         getattr(library(), name)(self.job.tensors, self.count, rows.data_ptr())
+
+
+def read_directly(tensors: Sequence[Tensor]) -> list[bool]:
+    """Which tensors are fp32 and without gaps. Mostly all are, which is quick to see."""
+    if set(map(DTYPE, tensors)) == {torch.float32} and all(map(Tensor.is_contiguous, tensors)):
+        return [True] * len(tensors)
+    return [tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors]
 
 
 def step(
@@ -195,15 +211,16 @@ def step(
     if ledger is not None and (read := [*weights, *addresses(once_read)]) != ledger.memory.get("weights"):
         check_weights([*lstm.parameters(), *once_read])
         ledger.memory["weights"] = read
-    flat = [grad if grad.dtype == torch.float32 and grad.is_contiguous() else grad.float().contiguous() for grad in grads]
+    direct = read_directly(grads)
+    flat = grads if all(direct) else [grad if plain else grad.float().contiguous() for grad, plain in zip(grads, direct, strict=True)]
     formats = [config.moment_format, config.lstm_format]
     if ledger is not None and ledger.states is states:
-        places = ledger.places if all(map(operator.is_, flat, grads)) else ledger.places._replace(grads=addresses(flat))
+        places = ledger.places if flat is grads else ledger.places._replace(grads=addresses(flat))
     else:
         kept = itemgetter(*(KEYS if "int8" in formats else KEYS[:-1]))
         places = Places.of(params, flat, itertools.chain.from_iterable(map(kept, states)))
     directions = torch.empty(sum(layout.sizes), dtype=torch.float32, device="cpu")
-    fused = [param.dtype == torch.float32 and param.is_contiguous() for param in params]
+    fused = read_directly(params)
     passes = Passes(layout, places, fused, directions, formats)
 
     rows = torch.empty(CONTROL, len(params), dtype=torch.float32, device="cpu")
@@ -228,6 +245,15 @@ def step(
     step_size, constants, *numbers = once("before directions", partial(before_directions, network, layout), rows, means, total_steps)
     decays = config.momentum, config.second_moment
     (mean_square,) = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), *decays, constants.data_ptr())
+    broken: list[int] = []
+    if not passes.finite:
+        broken = mean_square.isfinite().logical_not().nonzero().flatten().tolist()
+        if ledger is not None:
+            ledger.skipped += len(broken)
+        for k in broken:
+            fused[k], mean_square[k] = False, 0
+            directions.split(layout.sizes)[k].zero_()
+            passes.forget(k)
 
     orthogonal = is_orthogonal(layout, config)
     if any(orthogonal):
@@ -241,8 +267,11 @@ def step(
     gain, factors = once("before update", partial(before_update, network), mean_square, *kinds, step_size, rates, decays_of)
     sums = passes.run("apply", BUCKETS + 1, factors.data_ptr())
     (rows,) = once("after update", after_update, sums, gain, passes.blocks.roots, *numbers)
+    if broken:
+        rows[CORRECTION, broken] = math.nan
     passes.control("scatter", rows)
     if not all(fused):
-        for param, fuse, part, (share, factor) in zip(params, fused, directions.split(layout.sizes), factors.tolist(), strict=True):
-            if not fuse:
+        parts = directions.split(layout.sizes)
+        for k, (param, fuse, part, (share, factor)) in enumerate(zip(params, fused, parts, factors.tolist(), strict=True)):
+            if not fuse and k not in broken:
                 param.add_(factor * part.view(param.shape) - share * param)

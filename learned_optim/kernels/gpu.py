@@ -5,7 +5,8 @@ LSTM, a third one changes the parameters. Each is one launch for all tensors of 
 lies, and a second one which stretch of which tensor a program does.
 
 A tensor whose sums are not finite is *left out*: nothing of it is written, and in what all tensors have together it counts as one whose
-gradient is zero. The host does not know of it; a counter on the device does.
+gradient is zero. Where the second pass finds that its LSTM's state is not finite, its parameter stays as it is, and it is marked, as on a
+CPU. The host does not know of either; a counter on the device does.
 
 Of a sharded tensor the passes take this process's part. Between them sums are added up over the processes, see `learned_optim.sharding`.
 
@@ -38,6 +39,7 @@ from ..network import OptimizerNetwork
 from ..rule import (
     CONTROL,
     LEAST_SHRINKAGE,
+    Control,
     State,
     is_orthogonal,
     orthogonalize_all,
@@ -69,6 +71,8 @@ PLACES = ("moments", "lstm", "lstm_scale", "direction")
 FIELDS = ("size", "count", *Run._fields, "orthogonal", "order", "first_block", "first_chunk", "control", "param", "grad", *PLACES)
 _COLUMNS = tl.constexpr(len(FIELDS))
 _CONTROLS, _BUCKETS = tl.constexpr(CONTROL), tl.constexpr(BUCKETS)
+_CORRECTION = tl.constexpr(Control._fields.index("correction"))
+_TOO_LARGE = tl.constexpr(2.0**64)  # the least number whose square is none
 _SIZE, _COUNT, _FIRST, _WIDTH, _PITCH, _FIRST_BLOCK, _FIRST_CHUNK, _CONTROL, _PARAM, _GRAD = (
     tl.constexpr(FIELDS.index(name)) for name in ("size", "count", *Run._fields, "first_block", "first_chunk", "control", "param", "grad")
 )
@@ -216,7 +220,7 @@ def step(
             warps = WARPS[align]
             _moments[blocks,](tables.tensors, tables.blocks, begin, sums, config.second_moment, moment_format, grad, align, num_warps=warps)
         found_means = mean(4, 4)
-        _judge[every](found_means, finite, ledger.skipped, count)
+        _judge[every](rows, found_means, finite, ledger.skipped, count)
 
         def before(*arguments: Tensor) -> Sequence[Tensor]:
             gates = -LOG2E * torch.cat([lstm.gate_bias[:, None], lstm.gate_weight], 1)
@@ -230,6 +234,7 @@ def step(
             of_launch = *of_tensors, directions, sums, *of_network, grad, align, cut
             _directions[blocks,](tables.tensors, tables.blocks, begin, *of_launch, num_warps=WARPS[align])
         (mean_square,) = mean(1, 1)
+        _judge_again[every](mean_square, finite, ledger.skipped)
 
         parts = [part[:size] for part, size in zip(directions.split(padded), layout.sizes, strict=True)]
         for k, matrix in orthogonalize_all(parts, layout, config, MATRIX_DTYPE):
@@ -246,7 +251,8 @@ def step(
         (rows,) = once("after update", after_update, moved, gain, tables.roots, *clock_and_control)
         _scatter[every](tables.tensors, finite, rows, count)
     for k in itertools.compress(range(count), (not fuse for fuse in fused)):
-        params[k].add_(factors[k, 1] * parts[k].view(params[k].shape) - factors[k, 0] * params[k])
+        change = factors[k, 1] * parts[k].view(params[k].shape) - factors[k, 0] * params[k]
+        params[k].add_(torch.where(finite[k] > 0, change, 0))
 
 
 def table(
@@ -310,22 +316,39 @@ def _gather(tensors, rows, count):
 
 @triton.jit
 def _scatter(tensors, finite, rows, count):
-    """The way back, of tensors that are not left out."""
+    """The way back, of tensors that are not left out; those that `_judge_again` did not know before are marked."""
     k, i = tl.program_id(0), tl.arange(0, 2 * _BUCKETS)
     control = _at(tl.load(tensors + k * _COLUMNS + _CONTROL), tl.float32, 4)
-    if tl.load(finite + k) != 0:
+    fine = tl.load(finite + k)
+    if fine > 0:
         tl.store(control + i, tl.load(rows + i * count + k, mask=i < _CONTROLS), mask=i < _CONTROLS)
+    elif fine < 0:
+        tl.store(control + _CORRECTION, float("nan"))
 
 
 @triton.jit
-def _judge(means, finite, skipped, count):
-    """Whether each tensor's means of the first pass are finite, 1 or 0; where they are not, they become zero, and the tensor is counted."""
-    k, column = tl.program_id(0), tl.arange(0, 4)
+def _judge(rows, means, finite, skipped, count):
+    """Whether each tensor's means of the first pass are finite, and what it has once is sound, 1 or 0; what is not becomes zero, and the
+    tensor is counted. A second moment that is negative shows in its mean, or in the direction of the second pass."""
+    k, column, i = tl.program_id(0), tl.arange(0, 4), tl.arange(0, 2 * _BUCKETS)
     found = tl.load(means + column * count + k)
-    fine = tl.min(tl.where(tl.abs(found) < float("inf"), 1, 0), 0)
+    control = tl.load(rows + i * count + k, mask=i < _CONTROLS, other=0.0)
+    sound = tl.min(tl.where((tl.abs(control) < _TOO_LARGE) & ((control >= 0) | (i > 0)), 1, 0), 0)
+    fine = sound * tl.min(tl.where((tl.abs(found) < float("inf")) & ((found >= 0) | (column < 3)), 1, 0), 0)
     tl.store(means + column * count + k, tl.where(fine != 0, found, 0.0))
+    tl.store(rows + i * count + k, tl.where(sound != 0, control, 0.0), mask=i < _CONTROLS)
     tl.store(finite + k, fine.to(tl.float32))
     if fine == 0:
+        tl.atomic_add(skipped, 1)
+
+
+@triton.jit
+def _judge_again(means, finite, skipped):
+    """Makes -1 of a tensor whose mean of the second pass, (K,), is not finite, and zero of the mean, and counts the tensor."""
+    k = tl.program_id(0)
+    if not tl.abs(tl.load(means + k)) < float("inf"):
+        tl.store(means + k, 0.0)
+        tl.store(finite + k, -1.0)
         tl.atomic_add(skipped, 1)
 
 
@@ -541,7 +564,8 @@ def _directions(
     ALIGN: tl.constexpr,
     CUT: tl.constexpr,
 ):
-    """Steps 1 and 3 of the rule, and the sum of squared directions; zeros for tensors that are left out.
+    """Steps 1 and 3 of the rule, and the sum of squared directions, NaN where the LSTM's state is not finite; zeros for tensors that are
+    left out.
 
     scalars: see `learned_optim.kernels.scalars`.
     """
@@ -595,6 +619,7 @@ def _directions(
             above, below = _tanh(cell * _TWO_LOG2E)
             hidden = above * _inverse(below + out_of * below)
             direction += tl.load(out + h) * hidden
+            direction += 0.0 * (before[h] + cell)  # NaN of infinity, which the unit's bounds would hide
             _store(lstm, scales, h, where, hidden, low, LSTM, ALIGN)
             _store(lstm, scales, UNITS + h, where, cell, high, LSTM, ALIGN)
         left = tl.maximum(kept * kept - kept * kept * share * square, kept * kept * (_LEAST_SHRINKAGE * _LEAST_SHRINKAGE))
@@ -619,7 +644,7 @@ def _apply(tensors, blocks, begin, finite, directions, factors, sums, PARAM: tl.
     direction = tl.load(directions + places, mask=mask, other=0.0)
     _sketch(direction, row, first, places, sums + 2 * _BUCKETS * block, CUT)
     if PARAM is not None:  # noqa: SIM102  this is what a kernel is compiled for, and that what it looks at
-        if tl.load(finite + k) != 0:
+        if tl.load(finite + k) > 0:
             param = _at(tl.load(row + _PARAM), PARAM, ALIGN) + first + places
             value = tl.load(param, mask=mask, other=0.0).to(tl.float32)
             change = tl.load(factors + 2 * k + 1) * direction - tl.load(factors + 2 * k) * value
