@@ -50,7 +50,7 @@ KERNEL_BYTES, ADAMW_BYTES, MUON_BYTES = 68, 28, 20  # of a weight and step: grad
 ADAMW_STATE, MUON_STATE = 8, 4
 MUON_STEPS = 5
 # Numbers of each tensor in the sums of a step, which all processes get, in fp64; with weight decay.
-SUMS = {"compiled": (4, 1, 1, BUCKETS + 1), "reference": (3, 4, 1, BUCKETS, 1, 1)}
+SUMS = {"compiled": (4, 1, 1, BUCKETS + 1), "reference": (4, 4, 1, BUCKETS, 1, 1)}
 
 
 class Mesh:
