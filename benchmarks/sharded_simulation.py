@@ -45,7 +45,7 @@ KERNEL_BYTES, ADAMW_BYTES, MUON_BYTES = 68, 28, 20  # of a weight and step: grad
 ADAMW_STATE, MUON_STATE = 8, 4
 MUON_STEPS = 5
 # Numbers of each tensor in the sums of a step, which all processes get, with weight decay; and their bytes.
-SUMS = {"triton": (4, 1, 1, BUCKETS + 1), "compiled": (4, 1, 1, BUCKETS + 1), "reference": (3, 4, 1, BUCKETS, 1, 1)}
+SUMS = {"triton": (4, 1, 1, BUCKETS + 1), "compiled": (4, 1, 1, BUCKETS + 1), "reference": (4, 4, 1, BUCKETS, 1, 1)}
 SUM_BYTES = {"triton": 4, "compiled": 8, "reference": 8}
 
 

@@ -534,10 +534,10 @@ def _are_finite(layout: Layout, grad: Tensor, state: State, config: NetworkConfi
     second_moment = torch.lerp(state["second_moment"], grad.square(), 1 - config.second_moment)
     of_lstm = torch.cat([state["hidden"], state["cell"], state["drift"][None]])
     sound = state["control"].square().isfinite().all(0) & (state["control"][0] >= 0)
-    fine = torch.stack([layout.spread(sound) & (second_moment >= 0), of_lstm.square().isfinite().all(0)])
-    numbers = [grad.square(), state["momentum"].square(), second_moment, *torch.where(fine, 0.0, torch.nan)]
-    found = layout.means(numbers).isfinite()  # of all processes' parts
-    return torch.stack([found[:4].all(0), found[4]])
+    second_moment = torch.where(layout.spread(sound) & (second_moment >= 0), second_moment, torch.nan)
+    lstm = torch.where(of_lstm.square().isfinite().all(0), 0.0, torch.nan)
+    found = layout.means([grad.square(), state["momentum"].square(), second_moment, lstm]).isfinite()  # of all processes' parts
+    return torch.stack([found[:3].all(0), found[3]])
 
 
 def may_wait(device: torch.device) -> bool:
