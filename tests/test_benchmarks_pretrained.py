@@ -123,7 +123,8 @@ def test_the_program_runs_and_resumes(benchmark: Any, tmp_path: Path, monkeypatc
 
 
 class InThisProcess:
-    def __init__(self, *_: object) -> None: ...
+    def __init__(self, *_: object, max_tasks_per_child: int) -> None:
+        assert max_tasks_per_child == 1  # what a run is must not depend on those before it
 
     def __enter__(self) -> InThisProcess:
         return self

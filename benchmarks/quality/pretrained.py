@@ -191,7 +191,8 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     arguments.out.mkdir(parents=True, exist_ok=True)
     results = Results(arguments.out / "runs.jsonl", load_network(arguments.pretrained))
-    with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
+    # A process a run: SciPy, when it is imported, changes docstrings of NumPy, which are data here.
+    with ProcessPoolExecutor(arguments.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
         while todo := wanted(tasks, arguments.optimizers, results, arguments.seeds):
             for done in as_completed([pool.submit(train, job, arguments.pretrained) for job in todo]):
                 results.add(done.result())
