@@ -74,6 +74,7 @@ def beginner():
         torch.manual_seed(0)
         network = OptimizerNetwork(NetworkConfig(orthogonalize_steps=0))
     network.controller.log_rate.data.fill_(-30.0)
+    network.controller.shrink.data.zero_()
     network.controller.bend.data.zero_()
     network.controller.brake.data.zero_()
     network.controller.inertia.data.zero_()

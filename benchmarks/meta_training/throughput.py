@@ -161,6 +161,7 @@ def main(argv: list[str] | None = None) -> None:
 
     network = load_network("default").requires_grad_(True)
     nn.init.constant_(network.controller.log_rate, -math.inf)
+    nn.init.zeros_(network.controller.shrink)
     nn.init.zeros_(network.controller.bend)
     nn.init.zeros_(network.controller.brake)
     nn.init.zeros_(network.controller.inertia)
