@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Generator
 
-from learned_optim import LearnedOptimizer, load_network, network
+from learned_optim import LearnedOptimizer, load_network, network, rule
 from learned_optim.config import from_json
 from learned_optim.meta_train import FAMILIES, MetaTrainConfig
 from learned_optim.meta_train.families.text import source_text
@@ -160,7 +160,10 @@ def test_speed_is_the_ratio_of_steps_to_the_same_loss(quality: Any, tmp_path: Pa
     assert measured == pytest.approx([0.5, 2.0, 0.125], rel=0.06)
 
 
-@pytest.mark.parametrize(("constant", "value"), [("PROOF", 0.0), ("BRAKE", 0.3), ("RETREAT", 0.8), ("HASTE", 4.0), ("LEAST_HASTE", 0.15)])
+@pytest.mark.parametrize(
+    ("constant", "value"),
+    [("PROOF", 0.0), ("BRAKE", 0.3), ("RETREAT", 0.8), ("HASTE", 4.0), ("LEAST_HASTE", 0.15), ("SHORT_RUN", 1000.0)],
+)
 def test_runs_of_a_rule_that_was_changed_are_not_kept(quality: Any, monkeypatch: pytest.MonkeyPatch, constant: str, value: float) -> None:
     behaviour = sys.modules["behaviour"]
     # What fewer scenes tell apart, all of them do, and the reference is slow. The last constant shows in models of many matrices alone.
@@ -169,7 +172,7 @@ def test_runs_of_a_rule_that_was_changed_are_not_kept(quality: Any, monkeypatch:
         monkeypatch.setattr(behaviour, name, scenes)
     run = {"weights": "these", "behaviour": behaviour.behaviour(load_network("default"))}
     assert behaviour.is_of(run, "these", run["behaviour"])
-    monkeypatch.setattr(network, constant, value)
+    monkeypatch.setattr(rule if hasattr(rule, constant) else network, constant, value)
     monkeypatch.setattr(behaviour, "LearnedOptimizer", functools.partial(LearnedOptimizer, kernel="reference"))  # which records nothing
     assert not behaviour.is_of(run, "these", behaviour.behaviour(load_network("default")))
 
