@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from learned_optim.config import NetworkConfig
 from learned_optim.network import OptimizerNetwork
-from learned_optim.rule import CONTROL, DRIFT_STEPS, TREND_STEPS, Control, init_state, update
+from learned_optim.rule import CONTROL, DRIFT_STEPS, SHORT_RUN, TREND_STEPS, Control, init_state, update
 
 MATRICES = [(16, 16), (32, 8), (8, 32), (12, 3, 3, 3)]
 VECTORS = [(9,), (1, 9), (9, 1)]
@@ -181,7 +181,7 @@ def test_spectral_norm_of_matrix_updates(untrained: OptimizerNetwork, generator:
     """sqrt(max(1, fan_out / fan_in)) times the step size, to the accuracy of the Newton-Schulz iteration."""
     shapes = [shape, (4, 6), (6, 4)]
     params, gradients = draw(shapes, generator), [draw(shapes, generator)]
-    change = run(untrained, params, gradients, total_steps=1000.0)[0][0][0].flatten(1)
+    change = run(untrained, params, gradients, total_steps=SHORT_RUN)[0][0][0].flatten(1)
     fan_out, fan_in = change.shape
     expected = untrained.log_step_size.exp().item() * math.sqrt(max(1.0, fan_out / fan_in))
     assert 0.6 < torch.linalg.matrix_norm(change, 2).item() / expected < 1.3
@@ -200,7 +200,7 @@ def test_matrices_of_shallow_models_take_longer_steps(untrained: OptimizerNetwor
 def test_size_of_vector_updates(untrained: OptimizerNetwork, generator: torch.Generator, shape: tuple[int, ...]) -> None:
     """The root mean square is the step size times the learned gain, exactly."""
     params, gradients = draw([shape], generator), [draw([shape], generator)]
-    change = run(untrained, params, gradients, total_steps=1000.0)[0][0][0]
+    change = run(untrained, params, gradients, total_steps=SHORT_RUN)[0][0][0]
     expected = (untrained.log_step_size + untrained.log_vector_gain).exp().item()
     assert rms(change) == pytest.approx(expected, rel=1e-5)
 
@@ -246,7 +246,7 @@ def test_drift_counts_where_gradients_agree(untrained: OptimizerNetwork, generat
 def test_matrices_without_orthogonalisation_are_sized_as_vectors(generator: torch.Generator) -> None:
     plain = OptimizerNetwork(NetworkConfig(orthogonalize_steps=0)).requires_grad_(False)
     plain.controller.log_start.zero_()
-    change = run(plain, draw([(6, 5)], generator), [draw([(6, 5)], generator)], total_steps=1000.0)[0][0][0]
+    change = run(plain, draw([(6, 5)], generator), [draw([(6, 5)], generator)], total_steps=SHORT_RUN)[0][0][0]
     assert rms(change) == pytest.approx((plain.log_step_size + plain.log_vector_gain).exp().item(), rel=1e-5)
 
 
