@@ -4,7 +4,8 @@
 
 Needs torch, Triton and this package, nothing else, and ends within `--minutes`. Parts come in the order of what they are worth: first
 whether the kernels are right, then what they cost, then what they are good for. A part that fails or for which no time is left does not
-hold up the others. After each, all that is known so far is written to `--out` as JSON, and its table printed.
+hold up the others. After each, all that is known so far is written to `--out` as JSON, and its table printed. `benchmarks/tables.py` writes
+the tables into GPU_NOTES.md where the file is benchmarks/results/gpu_first_minutes.json.
 
 `--tiny` shrinks everything, so that the program itself can be tried in seconds, on a CPU too (TRITON_INTERPRET=1 runs the kernels there).
 """

@@ -1,4 +1,4 @@
-"""Writes the tables of the README, SECURITY.md, the guide, benchmarks/README.md and the model cards, from the result files.
+"""Writes the tables of the README, SECURITY.md, the guide, benchmarks/README.md, GPU_NOTES.md and the model cards, from the result files.
 
     python benchmarks/tables.py            # fills in every table
     python benchmarks/tables.py --check    # changes nothing, and fails with a diff where a table and its file differ
@@ -19,15 +19,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from blocks import attacks, cost, engine, examples, quality, summary
+from blocks import attacks, cost, engine, examples, gpu, quality, summary
 from blocks.files import Files, TableError
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "SECURITY.md", "docs/*.md", "benchmarks/README.md", "pretrained/*/README.md")
+DOCUMENTS = ("README.md", "SECURITY.md", "docs/*.md", "benchmarks/README.md", "benchmarks/GPU_NOTES.md", "pretrained/*/README.md")
 START, END = re.compile(r"( *)<!-- table: (.*?) -->"), re.compile(r" *<!-- end -->")
 
 BLOCKS: dict[str, Callable[[Files], str]] = {
-    name: block for part in (summary, quality, examples, cost, engine, attacks) for name, block in part.BLOCKS.items()
+    name: block for part in (summary, quality, examples, cost, engine, attacks, gpu) for name, block in part.BLOCKS.items()
 }
 
 

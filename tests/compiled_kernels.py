@@ -1,7 +1,7 @@
 """Compiles the Triton kernels without a GPU, and looks at the machine code: registers, spills, instructions, and how wide memory is read.
 
-    python tests/compiled_kernels.py                           # the tables of benchmarks/GPU_NOTES.md, in some minutes
-    python tests/compiled_kernels.py --targets gfx942 --json   # of all kernels, as the tests want it
+    python tests/compiled_kernels.py --record           # what the tables of benchmarks/GPU_NOTES.md are made of, in some minutes
+    python tests/compiled_kernels.py --targets gfx942   # prints what is found of all kernels, as JSON
 
 Not with TRITON_INTERPRET=1, which leaves nothing to compile.
 """
@@ -12,7 +12,6 @@ import argparse
 import collections
 import itertools
 import json
-import math
 import re
 import subprocess
 import tempfile
@@ -34,22 +33,13 @@ TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 TYPES = {"instructions": "*i64", "tensors": "*i64", "blocks": "*i32", "chunks": "*i32", "skipped": "*i64", "totals": "*fp64"}
 TYPES |= {"begin": "i32", "count": "i32", "decay1": "fp32", "decay2": "fp32"}
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "machine_code.json"
 STATE = [("float32", "float32"), ("float32", "bfloat16"), ("float32", "int8"), ("bfloat16", "bfloat16"), ("bfloat16", "int8")]
 UNITS = 2
 
 FP32 = {"FFMA", "FMUL", "FADD"}
 SPECIAL = {"MUFU", "I2F", "F2I", "F2F", "FRND"}  # what a multiprocessor has few units for
 NOTHING = {"NOP", "BRA"}  # after the last instruction
-
-# What the assumed time of a pass is made of: multiprocessors, GHz, TB/s, and of each cycle the instructions, fp32 and special ones of a
-# multiprocessor, in threads. A copy gets nine tenths of the bandwidth.
-DEVICES = {
-    "A100": ("sm_80", 108, 1.41, 2.04, (128, 64, 16)),
-    "H100": ("sm_90", 132, 1.98, 3.35, (128, 128, 16)),
-    "H200": ("sm_90", 132, 1.98, 4.8, (128, 128, 16)),
-    "B200": ("sm_100", 148, 1.92, 8.0, (128, 128, 16)),
-}
-COPY = 0.9
 
 
 def kernels() -> dict[str, tuple[Any, dict[str, Any], float]]:
@@ -133,42 +123,18 @@ def of_amd(text: str) -> dict[str, Any]:
     return {"registers": registers, "spills": sum(spills), "opcodes": re.findall(r"^\s+([a-z]\w+)(?:\s|$)", text, re.M)}
 
 
-def picoseconds(device: str, found: dict[str, Any]) -> tuple[float, float]:
-    """The least time of a weight: of its bytes, and of its instructions."""
-    _, processors, clock, bandwidth, rates = DEVICES[device]
-    cycles = max(found[key] / rate for key, rate in zip(("instructions", "fp32", "special"), rates, strict=True))
-    return found["bytes"] / (COPY * bandwidth), 1e3 * cycles / (processors * clock)
-
-
-def tables(found: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The tables of the notes, of what was found on each target."""
-    lines = [
-        f"| kernel | bytes | instructions: {', '.join(found)} | special | registers: {', '.join(found)} |",
-        "| --- | ---: | --- | ---: | --- |",
-    ]
-    names = list(next(iter(found.values())))
-    for name in names:
-        each = [of_target[name] for of_target in found.values()]
-        instructions, registers = (" / ".join(f"{math.ceil(one[key])}" for one in each) for key in ("instructions", "registers"))
-        special = math.ceil(max(one["special"] for one in each))
-        lines.append(f"| {name} | {each[0]['bytes']:.3g} | {instructions} | {special} | {registers} |")
-    devices = {device: target for device, (target, *_) in DEVICES.items() if target in found}
-    lines += ["", f"| kernel | {' | '.join(devices)} |", "| --- " + "| --- " * len(devices) + "|"]
-    for name in names:
-        times = [picoseconds(device, found[target][name]) for device, target in devices.items()]
-        lines.append(f"| {name} | {' | '.join(f'{of_bytes:.1f} / {of_instructions:.1f}' for of_bytes, of_instructions in times)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--targets", nargs="*", choices=TARGETS, default=[name for name in TARGETS if name.startswith("sm_")])
     options.add_argument("--only", nargs="*", help="kernels, by name")
-    options.add_argument("--json", action="store_true", help="what was found, of all kernels")
+    options.add_argument("--record", action="store_true", help=f"write what is found of the passes over all weights to {RECORD}")
     arguments = options.parse_args()
-    names = arguments.only or list(kernels() if arguments.json else passes())
+    names = arguments.only or (passes() if arguments.record else list(kernels()))
     found = {target: {name: look(name, target) for name in names} for target in arguments.targets}
-    print(json.dumps(found) if arguments.json else tables(found))
+    if arguments.record:
+        RECORD.write_text(json.dumps({"triton": triton.__version__, "targets": found}, indent=1) + "\n", encoding="utf-8")
+    else:
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_tables import load
 
-program = load("gpu_first_minutes")
+program, tables = load("gpu_first_minutes"), load("tables")
 CPU = torch.device("cpu")
 TRY = ["--device", "cpu", "--tiny"]
 
@@ -18,7 +18,8 @@ TRY = ["--device", "cpu", "--tiny"]
 @pytest.mark.slow
 def test_kernels_are_compared_with_the_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    out = tmp_path / "folder" / "found.json"
+    assert "No time here was measured" in tables.BLOCKS["gpu.measured"](tables.Files(tmp_path))
+    out = tmp_path / "benchmarks" / "results" / "gpu_first_minutes.json"
     program.main([*TRY, "--only", "correctness", "waiting", "--out", str(out)])
     found = json.loads(out.read_text(encoding="utf-8"))
     rows = found["parts"]["correctness"]["rows"]
@@ -30,6 +31,9 @@ def test_kernels_are_compared_with_the_rule(tmp_path: Path, capsys: pytest.Captu
     assert found["parts"]["waiting"]["trouble"] == "needs a CUDA device"
     assert found["machine"]["torch"] == torch.__version__
     assert "| float32 | int8 | float32 | odd address |" in capsys.readouterr().out
+    notes = tables.BLOCKS["gpu.measured"](tables.Files(tmp_path))
+    assert f"torch {torch.__version__}" in notes
+    assert "| float32 | int8 | float32 | odd address |" in notes
 
 
 @pytest.mark.slow

@@ -28,19 +28,13 @@ def load(name: str) -> ModuleType:
 
 tables = load("tables")
 files, writing = (importlib.import_module(f"blocks.{name}") for name in ("files", "writing"))
-FILES = "QUALITY", "LEARNED", "PRETRAINED", "DISTRIBUTION", "MNIST", "HISTORY", "SPEED", "ITERATIONS", "SHARDED", "DEMO", "ATTACKS"
-USED = [path for name, path in vars(files).items() if name in FILES]
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """The documents and the result files, to be changed."""
-    results = [
-        path.relative_to(ROOT)
-        for pattern in ("benchmarks/meta_training/results", "examples/results")
-        for path in (ROOT / pattern).rglob("*.json")
-    ]
-    for path in (*USED, *results, *(path.relative_to(ROOT) for path in tables.documents(ROOT))):
+    results = [path for folder in ("benchmarks", "examples") for path in (ROOT / folder).rglob("*.json") if "results" in path.parts]
+    for path in (path.relative_to(ROOT) for path in (*results, *tables.documents(ROOT))):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     return tmp_path
@@ -79,6 +73,7 @@ def test_every_block_stands_in_a_document() -> None:
             ["docs/results.md", "pretrained/default/README.md"],
         ),
         (files.SPEED, ("by weights", 3, 5), ["docs/cost.md", "benchmarks/README.md"]),
+        (files.MACHINE_CODE, ("targets", "sm_80", "apply float32", "bytes"), ["benchmarks/GPU_NOTES.md"]),
         (files.ATTACKS, ("file `config.json`", "slowest, s"), ["SECURITY.md"]),
         ("examples/results/trainer_gpt/results.json", ("evaluation loss", "LearnedOptimizerTrainer", "mean"), ["docs/integrations.md"]),
         ("benchmarks/meta_training/results/large_exact.json", ("exact", "seconds"), ["benchmarks/README.md"]),

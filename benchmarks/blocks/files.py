@@ -18,6 +18,8 @@ ITERATIONS = "benchmarks/results/iterations.json"
 SHARDED = "benchmarks/results/sharded.json"
 DEMO = "benchmarks/results/demo.json"
 ATTACKS = "benchmarks/results/attacks.json"
+MACHINE_CODE = "benchmarks/results/machine_code.json"
+GPU = "benchmarks/results/gpu_first_minutes.json"  # there only once it has run on a GPU
 ENGINE = "benchmarks/meta_training/results"
 EXAMPLES = "examples/results"
 
@@ -47,9 +49,12 @@ class Files:
     def __init__(self, root: Path) -> None:
         self.root, self.read = root, {}
 
+    def has(self, path: str) -> bool:
+        return (self.root / path).is_file()
+
     def __call__(self, path: str) -> Any:
         if path not in self.read:
-            if not (self.root / path).is_file():
+            if not self.has(path):
                 raise TableError(f"{path} is missing")
             self.read[path] = json.loads((self.root / path).read_text(encoding="utf-8"))
         return self.read[path]
