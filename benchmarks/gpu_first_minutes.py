@@ -43,9 +43,9 @@ ADAMW, MUON, OURS, SMALL = "AdamW, fused", "Muon", "LearnedOptimizer", "LearnedO
 FORMATS = [("float32", "float32"), ("float32", "bfloat16"), ("float32", "int8"), ("bfloat16", "bfloat16"), ("bfloat16", "int8")]
 # Bytes of a weight that each pass moves in the formats above, of gradients and parameters in fp32; see GPU_NOTES.md.
 BYTES = {
-    "_moments": dict(zip(FORMATS, (12, 12, 12, 8, 8), strict=True)),
-    "_directions": dict(zip(FORMATS, (64, 44, 34.2, 36, 26.2), strict=True)),
-    "_apply": dict.fromkeys(FORMATS, 12),
+    "moments": dict(zip(FORMATS, (12, 12, 12, 8, 8), strict=True)),
+    "directions": dict(zip(FORMATS, (64, 44, 34.2, 36, 26.2), strict=True)),
+    "apply": dict.fromkeys(FORMATS, 12),
 }
 
 

@@ -24,9 +24,10 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from learned_optim import storage
 from learned_optim.config import FORMATS
 from learned_optim.features import BUCKETS
-from learned_optim.kernels import gpu, gpu_replay
+from learned_optim.kernels import gpu, gpu_passes, gpu_replay
 
 TARGETS = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
@@ -46,29 +47,29 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], float]]:
     """Each kernel as it is compiled, by a name: its function, constants, and bytes that it moves for a weight; 0 where it has none."""
     found: dict[str, tuple[Any, dict[str, Any], float]] = {}
     for columns in (1, 4, 2 * BUCKETS):
-        found |= {f"{name} {columns}": (getattr(gpu, f"_{name}"), {"COLUMNS": columns}, 0) for name in ("add_up", "means")}
-    found |= {name: (getattr(gpu, f"_{name}"), {}, 0) for name in ("gather", "scatter", "judge")}
+        found |= {f"{name} {columns}": (getattr(gpu_passes, name), {"COLUMNS": columns}, 0) for name in ("add_up", "means")}
+    found |= {name: (getattr(gpu_passes, name), {}, 0) for name in ("gather", "scatter", "judge")}
     found["replay"] = gpu_replay._replay, {}, 0
-    for align, cut in itertools.product((gpu.ALIGNMENT, 1), range(len(gpu.CUTS))):
-        suffix = ("" if align > 1 else " unaligned") + ("" if cut == 0 else f" {gpu.CUTS[cut]}")
+    for align, cut in itertools.product((gpu_passes.ALIGNMENT, 1), range(len(gpu_passes.CUTS))):
+        suffix = ("" if align > 1 else " unaligned") + ("" if cut == 0 else f" {gpu_passes.CUTS[cut]}")
         for dtype in ("float32", "bfloat16", "float16") if align > 1 else ("float32", "bfloat16"):
             width, kind = WIDTHS[dtype], getattr(tl, dtype)
-            found[f"apply {dtype}{suffix}"] = gpu._apply, {"PARAM": kind, "ALIGN": align, "CUT": cut}, 4 + 2 * width
+            found[f"apply {dtype}{suffix}"] = gpu_passes.apply, {"PARAM": kind, "ALIGN": align, "CUT": cut}, 4 + 2 * width
             for fmt in FORMATS[: 0 if cut else 2]:
                 constants = {"FORMAT": FORMATS.index(fmt), "GRAD": kind, "ALIGN": align}
-                found[f"moments {dtype} {fmt}{suffix}"] = gpu._moments, constants, width + 2 * WIDTHS[fmt]
+                found[f"moments {dtype} {fmt}{suffix}"] = gpu_passes.moments, constants, width + 2 * WIDTHS[fmt]
             for moments, lstm in STATE if dtype == "float32" else STATE[1:2]:
                 if cut and lstm == "int8":
                     continue  # which is refused
                 formats = {"MOMENTS": FORMATS.index(moments), "LSTM": FORMATS.index(lstm)}
-                scale = 4 / gpu.storage.BLOCK if lstm == "int8" else 0
+                scale = 4 / storage.BLOCK if lstm == "int8" else 0
                 moved = width + 4 * WIDTHS[moments] + 2 * (2 * UNITS + 1) * (WIDTHS[lstm] + scale) + 4
                 found[f"directions {dtype} {moments} {lstm}{suffix}"] = (
-                    gpu._directions,
+                    gpu_passes.directions,
                     {"UNITS": UNITS, **formats, "GRAD": kind, "ALIGN": align, "CUT": cut},
                     moved,
                 )
-        found[f"apply none{suffix}"] = gpu._apply, {"PARAM": None, "ALIGN": align, "CUT": cut}, 4
+        found[f"apply none{suffix}"] = gpu_passes.apply, {"PARAM": None, "ALIGN": align, "CUT": cut}, 4
     return found
 
 
@@ -77,7 +78,10 @@ def passes() -> list[str]:
     return [
         name
         for name, (_, constants, moved) in kernels().items()
-        if moved and constants["ALIGN"] == gpu.ALIGNMENT and constants.get("CUT", 0) == 0 and name.split()[1] not in ("none", "float16")
+        if moved
+        and constants["ALIGN"] == gpu_passes.ALIGNMENT
+        and constants.get("CUT", 0) == 0
+        and name.split()[1] not in ("none", "float16")
     ]
 
 
@@ -87,9 +91,9 @@ def look(name: str, target: str) -> dict[str, Any]:
     signature = {each: "constexpr" if each in constants else TYPES.get(each, "*fp32") for each in function.arg_names}
     aligned = {(k,): [["tt.divisibility", 16]] for k, each in enumerate(function.arg_names) if signature[each].startswith("*")}
     source = ASTSource(function, signature, constants, aligned)
-    warps = gpu.WARPS[constants["ALIGN"]] if moved else gpu.WARPS[gpu.ALIGNMENT]
+    warps = gpu.WARPS[constants["ALIGN"]] if moved else gpu.WARPS[gpu_passes.ALIGNMENT]
     compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
-    weights = gpu.BLOCK / (warps * TARGETS[target].warp_size) if moved else 1
+    weights = gpu_passes.BLOCK / (warps * TARGETS[target].warp_size) if moved else 1
     read = of_amd(compiled.asm["amdgcn"]) if target.startswith("gfx") else of_nvidia(compiled.asm["cubin"])
     opcodes = read.pop("opcodes")
     counts = collections.Counter(opcode.split(".")[0] for opcode in opcodes if opcode.split(".")[0] not in NOTHING)

@@ -20,7 +20,7 @@ from learned_optim import LearnedOptimizer, OptimizerNetwork, rule
 from learned_optim.features import Layout
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from learned_optim.kernels import gpu, gpu_replay, replay
+from learned_optim.kernels import gpu, gpu_passes, gpu_replay, replay
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 # The last but one is larger than a block, and the last one a multiple of what a thread loads at once besides. The interpreter takes about
@@ -213,11 +213,11 @@ def test_steps_upload_tables_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def entries(rows: list[dict[str, int]]) -> list[int]:
-    return [row.get(field, 0) for row in rows for field in gpu.FIELDS]
+    return [row.get(field, 0) for row in rows for field in gpu_passes.FIELDS]
 
 
 def test_tables() -> None:
-    layout = Layout(tuple(torch.Size([size]) for size in (5, 3 * gpu.BLOCK, gpu.BLOCK + 1)), DEVICE)
+    layout = Layout(tuple(torch.Size([size]) for size in (5, 3 * gpu_passes.BLOCK, gpu_passes.BLOCK + 1)), DEVICE)
     places = [(2**48, 2, 2, 2), (2**48 + 1, 0, 3, 3), (2**48 + 2, 1, 0, 0)]
     numbers = entries([dict(zip(("size", "order", "first_block", "first_chunk"), row, strict=True)) for row in places])
     slow, fast = (gpu.Tables.make(layout, tuple(numbers), way) for way in (gpu.upload_by_kernels, gpu.upload))
@@ -227,10 +227,10 @@ def test_tables() -> None:
 
 def test_means_in_chunks() -> None:
     """Of tensors of one chunk, of two, and of more than are added up at once."""
-    many = gpu.CHUNKS + 2
-    sizes = [3, gpu.BLOCK * gpu.CHUNK + 1, many * gpu.BLOCK * gpu.CHUNK]
+    many = gpu_passes.CHUNKS + 2
+    sizes = [3, gpu_passes.BLOCK * gpu_passes.CHUNK + 1, many * gpu_passes.BLOCK * gpu_passes.CHUNK]
     layout = Layout(tuple(torch.Size([size]) for size in sizes), DEVICE)
-    counts = [-(-size // gpu.BLOCK) for size in sizes]
+    counts = [-(-size // gpu_passes.BLOCK) for size in sizes]
     firsts, chunks, order = [counts[2], counts[2] + counts[0], 0], [many, many + 1, 0], [2, 0, 1]
     named = zip(sizes, order, firsts, chunks, strict=True)
     rows = [{"size": size, "count": size, "order": nth, "first_block": block, "first_chunk": chunk} for size, nth, block, chunk in named]
@@ -239,8 +239,8 @@ def test_means_in_chunks() -> None:
     assert len(tables.chunks) == many + 3
     sums = torch.rand(len(tables.blocks), 4, generator=Generator().manual_seed(0)).to(DEVICE)
     totals, means = sums.new_empty(many + 3, 4, dtype=torch.float64), sums.new_empty(4, 3)
-    gpu._add_up[many + 3,](tables.tensors, tables.chunks, sums, totals, 4)
-    gpu._means[3,](tables.tensors, totals, means, 3, 4)
+    gpu_passes.add_up[many + 3,](tables.tensors, tables.chunks, sums, totals, 4)
+    gpu_passes.means[3,](tables.tensors, totals, means, 3, 4)
     expected = [sums[first : first + count].double().sum(0) / size for first, count, size in zip(firsts, counts, sizes, strict=True)]
     torch.testing.assert_close(means, torch.stack(expected, -1).float(), rtol=1e-6, atol=0)
 
@@ -367,7 +367,7 @@ class TestOnADevice:
     def test_many_blocks(self, moments: str, units: str) -> None:
         """More than a program adds up at once, in tensors of two kinds."""
         network = network_of("default", moment_format=moments, lstm_format=units)
-        shapes = [(gpu.CHUNK * gpu.BLOCK + 16,), (2 * gpu.CHUNK * gpu.BLOCK + 3,), (17,)]
+        shapes = [(gpu_passes.CHUNK * gpu_passes.BLOCK + 16,), (2 * gpu_passes.CHUNK * gpu_passes.BLOCK + 3,), (17,)]
         mine, theirs = (train(kernel, network, shapes=shapes)[0] for kernel in ("triton", "reference"))
         assert_near(mine, theirs, 0.02)
 

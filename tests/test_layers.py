@@ -16,7 +16,7 @@ checks.groups checks.parameters rule
 checks.state
 checks
 kernels inspection
-kernels.cpu kernels.gpu_replay
+kernels.cpu kernels.gpu_replay kernels.gpu_passes
 kernels.gpu
 optimizer
 learned_optim
