@@ -36,7 +36,7 @@ PROCESSES = {"several-gpus.md": 2}  # that torchrun starts
 # Runs programs one after the other, each in its folder: starting Python, torch and transformers for each would take longer than most do.
 ONE_AFTER_THE_OTHER = """
 import os, runpy, sys
-for folder in map(os.path.abspath, sys.argv[1:]):
+for folder in [os.path.abspath(each) for each in sys.argv[1:]]:
     os.chdir(folder)
     runpy.run_path("pasted.py", run_name="__main__")
 """
