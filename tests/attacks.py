@@ -4,7 +4,7 @@ Files are damaged (fuzz.py), states replaced by what does not fit, gradients and
 be refused by an error that names what is wrong, with nothing changed, or go well: then the compiled kernel does what the rule says, and a
 killed run goes on with the same bits. States and gradients are tried in processes of their own, so that a crash is counted.
 
-The program takes some ten minutes, and goes on where it was stopped. tests/test_attacks.py tries a few of each.
+The program takes some ten minutes, and goes on where it was stopped. tests/test_attacks_*.py try a few of each.
 """
 
 from __future__ import annotations

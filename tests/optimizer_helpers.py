@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from learned_optim import LearnedOptimizer
+
 
 class Model(nn.Module):
     """A matrix, vectors, a scalar and a parameter without elements."""
@@ -49,6 +51,14 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, sche
             scheduler.step()
         losses.append(loss.item())
     return losses
+
+
+def make_pair(kernel: str = "auto", pretrained: str = "small", steps: int = 2, **options: Any) -> tuple[nn.Module, LearnedOptimizer]:
+    """A model and its optimizer after a few steps."""
+    model = make_model()
+    optimizer = LearnedOptimizer(model.named_parameters(), pretrained, kernel=kernel, **options)
+    train(model, optimizer, range(steps))
+    return model, optimizer
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:

@@ -105,9 +105,14 @@ def both(model: nn.Module, make_optimizer: Any) -> Spread:
 
 @functools.cache
 def trained_alone(make_optimizer: Any, kind: type[nn.Module], dtype: torch.dtype, **options: Any) -> nn.Module:
-    """What one process makes of it. Several checks compare with the same."""
+    """What the first process makes of it by itself, and tells the others. Several checks compare with the same."""
     model = make(kind, dtype)
-    train(model, make_optimizer(model.parameters(), **options))
+    if dist.get_rank() == 0:
+        train(model, make_optimizer(model.parameters(), **options))
+    for param in model.parameters():
+        value = param.detach().float()
+        dist.broadcast(value, 0)
+        param.data.copy_(value)
     return model
 
 

@@ -29,9 +29,13 @@ CONFIG = tiny_config(
 )
 
 
-def torchrun(processes: int, out: Path, *script: str, restarts: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    call = [*launcher, f"--max-restarts={restarts}", "--monitor-interval=0.2", *script]
+def torchrun(
+    processes: int, out: Path, *script: str, restarts: int = 0, imports: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """With `imports`, the processes are forks of a launcher that has imported these modules, which takes longer than most scripts."""
+    launcher = ["-m", "torch.distributed.run"] if imports is None else [str(Path(__file__).with_name("forked.py")), imports]
+    options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--monitor-interval=0.2"]
+    call = [sys.executable, *launcher, *options, *script]
     inherited = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(call, capture_output=True, text=True, cwd=out, env=inherited, check=False, timeout=240)
 
@@ -99,7 +103,7 @@ with distributed.joined("cpu"):
 def test_a_run_outlives_a_killed_process(shared: Path, tmp_path: Path) -> None:
     arguments(tmp_path / "killed")
     (tmp_path / "dying.py").write_text(DYING)
-    done = torchrun(2, tmp_path, str(tmp_path / "dying.py"), str(tmp_path / "killed"), restarts=1)
+    done = torchrun(2, tmp_path, str(tmp_path / "dying.py"), str(tmp_path / "killed"), restarts=1, imports="learned_optim.meta_train")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "killed/died").exists()
     whole, killed = (load_network(out / "stage1").state_dict() for out in (shared, tmp_path / "killed/out"))

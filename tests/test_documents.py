@@ -33,12 +33,12 @@ SHORTER = {
     ],
 }
 PROCESSES = {"several-gpus.md": 2}  # that torchrun starts
-# Runs programs one after the other, each in its folder: starting Python and torch for each would take longer than all of them.
+# Runs programs one after the other, each in its folder: starting Python, torch and transformers for each would take longer than most do.
 ONE_AFTER_THE_OTHER = """
 import os, runpy, sys
-for folder in sys.argv[1:]:
+for folder in [os.path.abspath(each) for each in sys.argv[1:]]:
     os.chdir(folder)
-    runpy.run_path(f"{folder}/pasted.py", run_name="__main__")
+    runpy.run_path("pasted.py", run_name="__main__")
 """
 
 
@@ -57,48 +57,62 @@ def environment(folder: Path) -> dict[str, str]:
     return env | {"HF_HOME": str(folder / "hub"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_token", "OMP_NUM_THREADS": "1"}
 
 
-def alone(code: str) -> bool:
-    """Whether it needs a process of its own: libraries that warn of themselves, or read their settings when they are imported."""
+def with_libraries(code: str) -> bool:
+    """Whether it needs libraries that warn of themselves, or read their settings when they are imported."""
     return any(name in code for name in ("transformers", "push_to_hub"))
 
 
-def run(code: str, folder: Path, processes: int | None = None) -> None:
-    (folder / "pasted.py").write_text(code, encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes else []
-    with HubServer() as hub:
-        call = [sys.executable, *launcher, "pasted.py"]
-        env = environment(folder) | {"HF_ENDPOINT": hub.url}
-        done = subprocess.run(call, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        pushed = hub.repositories.get("user/my-optimizer")
-    if "push_to_hub" in code:
-        assert pushed is not None
-        assert {"config.json", "model.safetensors", "README.md"} <= pushed.commits[pushed.refs["main"]].keys()
+def run(arguments: list[str], programs: dict[str, str], folder: Path, **variables: str) -> None:
+    """Runs Python in a folder where each program has a folder of its own."""
+    for name, code in programs.items():
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "pasted.py").write_text(code, encoding="utf-8")
+    call, env = [sys.executable, *arguments], environment(folder) | variables
+    done = subprocess.run(call, cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # What a reader pastes into a session: a block of README, or those of a page of the guide one after the other.
 PASTED = dict(zip(("train", "Trainer", "meta-train and push"), blocks(README), strict=True))
 PASTED |= {page.name: "\n".join(blocks(page)) for page in GUIDE if blocks(page)}
 # What is left of integrations.md depends on what is installed.
-ALONE = [name for name, code in PASTED.items() if alone(code) or name in (*PROCESSES, "integrations.md")]
+ALONE = [name for name in (*PROCESSES, "integrations.md") if name in PASTED]
+WITH_LIBRARIES = [name for name, code in PASTED.items() if with_libraries(code) and name not in ALONE]
+
+
+def assert_pushed(hub: HubServer, repository: str) -> None:
+    pushed = hub.repositories[repository]
+    assert {"config.json", "model.safetensors", "README.md"} <= pushed.commits[pushed.refs["main"]].keys()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
 def test_runs_as_pasted(name: str, tmp_path: Path) -> None:
-    run(PASTED[name], tmp_path, PROCESSES.get(name))
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={PROCESSES[name]}"] if name in PROCESSES else []
+    with HubServer() as hub:
+        run([*launcher, "pasted.py"], {".": PASTED[name]}, tmp_path, HF_ENDPOINT=hub.url)
+        if "push_to_hub" in PASTED[name]:
+            assert_pushed(hub, "user/my-optimizer")
+
+
+@pytest.mark.slow
+def test_what_needs_libraries_runs_as_pasted(tmp_path: Path) -> None:
+    """Each program pushes to a repository of its own."""
+    assert set(WITH_LIBRARIES) == {"Trainer", "meta-train and push", "meta-training.md"}
+    programs = {str(i): PASTED[name].replace("user/my-optimizer", f"user/{i}") for i, name in enumerate(WITH_LIBRARIES)}
+    with HubServer() as hub:
+        run(["-c", ONE_AFTER_THE_OTHER, *programs], programs, tmp_path, HF_ENDPOINT=hub.url)
+        pushes = [name for name, code in programs.items() if "push_to_hub" in code]
+        assert len(pushes) == 2
+        for name in pushes:
+            assert_pushed(hub, f"user/{name}")
 
 
 @pytest.mark.slow
 def test_all_others_run_as_pasted_without_a_warning(tmp_path: Path) -> None:
-    others = [name for name in PASTED if name not in ALONE]
-    assert {"train", "use.md", "compare.md", "fine-tuning.md"} <= set(others)
-    for name in others:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "pasted.py").write_text(PASTED[name], encoding="utf-8")
-    call = [sys.executable, "-W", "error", "-c", ONE_AFTER_THE_OTHER, *(str(tmp_path / name) for name in others)]
-    done = subprocess.run(call, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
+    others = {name: code for name, code in PASTED.items() if name not in (*ALONE, *WITH_LIBRARIES)}
+    assert {"train", "use.md", "compare.md", "fine-tuning.md"} <= others.keys()
+    run(["-W", "error", "-c", ONE_AFTER_THE_OTHER, *others], others, tmp_path)
 
 
 def test_every_block_that_looks_like_python_is_run() -> None:

@@ -24,7 +24,7 @@ TWO, MORE, FOUR = ([check.__name__ for check in checks] for checks in (worker.TW
 
 
 def run(processes: int, folder: Path, *names: str, restarts: int = 0) -> str:
-    done = torchrun(processes, folder, str(Path(worker.__file__)), str(folder), *names, restarts=restarts)
+    done = torchrun(processes, folder, str(Path(worker.__file__)), str(folder), *names, restarts=restarts, imports="sharded_worker")
     return done.stderr
 
 

@@ -149,8 +149,7 @@ torch.distributed.destroy_process_group()
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     (tmp_path / "ddp.py").write_text(DDP)
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    done = torchrun(2, tmp_path, str(tmp_path / "ddp.py"), str(tmp_path), PYTHONPATH=paths)
+    done = torchrun(2, tmp_path, str(tmp_path / "ddp.py"), str(tmp_path), imports="trainer_helpers")
     assert done.returncode == 0, done.stderr
     ends = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert same(*ends), "every process holds the same weights"
