@@ -124,7 +124,7 @@ def _read(path: Path, **options: Any) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, **options)
-        kept = state.keys(), state["progress"].keys()
+        kept = set(state), set(state["progress"])
     except (RuntimeError, EOFError, UnpicklingError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no checkpoint of meta-training; use another folder or delete it") from error
     if kept != (set(PARTS), {key.name for key in fields(Progress)}):
