@@ -2,7 +2,7 @@
 
 The plain Trainer takes the optimizer as it takes any other, `Trainer(..., optimizer_cls_and_kwargs=(LearnedOptimizer, {}))`. It then
 scales the update by a linear schedule, clips gradients, does not tell the optimizer how long training will take, and drops `learning_rate`
-and what else belongs to AdamW without a word, since the optimizer never sees the training arguments.
+and what else belongs to AdamW, which one warning says.
 `LearnedOptimizerTrainer` runs it as its weights were meta-trained.
 """
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
+from learned_optim.checks.groups import warn_of_experts
 from learned_optim.network import MOST
 from learned_optim.rule import Control
 from learned_optim.weights import fingerprint
@@ -67,10 +68,11 @@ class LearnedOptimizerTrainer(Trainer):
       units; five times it is about the learning rate at which AdamW's steps have that size. And `at_bound/group_0`, the share of tensors
       whose steps the controller has made as long or as short as it may, a factor of twenty: near 1, with a tiny `update_rms`, training
       is braked as hard as can be and learns next to nothing; with a large one, steps that were longer still would be taken.
+      `skipped` counts the tensors that were left out of a step because their gradient was not finite.
     - The model card names this optimizer and its weights.
 
     Args:
-        pretrained, revision, lr, kernel: as for `LearnedOptimizer`.
+        pretrained, revision, lr, stacked, error_if_nonfinite, kernel: as for `LearnedOptimizer`.
         total_steps: in place of the number of steps of this training, where it is a part of a longer one, say.
         weight_decay: in place of the training arguments'.
         args, kwargs: as for `Trainer`, but for `optimizers` and `optimizer_cls_and_kwargs`.
@@ -82,6 +84,7 @@ class LearnedOptimizerTrainer(Trainer):
     """
 
     args: TrainingArguments
+    names_what_it_ignores = True  # so that the optimizer need not, see `learned_optim.checks.groups.warn_of_trainer`
     optimizer_cls_and_kwargs: tuple[type[LearnedOptimizer], dict[str, Any]] | None
 
     def __init__(
@@ -92,6 +95,8 @@ class LearnedOptimizerTrainer(Trainer):
         lr: float = 1.0,
         weight_decay: float | None = None,
         total_steps: int | None = None,
+        stacked: bool = False,
+        error_if_nonfinite: bool = False,
         kernel: str = "auto",
         **kwargs: Any,
     ) -> None:
@@ -102,7 +107,8 @@ class LearnedOptimizerTrainer(Trainer):
             raise ValueError(
                 "LearnedOptimizerTrainer makes its own optimizer and schedule; leave optimizers and optimizer_cls_and_kwargs out"
             )
-        self.optimizer_cls_and_kwargs = LearnedOptimizer, {"pretrained": network, "lr": lr, "total_steps": total_steps, "kernel": kernel}
+        options = {"lr": lr, "total_steps": total_steps, "stacked": stacked, "error_if_nonfinite": error_if_nonfinite, "kernel": kernel}
+        self.optimizer_cls_and_kwargs = LearnedOptimizer, {"pretrained": network, **options}
         # Another trainer, of AdamW's say, may be made with the same arguments.
         self.args = copy.copy(self.args)
         if weight_decay is not None:
@@ -120,7 +126,7 @@ class LearnedOptimizerTrainer(Trainer):
         horizon = "the whole training" if total_steps is None else str(total_steps)
         source = "a network" if isinstance(pretrained, OptimizerNetwork) else repr(os.fspath(pretrained))
         self._weights = f"pretrained={source}, weights {fingerprint(network)}, lr={lr}, total_steps of {horizon}"
-        self._lr = lr
+        self._lr, self._stacked = lr, stacked
         self._watch = _Watch(total_steps)
         self.add_callback(self._watch)
 
@@ -128,11 +134,14 @@ class LearnedOptimizerTrainer(Trainer):
         # A hyperparameter search has changed the arguments since.
         if searched := [name for name in _changed(self.args) if name not in self._ignored]:
             raise ValueError(f"LearnedOptimizerTrainer ignores {', '.join(searched)}, so a search over it finds nothing; leave it out")
+        if self.optimizer is None and not self._stacked and self.is_world_process_zero():
+            # Trainer makes groups without names, which would show it to the optimizer.
+            warn_of_experts((self.model if model is None else model).named_parameters(), stacklevel=2)
         return super().create_optimizer(model)  # type: ignore[no-any-return]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs = {**logs, **self._watch.figures}
+            logs = {**logs, **self._watch.logs()}
         super().log(logs, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -159,13 +168,18 @@ class _Watch(TrainerCallback):
     def __init__(self, total_steps: int | None) -> None:
         self.figures: dict[str, float] = {}
         self._total_steps = total_steps
+        self._optimizer: LearnedOptimizer | None = None
         self._due = False
         self._before: list[list[Tensor]] = []
+
+    def logs(self) -> dict[str, float]:
+        return self.figures if self._optimizer is None else {**self.figures, "skipped": self._optimizer.skipped}
 
     def on_train_begin(self, _: TrainingArguments, state: TrainerState, *__: Any, optimizer: Any, **___: Any) -> None:
         if state.global_step == 0:
             # Trainer keeps the optimizer for a second `train()`. Its clock would stand at the end of the horizon, where it no longer moves.
             optimizer.state.clear()
+        self._optimizer = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
         for group in optimizer.param_groups:
             group["total_steps"] = self._total_steps or state.max_steps
         self._due = True

@@ -60,6 +60,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             first step.
         matrices: how many matrices the whole model has, convolutions included, where this optimizer is given a part of it only, as with one
             optimizer for each parameter: those of models with one or two take longer steps. None, the default, counts those that it has.
+        stacked: True where parameters of three and more dimensions are stacks of matrices (..., fan_out, fan_in), such as the weights of
+            experts. False, the default, takes them for convolutions, (fan_out, fan_in, ...). Give a model that has both groups.
         error_if_nonfinite: what a gradient that is not finite, or whose square is not in fp32, does to a step. False, the default, leaves
             its tensor out of it: parameter and state stay as they are, the others move on, `skipped` counts it, and the first time there is
             a warning (not on a GPU, which would have to be waited for). True raises before anything moves, as in
@@ -73,13 +75,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             CPU, and PyTorch operations elsewhere; "triton", Triton kernels on CUDA devices, which orthogonalise matrices in bfloat16; or
             "auto", the fastest that can run: C code on a CPU, Triton on CUDA devices.
 
-    A group may have its own `lr`, `weight_decay`, `total_steps` and `matrices`, and these besides:
-
-    - `maximize`: True goes uphill.
-    - `stacked`: True where parameters of three and more dimensions are stacks of matrices (..., fan_out, fan_in), such as the weights of
-      experts. False, the default, takes them for convolutions, (fan_out, fan_in, ...).
-
-    Any other key that is no scheduler's is refused.
+    A group may have its own `lr`, `weight_decay`, `total_steps`, `matrices` and `stacked`, and `maximize` besides: True goes uphill. Any
+    other key that is no scheduler's is refused.
 
     Examples:
         >>> import torch
@@ -111,6 +108,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         total_steps: int | None = None,
         matrices: int | None = None,
+        stacked: bool = False,
         error_if_nonfinite: bool = False,
         revision: str | None = None,
         kernel: str = "auto",
@@ -138,11 +136,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._options: list[tuple[Any, ...]] = []  # what the groups said at the last step
         self._tables: dict[Tensor, bool] = {}  # what is known of parameters that may be tables, see `Layout`
         defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "weights": fingerprint(self.network)}
-        super().__init__(params, defaults | {"maximize": False, "matrices": matrices, "stacked": False})
+        super().__init__(params, defaults | {"maximize": False, "matrices": matrices, "stacked": stacked})
         # OneCycleLR and CyclicLR want to cycle some momentum, unless told otherwise, of an optimizer that has one. The rule's is not theirs
         # to change; what they write into groups has no effect.
         self.defaults["momentum"] = self.network.config.momentum
+        checks.groups.warn_of_trainer(sys._getframe(1), stacklevel=3)
         checks.groups.warn_of_lr(self.param_groups, stacklevel=3)
+        checks.groups.warn_of_experts(checks.groups.named_parameters(self.param_groups), stacklevel=3)
         for device in {param.device: None for group in self.param_groups for param in group["params"]}:
             self._choose_kernel(device, stacklevel=3)
 
@@ -164,6 +164,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise
         if "momentum" in self.defaults:  # which the constructor adds when it is done with its groups
             checks.groups.warn_of_lr([group], stacklevel=3)
+            checks.groups.warn_of_experts(checks.groups.named_parameters([group]), stacklevel=3)
         self._given.append((group, [0 if checks.parameters.is_lazy(param) else param.ndim for param in group["params"]]))
 
     @property

@@ -9,11 +9,14 @@ Which tensors a network has is not known here: the network inherits from `Pretra
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.resources
 import os
 import reprlib
+import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +33,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MAX_HEADER = 2**17  # bytes of the list of tensors in front of the weights; real ones have two thousand
 RECIPE = "meta_train*.json"  # one file, or one for each stage
 SCRATCH = ".saving-"  # how the names of folders begin in which files wait to take their places
+FORGOTTEN = 3600  # seconds from which on nobody waits for them any more
 CARD, CURVES, META_TRAIN = "README.md", "curves.png", "meta_train.json"  # what a meta-training run adds
 
 MODEL_CARD = """\
@@ -82,7 +86,8 @@ class Pretrained(nn.Module):
         """Writes `config.json` and `model.safetensors` (in fp32) to a folder that `from_pretrained` reads, the same bytes for the same
         network. Makes the folder if need be.
 
-        Both files are complete before either takes its place, so a full disk or an interrupted write leaves an earlier set as it was.
+        Both files are complete before either takes its place, so a full disk or an interrupted write leaves an earlier set as it was. What
+        a killed process left unfinished in the folder goes with the first save an hour later.
 
         Raises:
             ValueError: a weight is NaN or infinite.
@@ -90,6 +95,10 @@ class Pretrained(nn.Module):
         """
         files = _files(self)
         Path(folder).mkdir(parents=True, exist_ok=True)
+        for unfinished in Path(folder).glob(f"{SCRATCH}*"):
+            with contextlib.suppress(OSError):  # of another process, which is done with it
+                if time.time() - unfinished.stat().st_mtime > FORGOTTEN:
+                    shutil.rmtree(unfinished)
         try:
             with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
                 for name, content in files.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_helpers import assert_same, make_model, train, values
+from optimizer_helpers import assert_same, loss_of, make_model, train, values
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -156,3 +156,84 @@ def test_parameters_may_be_swapped_before_the_first_step(network: OptimizerNetwo
     assert_same(values(replacements), values(other))
     assert_same(values(model), before)
     assert set(optimizer.state) == set(replacements.parameters())
+
+
+# Experts that are stacked into one tensor
+
+
+EXPERTS, INPUTS, HIDDEN, OUTPUTS = 8, 16, 32, 4
+
+
+def outputs_of(first: Tensor, second: Tensor, inputs: Tensor) -> Tensor:
+    """Of all experts, (EXPERTS, batch, OUTPUTS)."""
+    return torch.einsum("eoh,ebh->ebo", second, torch.einsum("ehi,bi->ebh", first, inputs).tanh())
+
+
+def train_experts(apart: bool) -> float:
+    """The loss to which experts come that lie apart, or stacked into one tensor."""
+    generator = torch.Generator().manual_seed(5)
+    target = 2 * torch.randn(EXPERTS, HIDDEN, INPUTS, generator=generator) / INPUTS**0.5
+    target_second = torch.randn(EXPERTS, OUTPUTS, HIDDEN, generator=generator) / HIDDEN**0.5
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(EXPERTS, HIDDEN, INPUTS, generator=generator) / INPUTS**0.5]
+    weights += [torch.randn(EXPERTS, OUTPUTS, HIDDEN, generator=generator) / HIDDEN**0.5]
+    members = [[nn.Parameter(part.clone()) for part in (weight if apart else [weight])] for weight in weights]
+    optimizer = LearnedOptimizer([*members[0], *members[1]], stacked=not apart)
+    losses = []
+    for _ in range(400):
+        inputs = torch.randn(64, INPUTS, generator=generator)
+        first, second = (torch.stack(tuple(parts)) if apart else parts[0] for parts in members)
+        loss = (outputs_of(first, second, inputs) - outputs_of(target, target_second, inputs)).square().mean((1, 2)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[-20:]) / 20
+
+
+def test_stacked_experts_train_as_those_apart() -> None:
+    """Taken for a convolution's they end more than four times as high."""
+    assert train_experts(apart=False) == pytest.approx(train_experts(apart=True), rel=0.2)
+
+
+def test_stacked_is_an_option_of_all_groups_that_say_nothing_else() -> None:
+    params = [nn.Parameter(torch.ones(2, 3, 4)) for _ in range(2)]
+    optimizer = LearnedOptimizer([{"params": params[:1]}, {"params": params[1:], "stacked": False}], stacked=True)
+    assert [group["stacked"] for group in optimizer.param_groups] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["layers.0.mlp.experts.gate_up_proj", "experts", "block.Expert_weights"])
+def test_experts_that_nobody_called_stacked_are_named(name: str) -> None:
+    stack, other = nn.Parameter(torch.ones(4, 3, 2)), nn.Parameter(torch.ones(2))
+    with pytest.warns(UserWarning, match=f"parameter '{name}' seems to hold experts.*stacked=True") as caught:
+        LearnedOptimizer([("bias", other), (name, stack)])
+    assert [warning.filename for warning in caught] == [__file__]
+    optimizer = LearnedOptimizer([("bias", other)])
+    with pytest.warns(UserWarning, match="seems to hold experts") as caught:
+        optimizer.add_param_group({"params": [(name, stack)]})
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_what_is_no_stack_of_experts_is_not_named() -> None:
+    stack, frozen = nn.Parameter(torch.ones(4, 3, 2)), nn.Parameter(torch.ones(4, 3, 2), requires_grad=False)
+    LearnedOptimizer([("experts.weight", stack)], stacked=True)
+    LearnedOptimizer([("experts.0.conv.weight", stack), ("experts.bias", nn.Parameter(torch.ones(4, 3))), ("experts.scale", frozen)])
+    LearnedOptimizer([("conv.weight", stack)])
+
+
+# One optimizer for each parameter
+
+
+def test_an_optimizer_of_one_parameter_may_know_how_many_matrices_there_are(network: OptimizerNetwork) -> None:
+    """The number of matrices makes first steps shorter by as much as the rule says."""
+    moved = {}
+    for matrices in (None, 2, 3):
+        model = make_model()
+        start = values(model)
+        optimizers = [LearnedOptimizer([param], network, matrices=matrices) for param in model.parameters() if param.numel()]
+        loss_of(model, 0).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        moved[matrices] = (model.first.weight.detach() - start["first.weight"]).norm().item()
+    assert moved[None] == pytest.approx(3 * moved[3], rel=1e-3)
+    assert moved[2] == pytest.approx(1.5 * moved[3], rel=1e-3)

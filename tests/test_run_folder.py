@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,25 @@ def test_a_cut_checkpoint_is_refused(folder: Path, keep: float) -> None:
     (folder / "checkpoint.pt").write_bytes(whole[: int(keep * len(whole)) if keep == 0.5 else int(keep)])
     with pytest.raises(ValueError, match=r"run/checkpoint\.pt is damaged"):
         meta_train(TINY, tiny_config(), folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "is no checkpoint of meta-training"),
+        ({"config": "{}"}, "is no checkpoint of meta-training"),
+        (tiny_config(), "is no checkpoint of meta-training"),  # a class, which is not unpickled
+        ({"progress": {}}, "is the checkpoint of another version"),
+    ],
+)
+def test_another_file_with_a_checksum_is_refused_by_name(folder: Path, content: Any, message: str) -> None:
+    path = folder / "checkpoint.pt"
+    torch.save(content, path)
+    checkpoint._seal(path)
+    for read in (checkpoint.config_of, lambda folder: checkpoint.load(folder, tiny_config(), "cpu")):
+        with pytest.raises(ValueError, match=rf"run/checkpoint\.pt {message}"):
+            read(folder)
+    assert checkpoint.saved_steps(folder) == 0
 
 
 def test_a_damaged_checkpoint_counts_as_nothing_saved(folder: Path) -> None:

@@ -44,6 +44,16 @@ def test_what_trainer_would_take_for_its_own() -> None:
     assert not hasattr(LearnedOptimizer, "eval")
 
 
+def test_what_trainer_drops_is_named_once(tmp_path: Path) -> None:
+    options = {"learning_rate": 2e-5, "adam_beta1": 0.8, "optim": "adafactor", "warmup_steps": 2}
+    trainer = plain(arguments(tmp_path, max_steps=3, **options))
+    with pytest.warns(UserWarning, match="Trainer ignores learning_rate=2e-05, adam_beta1=0.8, optim=") as caught:
+        trainer.train()
+    (warning,) = caught
+    assert "warmup_steps" not in str(warning.message), "Trainer's own schedule has it"
+    trainer.train()  # where warnings are errors
+
+
 def test_an_optimizer_made_beforehand_gets_trainers_linear_schedule(tmp_path: Path) -> None:
     model = gpt()
     optimizer = LearnedOptimizer(model.parameters())
@@ -127,7 +137,7 @@ def test_defaults_are_those_of_the_class_of_the_arguments(tmp_path: Path) -> Non
 
 def test_the_arguments_of_the_optimizer_reach_it(tmp_path: Path) -> None:
     options = {"pretrained": network(), "lr": 0.5, "weight_decay": 0.1, "total_steps": 100, "kernel": "reference"}
-    trainer = helped(arguments(tmp_path, max_steps=3, weight_decay=0.3), **options)
+    trainer = helped(arguments(tmp_path, max_steps=3, weight_decay=0.3), **options, stacked=True, error_if_nonfinite=True)
     trainer.train()
     optimizer = inner(trainer)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
@@ -135,6 +145,8 @@ def test_the_arguments_of_the_optimizer_reach_it(tmp_path: Path) -> None:
         (0.5, 100, fingerprint(network()))
     }
     assert optimizer.kernel == "reference"
+    assert optimizer.error_if_nonfinite
+    assert all(group["stacked"] for group in optimizer.param_groups)
     text = card(trainer)
     assert "lr=0.5, total_steps of 100" in text
     assert fingerprint(network()) in text
@@ -209,6 +221,20 @@ def test_seq2seq_trainer(tmp_path: Path) -> None:
     assert clocks(trainer) == {4}
     assert {group["total_steps"] for group in inner(trainer).param_groups} == {4}
     assert trainer.predict(data, max_length=4).predictions.shape[0] == 16
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_experts_of_the_model_are_seen(tmp_path: Path, stacked: bool) -> None:
+    shape = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**shape, **heads))
+    trainer = helped(arguments(tmp_path, max_steps=2), model=model, stacked=stacked)
+    if stacked:
+        trainer.train()  # where warnings are errors
+    else:
+        with pytest.warns(UserWarning, match="experts.gate_up_proj' seems to hold experts") as caught:
+            trainer.train()
+        assert len(caught) == 1
 
 
 def test_missing_weights_are_refused_before_training(tmp_path: Path) -> None:

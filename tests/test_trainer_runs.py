@@ -17,10 +17,11 @@ pytest.importorskip("accelerate", reason="Trainer needs accelerate: pip install 
 
 from hub_server import HubServer
 from test_distributed import torchrun
-from trainer_helpers import MAKERS, StopAt, arguments, card, gpt, helped, inner, network, plain, same, weights, without_dropout
+from trainer_helpers import MAKERS, Counting, StopAt, arguments, card, gpt, helped, inner, network, plain, same, weights, without_dropout
 from transformers import Trainer, TrainerCallback
 
 from learned_optim import LearnedOptimizer, load_network
+from learned_optim.integrations.transformers import LearnedOptimizerTrainer
 from learned_optim.network import MOST
 from learned_optim.rule import Control
 from learned_optim.weights import fingerprint
@@ -68,6 +69,23 @@ def test_logs_tell_the_share_of_steps_that_are_as_short_or_as_long_as_they_may_b
     matrices = len(inner(trainer).param_groups[0]["params"])
     assert [log["at_bound/group_0"] for log in logs] == [0, pytest.approx((matrices + 1) // 2 / matrices)]
     assert [log["at_bound/group_1"] for log in logs] == [0, 0]
+
+
+def test_logs_tell_that_gradients_are_not_finite(tmp_path: Path) -> None:
+    """Trainer itself logs a loss of NaN as 0."""
+
+    class Broken(LearnedOptimizerTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return super().compute_loss(*args, **kwargs) * (float("nan") if self.state.global_step == 2 else 1.0)
+
+    args = arguments(tmp_path, max_steps=4, logging_steps=1, logging_strategy="steps")
+    trainer = Broken(model=gpt(), args=args, train_dataset=Counting())
+    with pytest.warns(UserWarning, match="is not finite"):
+        trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    tensors = len(list(trainer.model.parameters()))
+    assert [log["skipped"] for log in logs] == [0, 0, tensors, tensors]
+    assert [log["update_rms/group_0"] == 0 for log in logs] == [False, False, True, False]
 
 
 @pytest.mark.parametrize("known", [0.0, 1.0])

@@ -78,6 +78,17 @@ def test_an_interrupted_save_leaves_the_earlier_set(folder, monkeypatch):
     assert_same(load_network(folder), network())
 
 
+def test_what_killed_saves_left_goes_when_it_is_old(folder):
+    old, young = (folder / f".saving-{name}" for name in ("old", "young"))
+    for scratch in (old, young):
+        scratch.mkdir()
+        (scratch / "model.safetensors").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    load_network(folder).save_pretrained(folder)
+    assert not old.exists()
+    assert young.exists(), "another process may be at work"
+
+
 def test_a_network_of_another_dtype_is_saved_in_fp32(tmp_path):
     network().bfloat16().save_pretrained(tmp_path)
     assert_same(load_network(tmp_path), network().bfloat16().float())

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import numbers
 import operator
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from operator import itemgetter
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .parameters import is_lazy
 
 # What a group may say, and what it may carry for others: schedulers of torch and timm leave these there.
 OPTIONS = ("lr", "weight_decay", "total_steps", "maximize", "matrices", "stacked", "weights")
@@ -20,6 +24,11 @@ CARRIED = ("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "b
 SAID = itemgetter(*OPTIONS)
 
 LATER = ("maximize", "matrices", "stacked")  # options that checkpoints from before them lack
+
+# What Trainer's arguments hold for AdamW alone; warm-up, schedule, clipping and weight decay it does itself or hands on.
+OF_ADAMW = ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "optim_target_modules")
+
+EXPERTS = re.compile(r"expert\w*(\.[a-z_]\w*)*$", re.IGNORECASE)  # in one tensor; apart, each has a number in its name
 
 LARGEST = torch.finfo(torch.float32).max  # of an lr or a weight decay
 
@@ -55,6 +64,49 @@ def check_caller(frame: FrameType, parts_group: object) -> None:
             "functools.partial(LearnedOptimizer, parts_group=torch.distributed.group.WORLD, ...) as optimizer_class, with all other "
             "arguments in there too, or shard the model with torch.distributed.fsdp.fully_shard (FSDP2)."
         )
+
+
+def warn_of_trainer(frame: FrameType, stacklevel: int) -> None:
+    """Says so where the plain Trainer of transformers builds the optimizer and was given numbers for AdamW, which it then drops.
+
+    Args:
+        frame: of what builds the optimizer.
+    """
+    if frame.f_globals.get("__name__") != "transformers.trainer":
+        return
+    trainer = frame.f_locals.get("self")
+    args = getattr(trainer, "args", None)
+    if not is_dataclass(args) or getattr(trainer, "names_what_it_ignores", False):
+        return
+    defaults = {field.name: field.default for field in fields(args)}
+    if ignored := [f"{name}={getattr(args, name)!r}" for name in OF_ADAMW if getattr(args, name, None) != defaults.get(name)]:
+        warnings.warn(
+            f"Trainer ignores {', '.join(ignored)} with an optimizer that it was given as a class. LearnedOptimizer needs none of it: "
+            "its lr, a multiplier, is given with the class. learned_optim.integrations.transformers.LearnedOptimizerTrainer also leaves "
+            "out Trainer's schedule and clipping, without which the weights were meta-trained.",
+            stacklevel=stacklevel,
+        )
+
+
+def warn_of_experts(named: Iterable[tuple[str, Tensor]], stacklevel: int) -> None:
+    """Says so where experts lie in one tensor, by its name, and nobody said that it is a stack of matrices.
+
+    Args:
+        named: parameters that no group calls stacked.
+    """
+    if experts := [name for name, param in named if EXPERTS.search(name) and param.requires_grad and not is_lazy(param) and param.ndim > 2]:
+        warnings.warn(
+            f"parameter {experts[0]!r} seems to hold experts, and is taken for a convolution's weight. If its last two dimensions are an "
+            'expert\'s matrix, give stacked=True, or such parameters a group with "stacked": True.',
+            stacklevel=stacklevel,
+        )
+
+
+def named_parameters(groups: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Those of groups that are not stacked, where the optimizer was given names."""
+    for group in groups:
+        if not group["stacked"]:
+            yield from zip(group.get("param_names", ()), group["params"], strict=False)
 
 
 def check_group(group: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
@@ -25,6 +26,7 @@ from .slots import Slot
 
 CHECKPOINT = "checkpoint.pt"
 SEAL = 64  # characters of a SHA-256 in hexadecimal
+PARTS = ("config", "meta_parameters", "meta_optimizer", "slots", "progress")
 PIECE = 2**20  # bytes that are read at once
 
 
@@ -63,13 +65,8 @@ def save(
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     parameters = {name: weight.detach() for name, weight in meta_parameters.items()}
-    state = {
-        "config": to_json(config),
-        "meta_parameters": parameters,
-        "meta_optimizer": meta_optimizer.state_dict(),
-        "slots": places,
-        "progress": {key.name: getattr(progress, key.name) for key in fields(progress)},
-    }
+    kept = {key.name: getattr(progress, key.name) for key in fields(progress)}
+    state = dict(zip(PARTS, (to_json(config), parameters, meta_optimizer.state_dict(), places, kept), strict=True))
     temporary = path / f"{CHECKPOINT}.{os.getpid()}.tmp"
     try:
         torch.save(state, temporary)
@@ -92,7 +89,7 @@ def load(folder: str | os.PathLike[str], config: MetaTrainConfig, device: str | 
         return None
     if not _is_whole(path):
         raise ValueError(f"{path} is damaged: its checksum does not fit. Put a copy back, or delete it to begin this stage anew")
-    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    state = _read(path, map_location=device)
     theirs, mine = json.loads(state["config"]), json.loads(to_json(config))
     if theirs != mine:
         different = sorted(key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key))
@@ -105,14 +102,34 @@ def config_of(folder: str | os.PathLike[str]) -> MetaTrainConfig | None:
     path = Path(folder) / CHECKPOINT
     if not (path.exists() and _is_whole(path)):
         return None
-    return from_json(MetaTrainConfig, torch.load(path, mmap=True, weights_only=True)["config"], str(path))
+    return from_json(MetaTrainConfig, _read(path, mmap=True)["config"], str(path))
 
 
 def saved_steps(folder: str | os.PathLike[str]) -> int:
-    """The meta-steps that the checkpoint in a folder has behind it; 0 if there is none that is whole."""
+    """The meta-steps that the checkpoint in a folder has behind it; 0 if there is none that can be read."""
     path = Path(folder) / CHECKPOINT
-    whole = path.exists() and _is_whole(path)
-    return len(torch.load(path, mmap=True, weights_only=True)["progress"]["history"]) if whole else 0
+    if not (path.exists() and _is_whole(path)):
+        return 0
+    try:
+        return len(_read(path, mmap=True)["progress"]["history"])
+    except ValueError:
+        return 0
+
+
+def _read(path: Path, **options: Any) -> dict[str, Any]:
+    """What is in a checkpoint whose checksum fits.
+
+    Raises:
+        ValueError: it is no checkpoint of this version.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, **options)
+        kept = set(state), set(state["progress"])
+    except (RuntimeError, EOFError, UnpicklingError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no checkpoint of meta-training; use another folder or delete it") from error
+    if kept != (set(PARTS), {key.name for key in fields(Progress)}):
+        raise ValueError(f"{path} is the checkpoint of another version of learned_optim; use another folder or delete it")
+    return state
 
 
 def _seal(path: Path) -> None:
