@@ -12,8 +12,8 @@ config argument_types report speed kernels.replay
 storage weights
 features
 sharding network
-checks.groups checks.parameters rule
-checks.state
+checks.parameters rule
+checks.groups checks.state
 checks
 kernels inspection
 kernels.cpu kernels.gpu_replay kernels.gpu_passes

@@ -159,7 +159,9 @@ def test_omniglot(tmp_path: Path) -> None:
         assert draw(Generator())[0].shape == (20, 196)
 
 
-def test_unrolls(tmp_path: Path) -> None:
+def test_unrolls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("unrolls")
+    monkeypatch.setattr(module, "judge", partial(module.judge, runs=2))
     figures = run("unrolls", tmp_path)
     estimates = figures["estimates"]
     assert estimates["exact, 32"]["LSTM: bias"] < 1e-5
@@ -181,6 +183,8 @@ def test_policy_gradient_is_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
 
     ones = torch.ones(1, 1)
     task = ModuleTask(build, lambda generator: (ones, 0 * ones), nn.functional.mse_loss)
+    one = task.init(Generator())
+    monkeypatch.setattr(task, "init", lambda generator: one)  # to build as many modules would take most of a minute
     network = module.beginner().requires_grad_(True)
     weights = {"log_step_size": network.log_step_size}
     network.log_vector_gain.data.zero_()
