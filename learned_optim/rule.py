@@ -53,7 +53,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -371,28 +371,37 @@ def vector_scale(network: OptimizerNetwork, mean_square: Tensor, is_table: Tenso
     return torch.where(torch.as_tensor(is_table) > 0, 1, (mean_square + EPSILON).rsqrt()) * network.log_vector_gain.exp()
 
 
+def spectral_norms(layout: Layout, config: NetworkConfig) -> dict[int, float]:
+    """Those of step 4, of the tensors that are orthogonalised, by index."""
+    members = [k for k, orthogonal in enumerate(is_orthogonal(layout, config)) if orthogonal]
+    here = sum(math.prod(layout.stacks[k]) for k in members)
+    few = {k: max(1, MANY / (layout.matrices[k] or here)) for k in members}
+    return {k: few[k] * math.sqrt(max(1, layout.fans[k][0] / layout.fans[k][1])) for k in members}
+
+
 def orthogonalize_all(
-    directions: Sequence[Tensor], layout: Layout, config: NetworkConfig, dtype: torch.dtype | None = None
+    directions: Sequence[Tensor],
+    layout: Layout,
+    config: NetworkConfig,
+    dtype: torch.dtype | None = None,
+    members: Iterable[int] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """The directions (..., n) of matrices, by index, orthogonalised and with the spectral norms of step 4; `dtype` as in
-    `orthogonalize`. They come one after the other, so that who puts each away at once needs room for `TOGETHER` weights only."""
+    `orthogonalize`. They come one after the other, so that who puts each away at once needs room for `TOGETHER` weights only. `members`
+    are those that are wanted; None is all."""
     if isinstance(layout, ShardedLayout):
         if any(is_orthogonal(layout, config)):
             whole = layout.on_whole_matrices(directions, lambda parts, layout: dict(orthogonalize_all(parts, layout, config, dtype)))
             yield from whole.items()
         return
-    groups: dict[tuple[tuple[int, ...], int | None], list[int]] = {}  # matrices of one shape are orthogonalised together
-    for k, orthogonal in enumerate(is_orthogonal(layout, config)):
-        if orthogonal:
-            groups.setdefault(((*layout.stacks[k], *layout.fans[k]), layout.matrices[k]), []).append(k)
-    here = sum(math.prod(layout.stacks[k]) for members in groups.values() for k in members)
-    for (shape, count), members in groups.items():
-        fan_out, fan_in = shape[-2:]
-        fast = dtype if min(fan_out, fan_in) >= SMALL else None
-        few = max(1, MANY / (count or here))
-        norm = few * math.sqrt(max(1, fan_out / fan_in))
+    norms = spectral_norms(layout, config)
+    groups: dict[tuple[tuple[int, ...], float], list[int]] = {}  # matrices of one shape are orthogonalised together
+    for k in norms if members is None else members:
+        groups.setdefault(((*layout.stacks[k], *layout.fans[k]), norms[k]), []).append(k)
+    for (shape, norm), chosen in groups.items():
+        fast = dtype if min(shape[-2:]) >= SMALL else None
         together = max(1, TOGETHER // math.prod(shape))
-        for batch in (members[i : i + together] for i in range(0, len(members), together)):
+        for batch in (chosen[i : i + together] for i in range(0, len(chosen), together)):
             matrices = torch.stack([directions[k].unflatten(-1, shape) for k in batch])
             matrices = orthogonalize(matrices, config.orthogonalize_steps, fast)
             if norm > 1:

@@ -8,14 +8,14 @@ PLACES = {"learned_optim": ROOT / "learned_optim", "learned_optim.integrations":
 
 # From the bottom. Modules of a line do not import each other.
 LAYERS = """
-config argument_types report speed kernels.replay
+config argument_types report speed kernels.replay kernels.threads
 storage weights
 features
 sharding network
 checks.parameters rule
 checks.groups checks.state
 checks
-kernels inspection
+kernels inspection kernels.matrices
 kernels.cpu kernels.reference kernels.gpu_replay kernels.gpu_passes
 kernels.gpu
 optimizer

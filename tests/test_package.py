@@ -149,7 +149,7 @@ def test_wheel_contents(wheel):
     for pattern in ("*/*.json", "*/model.safetensors", "*/README.md"):
         data |= {("learned_optim.pretrained", path.relative_to(ROOT / "pretrained")) for path in (ROOT / "pretrained").glob(pattern)}
     expected = {f"{package.replace('.', '/')}/{path.as_posix()}" for package, path in code | data}
-    for name in ("coordinate", "arithmetic"):
+    for name in ("coordinate", "arithmetic", "orthogonal"):
         expected.add(f"learned_optim/kernels/{name}.c")
         if cpu.library() is not None:  # there is a C compiler
             compiled = f"learned_optim/kernels/{name}{importlib.machinery.EXTENSION_SUFFIXES[-2]}"

@@ -19,10 +19,8 @@ import importlib.util
 import itertools
 import math
 import operator
-import os
 from array import array
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -44,8 +42,10 @@ from ..rule import (
     sit_out,
 )
 from ..sharding import Run, ShardedLayout
-from . import after_update, before_directions, before_update, read_once, replay
+from . import after_update, before_directions, before_update, matrices, read_once, replay
+from .matrices import Matrices
 from .replay import Replay, run_once
+from .threads import together
 
 BLOCK = 2**14  # coordinates that a thread takes at once
 CORRECTION = Control._fields.index("correction")
@@ -74,7 +74,7 @@ class Network(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """The compiled passes, or None where the package was installed without them, or with those of another version."""
     found = importlib.util.find_spec(f"{__package__}.coordinate")
-    if found is None or found.origin is None or replay.library() is None:
+    if found is None or found.origin is None or replay.library() is None or matrices.library() is None:
         return None
     loaded, job = ctypes.CDLL(found.origin), ctypes.POINTER(Job)
     if not hasattr(loaded, "interface") or loaded.interface() != INTERFACE:  # a clone that was updated and not installed again
@@ -103,15 +103,6 @@ def trouble(network: OptimizerNetwork) -> str | None:
 def matrix_dtype() -> torch.dtype | None:
     """What matrices are orthogonalised in: bfloat16, as in Muon, where the processor multiplies it at twice the speed of fp32."""
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else None
-
-
-@functools.lru_cache(maxsize=1)
-def pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=pool.cache_clear)  # which has none of its parent's threads, and would wait for them
 
 
 class Blocks:
@@ -155,17 +146,13 @@ class Passes:
         tables = self.table.buffer_info()[0], self.blocks.table.data_ptr()
         self.job = Job(*tables, len(self.blocks.table), 0, self.sums.data_ptr(), *(FORMATS.index(fmt) for fmt in formats))
         # A thread needs some 30 microseconds to wake up, in which another has done four blocks.
-        self.workers = min(torch.get_num_threads(), len(self.blocks.table) // 4) - 1
+        self.threads = max(1, min(torch.get_num_threads(), len(self.blocks.table) // 4))
         self.finite = True  # whether all that the last pass returned is
 
     def run(self, name: str, columns: int, *arguments: object) -> Tensor:
         """Runs a pass. Returns means of its sums over each tensor, (columns, K)."""
         self.job.next = 0
-        job, function = ctypes.byref(self.job), getattr(library(), name)
-        others = [pool(self.workers).submit(function, job, *arguments) for _ in range(self.workers)]
-        function(job, *arguments)
-        for other in others:
-            other.result()
+        together(getattr(library(), name), [(ctypes.byref(self.job), *arguments)] * self.threads)
         means, blocks = torch.empty(columns, self.count, dtype=torch.float32, device="cpu"), self.job.count
         totals = self.sums.view(-1)[(BUCKETS + 1) * blocks :]
         of_blocks = self.job.sums, self.job.blocks, blocks, columns
@@ -257,8 +244,12 @@ def step(
 
     orthogonal = is_orthogonal(layout, config)
     if any(orthogonal):
-        parts = directions.split(layout.sizes)
-        for k, matrix in orthogonalize_all(parts, layout, config, matrix_dtype()):
+        parts, others = directions.split(layout.sizes), None
+        if not isinstance(layout, ShardedLayout):
+            here = Matrices.of(layout, config, torch.get_num_threads())
+            here.orthogonalize(directions)
+            others = here.others
+        for k, matrix in orthogonalize_all(parts, layout, config, matrix_dtype(), others):
             parts[k].copy_(matrix)
         if decayed := [k for k, chosen in enumerate(orthogonal) if chosen and weight_decay[k]]:
             mean_square[decayed] = torch.cat(layout.mean_squares(parts, decayed))
