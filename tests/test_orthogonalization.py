@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learned_optim import rule
+from learned_optim.config import NetworkConfig
+from learned_optim.features import Layout
+from learned_optim.kernels import matrices
+from learned_optim.kernels.matrices import Matrices
 from learned_optim.network import OptimizerNetwork
 from learned_optim.rule import LONG, SMALL, newton_schulz, orthogonalize
 
@@ -101,3 +105,88 @@ def test_three_iterations_are_enough_whatever_the_size(generator: torch.Generato
     assert found.min() > 0.65
     assert found.max() < 1.25
     assert not orthogonalize(torch.zeros(side, side), 3).any()
+
+
+needs_compiler = pytest.mark.skipif(matrices.library() is None, reason="the package was installed without a C compiler")
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_c(directions: list[Tensor], layout: Layout, config: NetworkConfig, threads: int) -> dict[int, Tensor]:
+    """Those that C code orthogonalises."""
+    chosen, flat = Matrices(layout, config, threads), torch.cat(directions)
+    chosen.orthogonalize(flat)
+    return {k: part for k, part in enumerate(flat.split(layout.sizes)) if layout.is_matrix[k] and k not in chosen.others}
+
+
+SHAPES = [
+    (2, 2),
+    (5, 3),
+    (6, 6),
+    (3, 50),
+    (16, 16),
+    (17, 33),
+    (100, 7),
+    (32, 9),
+    (64, 256),
+    (127, 128),
+    (130, 130),
+    (150, 40),
+    (8, 3, 3, 3),
+    (7,),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.usefixtures("two_threads")
+def test_c_code_orthogonalises_as_the_rule_does(generator: torch.Generator, threads: int, steps: int) -> None:
+    """Matrices of full rank, of one, and zeros, with singular values down to 1e-3, high and wide, whatever a tile's rows and columns."""
+    layout, config = layout_of([torch.ones(shape) for shape in SHAPES]), NetworkConfig(orthogonalize_steps=steps)
+    full = [torch.randn(shape, generator=generator).flatten(1) if len(shape) > 1 else torch.ones(shape) for shape in SHAPES]
+    for kind in ("full", "steep", "of rank one", "small", "zero"):
+        directions = {
+            "full": full,
+            "steep": [each * torch.logspace(0, -3, each.shape[-1]) for each in full],
+            "of rank one": [each[:1].expand_as(each) for each in full],
+            "small": [1e-3 * each for each in full],
+            "zero": [0 * each for each in full],
+        }[kind]
+        directions = [each.reshape(-1) for each in directions]
+        expected = dict(rule.orthogonalize_all([each.double() for each in directions], layout, config))
+        found = in_c(directions, layout, config, threads)
+        assert set(found) == set(expected) - (set() if matrices.fastest() else {9, 10})
+        for k, matrix in found.items():
+            close = matrix.double().isclose(expected[k], rtol=1e-4, atol=2e-5)
+            assert close.all(), f"{kind}, {SHAPES[k]}: {(matrix - expected[k]).abs().max()}"
+
+
+@needs_compiler
+def test_c_code_orthogonalises_each_matrix_of_a_stack(generator: torch.Generator) -> None:
+    layout = Layout((torch.Size([3, 2, 20, 12]), torch.Size([20, 12])), torch.device("cpu"), (True, False))
+    directions = [torch.randn(size, generator=generator) for size in layout.sizes]
+    expected = dict(rule.orthogonalize_all(directions, layout, NetworkConfig()))
+    found = in_c(directions, layout, NetworkConfig(), 1)
+    assert set(found) == {0, 1}
+    for k, matrix in found.items():
+        torch.testing.assert_close(matrix, expected[k], rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.skipif(not matrices.fastest(), reason="torch multiplies large matrices faster on this processor")
+def test_a_matrix_that_other_threads_would_wait_for_is_left_to_torch() -> None:
+    large, small, tiny = torch.Size([400, 400]), torch.Size([200, 200]), torch.Size([20, 20])
+    for threads, shapes, left in [
+        (2, (tiny, large, small), [1, 2]),
+        (1, (tiny, large), []),
+        (2, (large, large, tiny), []),
+        (2, (tiny,), []),
+    ]:
+        assert Matrices(Layout(shapes, torch.device("cpu")), NetworkConfig(), threads).others == left
