@@ -446,6 +446,27 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
     return square;
 }
 
+/* Whether `n` numbers are zero, in their bits, from `first` on. */
+INLINE int are_zero(int64_t format, const void *numbers, int64_t first, int64_t n) {
+    const int64_t bytes = format == FLOAT32 ? 4 : format == BFLOAT16 ? 2 : 1;
+    const uint8_t *begin = (const uint8_t *)numbers + bytes * first;
+    uint8_t any = 0;
+#pragma omp simd reduction(| : any)
+    for (int64_t i = 0; i < bytes * n; i++) any |= begin[i];
+    return any == 0;
+}
+
+/* Whether the `n` coordinates from `begin` on never had a gradient, as the rows of most words have none. Then all that is kept of them is
+ * zero, stays zero, and so is their direction. Of others the first gradient mostly says so. */
+INLINE int is_untouched(const int UNITS, const Job *job, const Tensor *tensor, int64_t begin, int64_t n) {
+    if (tensor->grad[begin] != 0 || !are_zero(FLOAT32, tensor->grad, begin, n)) return 0;
+    for (int piece = 0; piece < 2; piece++)
+        if (!are_zero(job->moment_format, tensor->moments, piece * tensor->size + begin, n)) return 0;
+    for (int piece = 0; piece < 2 * UNITS + 1; piece++)
+        if (!are_zero(job->lstm_format, tensor->lstm, piece * tensor->size + begin, n)) return 0;
+    return 1;
+}
+
 INLINE void directions_by(const int UNITS, Job *job, const Network *network, float decay1, float decay2, const float *scalars) {
     GateWeights weights;
     Scratch scratch;
@@ -458,6 +479,10 @@ INLINE void directions_by(const int UNITS, Job *job, const Network *network, flo
         uint32_t worst = 0;
         for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) {
             const int64_t n = block->end - begin < CHUNK ? block->end - begin : CHUNK;
+            if (is_untouched(UNITS, job, tensor, begin, n)) {
+                memset(tensor->direction + begin, 0, sizeof(float) * (size_t)n);
+                continue;
+            }
             const Next next = after(job, block, begin);
             sum += lstm(UNITS, job, tensor, begin, n, network, weights, decay1, decay2, own, next, &scratch, &worst);
         }
