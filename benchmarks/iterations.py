@@ -32,7 +32,7 @@ from speed import GPT, seconds
 
 from learned_optim import LearnedOptimizer
 
-MINE, ADAMW = "LearnedOptimizer", "AdamW, fused"
+BASE, MINE, ADAMW = "forward and backward", "LearnedOptimizer", "AdamW, fused"
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -140,8 +140,27 @@ PROBLEMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], int]] =
 }
 
 
+def turns(
+    model: nn.Module, backward: Callable[[], object], makers: dict[str, Callable[[nn.Module], Optimizer]], rounds: int
+) -> dict[str, float]:
+    """Median seconds of a forward and backward pass, and of each optimizer's step on a copy of the model, which take turns."""
+    backward()
+    copies = {name: copy.deepcopy(model) for name in makers}
+    optimizers = {name: make(copies[name]) for name, make in makers.items()}
+    found: dict[str, list[float]] = {name: [] for name in (BASE, *makers)}
+    for counts in [False] * 2 + [True] * rounds:
+        durations = {BASE: seconds(backward)}
+        for optimizer, copied in copies.items():
+            for param, own in zip(trained(copied), trained(model), strict=True):
+                param.grad = None if own.grad is None else own.grad.clone()
+            durations[optimizer] = seconds(optimizers[optimizer].step)
+        if counts:
+            for key, duration in durations.items():
+                found[key].append(duration)
+    return {key: statistics.median(durations) for key, durations in found.items()}
+
+
 def measure(name: str, rounds: int) -> dict[str, float]:
-    """Seconds of a forward and backward pass, and of each optimizer's step on a copy of the model."""
     make, draw, classes = PROBLEMS[name]
     torch.manual_seed(0)
     model = make()
@@ -152,21 +171,7 @@ def measure(name: str, rounds: int) -> dict[str, float]:
         output = model(inputs)
         F.cross_entropy(output, torch.randint(classes, (len(output),))).backward()
 
-    backward()
-    copies = {name: copy.deepcopy(model) for name in MAKERS}
-    optimizers = {name: make(copies[name]) for name, make in MAKERS.items()}
-    found: dict[str, list[float]] = {name: [] for name in ("forward and backward", *MAKERS)}
-    for counts in [False] * 2 + [True] * rounds:
-        durations = {"forward and backward": seconds(backward)}
-        for optimizer, copied in copies.items():
-            for param, own in zip(trained(copied), trained(model), strict=True):
-                assert own.grad is not None
-                param.grad = own.grad.clone()
-            durations[optimizer] = seconds(optimizers[optimizer].step)
-        if counts:
-            for key, duration in durations.items():
-                found[key].append(duration)
-    return {key: statistics.median(durations) for key, durations in found.items()}
+    return turns(model, backward, MAKERS, rounds)
 
 
 def plot(rows: list[list[Any]]) -> Any:
@@ -189,10 +194,10 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--rounds", type=int, default=9)
     arguments = options.parse_args(argv)
     prepare(arguments.threads)
-    rows: list[list[Any]] = [["iteration", "weights", "forward and backward, ms", *(f"{name}, ms" for name in MAKERS), "ours / AdamW"]]
+    rows: list[list[Any]] = [["iteration", "weights", f"{BASE}, ms", *(f"{name}, ms" for name in MAKERS), "ours / AdamW"]]
     for name in arguments.problems:
         found = measure(name, arguments.rounds)
-        base = found.pop("forward and backward")
+        base = found.pop(BASE)
         whole = {optimizer: base + step for optimizer, step in found.items()}
         weights = sum(param.numel() for param in trained(PROBLEMS[name][0]()))
         rows.append([name, weights, 1e3 * base, *(1e3 * one for one in whole.values()), whole[MINE] / whole[ADAMW]])

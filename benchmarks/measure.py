@@ -184,6 +184,11 @@ def iterations(folder: Path) -> None:
     publish(folder, "benchmarks/results", {"results.json": "iterations.json", "plot.png": "iterations.png"})
 
 
+def clock(folder: Path) -> None:
+    python("benchmarks/clock.py", "--out", folder)
+    publish(folder, "benchmarks/results", {"results.json": "clock.json", "plot.png": "clock.png"})
+
+
 def speed(folder: Path) -> None:
     python("benchmarks/speed.py", "--out", folder, "--sizes", *SIZES)
     publish(folder, "benchmarks/results", {"results.json": "speed.json", "plot.png": "speed.png"})
@@ -202,6 +207,7 @@ def parts(kept: Kept, data: Path | None) -> dict[str, Callable[[Path], None]]:
         "meta_train_your_own": own,
         "specialise": specialise,
         "look_inside": lambda _: python("examples/look_inside.py", "--out", "examples/results/look_inside"),
+        "clock": clock,
         "iterations": iterations,
         "speed": speed,
     }

@@ -108,3 +108,13 @@ def test_iterations(program: ModuleType, tmp_path: Path) -> None:
     assert one["weights"] == 47458
     assert one["ours / AdamW"] == pytest.approx(one["LearnedOptimizer, ms"] / one["AdamW, fused, ms"], rel=1e-4)
     assert min(one[name] for name in head if name.endswith(", ms")) == one["forward and backward, ms"]
+
+
+@pytest.mark.parametrize("program", ["clock"], indirect=True)
+def test_clock(program: ModuleType, tmp_path: Path) -> None:
+    """Tasks of the quality benchmark, one of bf16 weights among them; what is timed is all of an iteration."""
+    found = results(program, tmp_path, "--tasks", "linear", "bf16 mlp", "--rounds", 2)["iterations"]
+    assert found.keys() == {"linear", "bf16 mlp"}
+    for times in found.values():
+        assert times.keys() == {"forward and backward", "AdamW, fused", "LearnedOptimizer", "Muon", "Schedule-Free"}
+        assert min(times.values()) == times["forward and backward"] > 0

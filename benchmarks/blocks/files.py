@@ -15,6 +15,7 @@ TRAINER = "Trainer-default 5e-05 linear"
 HISTORY = "benchmarks/quality/results/history.json"  # of the weights before, by hand: where the default weights change, they get a row
 SPEED = "benchmarks/results/speed.json"
 ITERATIONS = "benchmarks/results/iterations.json"
+CLOCK = "benchmarks/results/clock.json"
 SHARDED = "benchmarks/results/sharded.json"
 DEMO = "benchmarks/results/demo.json"
 ATTACKS = "benchmarks/results/attacks.json"

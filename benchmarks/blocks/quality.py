@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .files import DISTRIBUTION, HISTORY, HORIZON, LEARNED, MNIST, OPTIMIZERS, PLAIN, PRETRAINED, QUALITY, TRAINER, UNTUNED, Files
+from .files import CLOCK, DISTRIBUTION, HISTORY, HORIZON, LEARNED, MNIST, OPTIMIZERS, PLAIN, PRETRAINED, QUALITY, TRAINER, UNTUNED, Files
 from .writing import all_but, bold, geometric_mean, listing, prose, table, word
 
 # What is trained where drawn problems begin from a trained model.
@@ -27,6 +27,31 @@ def quality_summary(files: Files) -> str:
         for one in [found[name]]
     ]
     return table([["optimizer", "speed, geometric mean", "worst task"], *rows])
+
+
+# What each was timed as.
+TIMED = {HORIZON: "LearnedOptimizer", PLAIN: "LearnedOptimizer", "Muon tuned": "Muon", "ScheduleFree tuned": "Schedule-Free"}
+TIMED |= {"AdamW tuned": "AdamW, fused"}
+
+
+def by_the_clock(files: Files, name: str) -> dict[str, float]:
+    """An optimizer's speed on each task, by the time and not the number of its iterations."""
+    times = files(CLOCK)["iterations"]
+    return {
+        task: one["speed"] * times[task]["AdamW, fused"] / times[task][TIMED[name]]
+        for task, one in files(LEARNED)["optimizers"][name]["tasks"].items()
+    }
+
+
+def quality_clock(files: Files) -> str:
+    rows, times = [], files(CLOCK)["iterations"].values()
+    for name in sorted(TIMED, key=lambda name: -geometric_mean(by_the_clock(files, name).values())):
+        speeds, label = by_the_clock(files, name), OPTIMIZERS[name]
+        worst = min(speeds, key=lambda task: speeds[task])
+        ratio = geometric_mean(one[TIMED[name]] / one["AdamW, fused"] for one in times)
+        mean = bold(f"{geometric_mean(speeds.values()):.2f}", "**" in label)
+        rows.append([label, f"{files(LEARNED)['optimizers'][name]['speed']:.2f}", f"{ratio:.2f}", mean, f"{worst}, {speeds[worst]:.2f}"])
+    return table([["optimizer", "speed in steps", "time of an iteration / fused AdamW's", "speed by the clock", "worst task"], *rows])
 
 
 def quality_since(files: Files) -> str:
@@ -280,6 +305,7 @@ def quality_state_notes(files: Files) -> str:
 
 BLOCKS: dict[str, Callable[[Files], str]] = {
     "quality.summary": quality_summary,
+    "quality.clock": quality_clock,
     "quality.since": quality_since,
     "quality.pretrained": quality_pretrained,
     "quality.distribution": quality_distribution,

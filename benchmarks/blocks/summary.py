@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from .cost import FUSED, MINE, state
 from .files import DISTRIBUTION, HORIZON, ITERATIONS, LEARNED, PLAIN, PRETRAINED, TRAINER, Files
-from .quality import tuned
+from .quality import by_the_clock, tuned
 from .writing import bold, geometric_mean, records, table, word
 
 
@@ -22,6 +22,7 @@ def summary(files: Files) -> str:
         return [label, *(bold(cell, value == lead) for cell, value in zip(cells, values, strict=True))]
 
     scratch = [f"{found[name]['speed']:.2f}" for name in names]
+    clock = [f"{geometric_mean(by_the_clock(files, name).values()):.2f}" for name in names]
     worst = [f"{found[name]['worst']['speed']:.2f} ({found[name]['worst']['task']})" for name in names]
     every = files(PRETRAINED)["tasks"].values()
     tasks = [task for task in every if tuned(task)]
@@ -41,7 +42,8 @@ def summary(files: Files) -> str:
         [
             ["", "LearnedOptimizer, no settings", "with `total_steps`", "AdamW, tuned", "Muon, tuned"],
             row(f"from scratch: speed in steps, mean of {len(found[PLAIN]['tasks'])} tasks", scratch, max),
-            row("from scratch: speed on the worst task", worst, max),
+            row("the same by the clock, on one thread of a CPU", clock, max),
+            row("from scratch: speed in steps on the worst task", worst, max),
             [problems, *speeds, "1.00 (by definition)", ""],
             row(f"fine-tuning: final loss / tuned AdamW's, {word(len(tasks))} model{'s' * (len(tasks) > 1)}", [*tuning, "1.00", ""], min),
             [f"the same / Trainer's default AdamW's, mean of {word(len(every))} tasks (worst one)", *beside, "", ""],
