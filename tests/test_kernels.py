@@ -160,7 +160,7 @@ def test_rounding_is_right_on_average(kernel: str) -> None:
 def test_poison_stays_in_its_tensors(poison: float, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor that gets a gradient of NaN, at its start or in the middle, keeps its parameter and its state, and the others train on as if
     it had no gradient. That is so in both kernels, in the last coordinate of many blocks too, and for the rule where nobody may look."""
-    monkeypatch.setattr("learned_optim.optimizer.may_wait", lambda device: waits)
+    monkeypatch.setattr("learned_optim.kernels.reference.may_wait", lambda device: waits)
     steps = {2: (2, 3), 7: (1, 4)}  # of which tensor
 
     def grads(step: int, poisoned: bool) -> list[Tensor | None]:

@@ -14,12 +14,12 @@ from torch.distributed.tensor import Shard
 
 from learned_optim import OptimizerNetwork
 from learned_optim.checks.state import Ledger
-from learned_optim.optimizer import init_state, reference_step
+from learned_optim.optimizer import init_state
 from learned_optim.rule import CONTROL
 from learned_optim.sharding import ShardedLayout, Shards
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from learned_optim.kernels import gpu
+from learned_optim.kernels import gpu, reference
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 SIMULATION = load("sharded_simulation")
@@ -73,7 +73,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_equal_the_rule(cuts: tuple[str, ...]) -> None:
     """The sketch of the path too, which depends on where in the whole tensor a coordinate lies."""
     network, layout = acting_network(hidden_units=1, lstm_format="float32", orthogonalize_steps=0), layout_of(*cuts)
-    (mine, states), (theirs, expected) = (ends(step, network, layout, spoiled=False) for step in (gpu.step, reference_step))
+    (mine, states), (theirs, expected) = (ends(step, network, layout, spoiled=False) for step in (gpu.step, reference.step))
     for one, other in zip([*mine, *states], [*theirs, *expected], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -83,7 +83,7 @@ def test_parts_are_rounded_by_the_bits_of_the_whole(cuts: tuple[str, ...]) -> No
     """By others, every third number would be another one."""
     network = acting_network(hidden_units=1, lstm_format="bfloat16", orthogonalize_steps=0)
     layout = layout_of(*cuts)
-    (_, states), (_, expected) = (ends(step, network, layout, spoiled=False) for step in (gpu.step, reference_step))
+    (_, states), (_, expected) = (ends(step, network, layout, spoiled=False) for step in (gpu.step, reference.step))
     for one, other in zip(states, expected, strict=True):
         if one.ndim > 1:  # of coordinates
             far = (one - other).abs() > 1e-5 + 1e-3 * other.abs()

@@ -16,7 +16,7 @@ checks.parameters rule
 checks.groups checks.state
 checks
 kernels inspection
-kernels.cpu kernels.gpu_replay kernels.gpu_passes
+kernels.cpu kernels.reference kernels.gpu_replay kernels.gpu_passes
 kernels.gpu
 optimizer
 learned_optim

@@ -19,7 +19,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from learned_optim import rule
 from learned_optim.features import Layout
 from learned_optim.network import OptimizerNetwork, load_network
-from learned_optim.optimizer import ADAMW_UPDATE_RMS, LearnedOptimizer
+from learned_optim.optimizer import LearnedOptimizer
+from learned_optim.rule import ADAMW_UPDATE_RMS
 from learned_optim.storage import DTYPES
 from learned_optim.weights import fingerprint
 

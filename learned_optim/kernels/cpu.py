@@ -204,7 +204,7 @@ def step(
     weight_decay: Sequence[float],
     ledger: Ledger | None = None,
 ) -> None:
-    """One step of the rule, see `learned_optim.optimizer.reference_step`."""
+    """One step of the rule, see `learned_optim.kernels.reference.step`."""
     config, lstm = network.config, network.coordinate
     once_read = read_once(network)
     weights = addresses([lstm.gate_weight, lstm.gate_bias, lstm.candidate_weight, lstm.skip, lstm.out])

@@ -151,7 +151,7 @@ def step(
     weight_decay: Sequence[float],
     ledger: Ledger,
 ) -> None:
-    """One step of the rule, see `learned_optim.optimizer.reference_step`."""
+    """One step of the rule, see `learned_optim.kernels.reference.step`."""
     config, lstm, count = network.config, network.coordinate, len(params)
     flat = [grad.contiguous() if grad.dtype in DTYPES else grad.float().contiguous() for grad in grads]
     fused = [param.dtype in DTYPES and param.is_contiguous() for param in params]
