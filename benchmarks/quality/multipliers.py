@@ -1,6 +1,6 @@
 """Is 1 the best `lr`, and where is it not?
 
-    python benchmarks/quality/multipliers.py                                    # a quarter of an hour on two cores
+    python benchmarks/quality/multipliers.py                                    # an hour on two cores
     python benchmarks/quality/multipliers.py --seeds 30 --multipliers 0.5 2
 
 Trains problems drawn at random (see distribution.py) with several multipliers of the learned update, without and with a known horizon, and
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python benchmarks/quality/multipliers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pretrained", default="default", help="the weights to judge")
-    parser.add_argument("--seeds", type=int, default=150, help=f"that many, from {FIRST} on; those of more than {STEPS} steps are left out")
+    parser.add_argument("--seeds", type=int, default=90, help=f"that many, from {FIRST} on; those of more than {STEPS} steps are left out")
     parser.add_argument("--multipliers", type=float, nargs="+", default=MULTIPLIERS)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="problems side by side, each on one thread")
     parser.add_argument("--out", type=Path, default=Path("runs/multipliers"))
