@@ -132,6 +132,11 @@ def distribution(folder: Path, kept: Kept) -> None:
     pack(folder / "runs.jsonl", DRAWN_RUNS, kept)
 
 
+def multipliers(folder: Path) -> None:
+    python("benchmarks/quality/multipliers.py", "--out", folder)
+    publish(folder, "benchmarks/quality/results", {"results.json": "multipliers.json"})
+
+
 def pretrained(folder: Path, kept: Kept) -> None:
     """Needs the extra `pretrained-models`."""
     unpack(PRETRAINED_RUNS, folder / "runs.jsonl")
@@ -201,6 +206,7 @@ def parts(kept: Kept, data: Path | None) -> dict[str, Callable[[Path], None]]:
         "quality": lambda folder: quality(folder, kept),
         "pretrained": lambda folder: pretrained(folder, kept),
         "distribution": lambda folder: distribution(folder, kept),
+        "multipliers": multipliers,
         "demo": demo,
         "trainer_gpt": lambda _: trainer("trainer_gpt"),
         "trainer_classifier": lambda _: trainer("trainer_classifier"),

@@ -28,7 +28,7 @@ def _short_pretraining(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def distribution(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks/quality"))
-    names = ("distribution", "report", "training", "tasks", "optimizers", "development")
+    names = ("distribution", "multipliers", "report", "training", "tasks", "optimizers", "development")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module("distribution")
@@ -157,3 +157,36 @@ def test_adamw_is_tuned_once_for_all_optimizer_weights(distribution: Any, monkey
     assert (found["all"]["no settings"]["problems"], found["held out"]) == (2, False)
     with pytest.raises(SystemExit):
         distribution.main(["--seeds", "5", "--held-out", "--out", str(tmp_path)])
+
+
+def test_multipliers_are_counted_by_kind_of_problem(distribution: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And a problem that was measured is not measured again."""
+    multipliers, trained = importlib.import_module("multipliers"), []
+
+    def measured(seed: int, folder: Path, pretrained: str, values: Any) -> dict[str, Any]:
+        trained.append(seed)
+        ends = {"0.5": 0.9, "1": 1.0, "2": float("inf"), "4": 1.001}  # lower, higher, and equal but for a thousandth of the first loss
+        start, modes = "adapters" if len(trained) == 1 else "scratch", () if len(trained) == 4 else distribution.MODES
+        return {"seed": seed, "start": start, "batch": 3, "first": 2.0, "ends": dict.fromkeys(modes, ends)}  # the last one is too long
+
+    monkeypatch.setattr(multipliers, "measure", measured)
+    monkeypatch.setattr(multipliers, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(multipliers, "behaviour", lambda network: [1.0])
+    for _ in range(2):
+        multipliers.main(["--seeds", "4", "--multipliers", "0.5", "2", "4", "--workers", "1", "--out", str(tmp_path)])
+    assert len(trained) == len(set(trained)) == 4
+    groups = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["groups"]
+    assert {name: one["problems"] for name, one in groups.items() if one["problems"]} == {"all": 3, "1 to 3": 2, "adapters": 1}
+    counted = {"0.5": {"lower": 3, "higher": 0}, "2": {"lower": 0, "higher": 3}, "4": {"lower": 0, "higher": 0}}
+    assert groups["all"]["no settings"] == groups["all"]["total_steps"] == counted
+
+
+def test_multipliers_of_a_problem(distribution: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    multipliers = importlib.import_module("multipliers")
+    row = multipliers.measure(22, tmp_path, "default", [0.0])
+    assert row["ends"].keys() == distribution.MODES.keys()
+    for ends in row["ends"].values():
+        assert ends["0"] == pytest.approx(row["first"], rel=1e-4), "no step at all"
+        assert ends["1"] < ends["0"]
+    monkeypatch.setattr(multipliers, "STEPS", row["steps"] - 1)
+    assert multipliers.measure(22, tmp_path, "default", [0.0])["ends"] == {}

@@ -11,6 +11,7 @@ MNIST = "benchmarks/quality/results/mnist_wikitext.json"
 LEARNED = "benchmarks/quality/results/learned.json"  # the same tasks with the present weights; ablations may be of those before
 PRETRAINED = "benchmarks/quality/results/pretrained.json"
 DISTRIBUTION = "benchmarks/quality/results/distribution.json"
+MULTIPLIERS = "benchmarks/quality/results/multipliers.json"
 TRAINER = "Trainer-default 5e-05 linear"
 HISTORY = "benchmarks/quality/results/history.json"  # of the weights before, by hand: where the default weights change, they get a row
 SPEED = "benchmarks/results/speed.json"

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .files import CLOCK, DISTRIBUTION, HISTORY, HORIZON, LEARNED, MNIST, OPTIMIZERS, PLAIN, PRETRAINED, QUALITY, TRAINER, UNTUNED, Files
+from .files import (
+    CLOCK,
+    DISTRIBUTION,
+    HISTORY,
+    HORIZON,
+    LEARNED,
+    MNIST,
+    MULTIPLIERS,
+    OPTIMIZERS,
+    PLAIN,
+    PRETRAINED,
+    QUALITY,
+    TRAINER,
+    UNTUNED,
+    Files,
+)
 from .writing import all_but, bold, geometric_mean, listing, prose, table, word
 
 # What is trained where drawn problems begin from a trained model.
@@ -303,6 +319,17 @@ def quality_state_notes(files: Files) -> str:
     """)
 
 
+def quality_multipliers(files: Files) -> str:
+    groups = files(MULTIPLIERS)["groups"]
+    names = list(groups["all"]["no settings"])
+    rows = [["", "problems", *(f"`lr={name}`" for name in names)]]
+    for mode, (group, one) in itertools.product(("no settings", "total_steps"), groups.items()):
+        kind = f"from scratch, batches of {group}" if group[0].isdigit() else group
+        cells = (f"{one[mode][name]['lower']} / {one[mode][name]['higher']}" for name in names)
+        rows.append([kind + (", with `total_steps`" if mode == "total_steps" else ""), str(one["problems"]), *cells])
+    return table(rows)
+
+
 BLOCKS: dict[str, Callable[[Files], str]] = {
     "quality.summary": quality_summary,
     "quality.clock": quality_clock,
@@ -314,6 +341,7 @@ BLOCKS: dict[str, Callable[[Files], str]] = {
     "quality.tail": quality_tail,
     "quality.ablations": quality_ablations,
     "quality.long_steps": quality_long_steps,
+    "quality.multipliers": quality_multipliers,
     "quality.drift": quality_drift,
     "quality.mnist": quality_mnist,
     "quality.small": quality_small,

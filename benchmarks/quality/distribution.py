@@ -142,12 +142,12 @@ def baseline(trial: Trial) -> dict[str, Any]:
     }
 
 
-def learned(trial: Trial, network: OptimizerNetwork, horizon: bool) -> Curve:
+def learned(trial: Trial, network: OptimizerNetwork, horizon: bool, lr: float = 1.0) -> Curve:
     """A run of the learned optimizer."""
     steps = trial.drawn.steps
     params, buffers = trial.init()
     leaves = {name: nn.Parameter(param.clone()) for name, param in params.items()}
-    optimizer = LearnedOptimizer(leaves.values(), network, total_steps=steps if horizon else None)
+    optimizer = LearnedOptimizer(leaves.values(), network, lr=lr, total_steps=steps if horizon else None)
     wanted, curve = moments(steps), []
 
     def measure(t: int) -> None:
