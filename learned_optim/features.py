@@ -36,6 +36,7 @@ SCATTER, FRESH, TRAINED = 2.0, 0.03, 0.1
 ODD, EVEN = 2, 3  # how many features change sign with the gradient, and how many do not
 
 
+CONSTANTS = 8  # of numbers that all tensors of a layout have, as a learning rate, that are kept
 LAYOUTS = 256  # that are kept, since an optimizer may have been made for each parameter of a model
 
 
@@ -65,6 +66,7 @@ class Layout:
         self.shapes, self.device = shapes, device
         self.stacked, self.matrices = stacked or (False,) * len(shapes), matrices or (None,) * len(shapes)
         self.tables = tables or (False,) * len(shapes)
+        self._constants: dict[float, Tensor] = {}
         self.sizes = [shape.numel() for shape in shapes]
         self.counts = self.sizes  # of whole tensors, of which a process may hold parts, see `learned_optim.sharding`
         self.fans = [(shape[0], math.prod(shape[1:])) if len(shape) > 1 else (shape.numel(), 1) for shape in shapes]
@@ -113,7 +115,7 @@ class Layout:
         """Numbers that tensors have once, (K,), in fp32. They go to the device as arguments of its kernels, one for a run of equal ones: a
         copy would make the host wait for a GPU, and a CUDA graph could not hold it."""
         if not isinstance(numbers[0], Tensor) and len(set(map(id, numbers))) == 1:  # one group, as nearly always, and worth being quick
-            return torch.full((len(numbers),), float(numbers[0]), dtype=torch.float32, device=self.device)
+            return self._constant(float(numbers[0]))
         same = [list(run) for _, run in itertools.groupby(numbers, id)]  # a group's are one object, which is quick to see
         parts = []
         for _, equal in itertools.groupby(same, lambda run: id(run[0]) if isinstance(run[0], Tensor) else run[0]):
@@ -123,6 +125,17 @@ class Layout:
             else:
                 parts.append(torch.full((1 + len(others),), float(number), dtype=torch.float32, device=self.device))
         return torch.cat(parts)
+
+    def _constant(self, number: float) -> Tensor:
+        known = self._constants.get(number)
+        if known is None:
+            known = torch.full((len(self.shapes),), number, dtype=torch.float32, device=self.device)
+            # On a CPU, and where it serves others too.
+            if known.is_cpu and type(known) is Tensor and not known.is_inference():
+                if len(self._constants) >= CONSTANTS:
+                    self._constants.clear()
+                self._constants[number] = known
+        return known
 
     @functools.cached_property
     def is_table(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import numbers
@@ -231,7 +232,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if self._parts is not None and not any(work):
             sit_out(sharding.ShardedLayout((), (), self._device(), parts=self._parts))
         for device, step, arguments in filter(None, work):
-            with torch.autocast(device.type, enabled=False):
+            mixed = torch.is_autocast_enabled(device.type)  # mostly not, and to switch it off takes longer than to look
+            with torch.autocast(device.type, enabled=False) if mixed else contextlib.nullcontext():
                 step(self._network_on(device), *arguments)
             ledger = arguments[-1]
             if not self._warned and device.type == "cpu" and ledger.skipped.item():

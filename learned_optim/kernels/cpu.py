@@ -37,17 +37,18 @@ from ..rule import (
     CONTROL,
     Control,
     State,
-    is_orthogonal,
     orthogonalize_all,
     sit_out,
 )
 from ..sharding import Run, ShardedLayout
-from . import after_update, before_directions, before_update, matrices, read_once, replay
+from . import after_update, before_directions, before_update, read_once, replay
 from .matrices import Matrices
+from .matrices import library as matrix_library
 from .replay import Replay, run_once
 from .threads import together
 
 BLOCK = 2**14  # coordinates that a thread takes at once
+KEPT = 2**20  # coordinates at most whose directions keep their memory between steps
 CORRECTION = Control._fields.index("correction")
 INTERFACE, MAX_UNITS = 14, 8  # as in the C file
 
@@ -74,7 +75,7 @@ class Network(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """The compiled passes, or None where the package was installed without them, or with those of another version."""
     found = importlib.util.find_spec(f"{__package__}.coordinate")
-    if found is None or found.origin is None or replay.library() is None or matrices.library() is None:
+    if found is None or found.origin is None or replay.library() is None or matrix_library() is None:
         return None
     loaded, job = ctypes.CDLL(found.origin), ctypes.POINTER(Job)
     if not hasattr(loaded, "interface") or loaded.interface() != INTERFACE:  # a clone that was updated and not installed again
@@ -130,36 +131,48 @@ class Passes:
     Args:
         places: of parameters that have no gaps and are fp32, gradients that are so, and the state.
         fused: which parameters are to be changed.
-        directions: what the second pass writes and the third one reads, (N,).
         formats: of the moments and of the LSTM's state.
     """
 
-    def __init__(self, layout: Layout, places: Places, fused: Sequence[bool], directions: Tensor, formats: Sequence[str]) -> None:
+    def __init__(self, layout: Layout, places: Places, fused: Sequence[bool], formats: Sequence[str]) -> None:
         self.layout, self.blocks, self.count = layout, Blocks.of(layout), len(fused)
-        first, width = directions.data_ptr(), len(places.states) // self.count
+        self.directions = torch.empty(sum(layout.sizes), dtype=torch.float32, device="cpu")  # what one pass writes and the next reads, (N,)
+        first, width = self.directions.data_ptr(), len(places.states) // self.count
         columns: list[Iterable[int]] = [layout.sizes, *self.blocks.places, map(operator.mul, places.params, fused), places.grads]
         columns += [[first + start for start in self.blocks.starts], *(places.states[column::width] for column in range(width))]
         columns += [[0] * self.count] * (COLUMNS - len(columns))
         self.table = array("q", itertools.chain.from_iterable(zip(*columns, strict=True)))
         rows = len(self.blocks.table) + self.count  # of blocks, then of tensors
         self.sums = torch.empty(rows, BUCKETS + 1, dtype=torch.float64, device="cpu")
+        self.totals = self.sums.view(-1)[(BUCKETS + 1) * len(self.blocks.table) :]
         tables = self.table.buffer_info()[0], self.blocks.table.data_ptr()
         self.job = Job(*tables, len(self.blocks.table), 0, self.sums.data_ptr(), *(FORMATS.index(fmt) for fmt in formats))
         # A thread needs some 30 microseconds to wake up, in which another has done four blocks.
         self.threads = max(1, min(torch.get_num_threads(), len(self.blocks.table) // 4))
         self.finite = True  # whether all that the last pass returned is
 
+    @staticmethod
+    def of(memory: dict[Any, Any], layout: Layout, places: Places, fused: Sequence[bool], formats: Sequence[str]) -> Passes:
+        """Those of the last step, where nothing has moved since. Large models have new ones at each step: directions would take memory
+        meanwhile."""
+        key = layout, places, fused, formats, torch.get_num_threads()
+        if memory.get("passes", (None,))[0] == key:
+            passes: Passes = memory["passes"][1]
+            return passes
+        passes = Passes(layout, places, fused, formats)
+        memory["passes"] = (key, passes) if sum(layout.sizes) <= KEPT else (None,)
+        return passes
+
     def run(self, name: str, columns: int, *arguments: object) -> Tensor:
         """Runs a pass. Returns means of its sums over each tensor, (columns, K)."""
         self.job.next = 0
         together(getattr(library(), name), [(ctypes.byref(self.job), *arguments)] * self.threads)
         means, blocks = torch.empty(columns, self.count, dtype=torch.float32, device="cpu"), self.job.count
-        totals = self.sums.view(-1)[(BUCKETS + 1) * blocks :]
         of_blocks = self.job.sums, self.job.blocks, blocks, columns
-        numbers = self.blocks.counts.data_ptr(), self.count, totals.data_ptr(), means.data_ptr()
+        numbers = self.blocks.counts.data_ptr(), self.count, self.totals.data_ptr(), means.data_ptr()
         self.finite = getattr(replay.library(), "means")(*of_blocks, *numbers) != 0  # noqa: B009
         if isinstance(self.layout, ShardedLayout):
-            mine = totals[: columns * self.count].view(self.count, columns)
+            mine = self.totals[: columns * self.count].view(self.count, columns)
             means = (self.layout.total(mine.T) / self.blocks.counts).float()
             self.finite = bool(means.isfinite().all())
         return means
@@ -206,9 +219,9 @@ def step(
     else:
         kept = itemgetter(*(KEYS if "int8" in formats else KEYS[:-1]))
         places = Places.of(params, flat, itertools.chain.from_iterable(map(kept, states)))
-    directions = torch.empty(sum(layout.sizes), dtype=torch.float32, device="cpu")
     fused = read_directly(params)
-    passes = Passes(layout, places, fused, directions, formats)
+    passes = Passes.of({} if ledger is None else ledger.memory, layout, places, fused, formats)
+    directions, matrices = passes.directions, Matrices.of(layout, config, torch.get_num_threads())
 
     rows = torch.empty(CONTROL, len(params), dtype=torch.float32, device="cpu")
     passes.control("gather", rows)
@@ -231,30 +244,27 @@ def step(
     once = run_once if ledger is None else ledger.memory.setdefault("replay", Replay()).of([network, network.config, *once_read])
     step_size, constants, *numbers = once("before directions", partial(before_directions, network, layout), rows, means, total_steps)
     decays = config.momentum, config.second_moment
-    (mean_square,) = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), *decays, constants.data_ptr())
+    mean_square = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), *decays, constants.data_ptr())[0]
     broken: list[int] = []
     if not passes.finite:
         broken = mean_square.isfinite().logical_not().nonzero().flatten().tolist()
         if ledger is not None:
             ledger.skipped += len(broken)
         for k in broken:
-            fused[k], mean_square[k] = False, 0
+            fused[k], mean_square[k] = False, 0  # these passes are known by `fused`, too, and so are not found again
             directions.split(layout.sizes)[k].zero_()
             passes.forget(k)
 
-    orthogonal = is_orthogonal(layout, config)
-    if any(orthogonal):
-        parts, others = directions.split(layout.sizes), None
-        if not isinstance(layout, ShardedLayout):
-            here = Matrices.of(layout, config, torch.get_num_threads())
-            here.orthogonalize(directions)
-            others = here.others
-        for k, matrix in orthogonalize_all(parts, layout, config, matrix_dtype(), others):
-            parts[k].copy_(matrix)
-        if decayed := [k for k, chosen in enumerate(orthogonal) if chosen and weight_decay[k]]:
+    if any(matrices.orthogonal):
+        parts = directions.split(layout.sizes)
+        matrices.orthogonalize(directions)
+        if matrices.others:
+            for k, matrix in orthogonalize_all(parts, layout, config, matrix_dtype(), matrices.others):
+                parts[k].copy_(matrix)
+        if decayed := [k for k, chosen in enumerate(matrices.orthogonal) if chosen and weight_decay[k]]:
             mean_square[decayed] = torch.cat(layout.mean_squares(parts, decayed))
     rates, decays_of = layout.per_tensor(lr), layout.per_tensor(weight_decay)
-    kinds = torch.tensor(orthogonal, dtype=torch.float32, device="cpu"), layout.is_table
+    kinds = matrices.is_orthogonal, layout.is_table
     gain, factors = once("before update", partial(before_update, network), mean_square, *kinds, step_size, rates, decays_of)
     sums = passes.run("apply", BUCKETS + 1, factors.data_ptr())
     (rows,) = once("after update", after_update, sums, gain, passes.blocks.roots, *numbers)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..config import NetworkConfig
 from ..features import LAYOUTS, Layout
-from ..rule import EPSILON, NEWTON_SCHULZ, SMALL, spectral_norms
+from ..rule import EPSILON, NEWTON_SCHULZ, SMALL, is_orthogonal, spectral_norms
+from ..sharding import ShardedLayout
 from .threads import together
 
 INTERFACE = 1  # as in the C file
@@ -49,22 +50,25 @@ def fastest() -> bool:
 
 
 class Matrices:
-    """Which tensors of a layout are orthogonalised in C, and what that needs to know of them.
+    """Which tensors of a layout are orthogonalised, which of them in C, and what that needs to know of these.
 
     Small ones are, since torch's products of them take longer to start than to compute; and large ones where `fastest` says so, unless
-    other threads would have to wait for the largest.
+    other threads would have to wait for the largest. Sharded ones are not: they have to be gathered first.
     """
 
     def __init__(self, layout: Layout, config: NetworkConfig, threads: int) -> None:
+        self.orthogonal = is_orthogonal(layout, config)
+        self.is_orthogonal = torch.tensor(self.orthogonal, dtype=torch.float32, device="cpu")  # (K,)
         norms, self.steps = spectral_norms(layout, config), config.orthogonalize_steps
         costs = {k: min(layout.fans[k]) ** 2 * (1.5 * max(layout.fans[k]) + 4.5 * min(layout.fans[k])) for k in norms}
-        chosen = sorted((k for k in norms if fastest() or min(layout.fans[k]) < SMALL), key=lambda k: -costs[k])
+        sharded = isinstance(layout, ShardedLayout)
+        chosen = [] if sharded else sorted((k for k in norms if fastest() or min(layout.fans[k]) < SMALL), key=lambda k: -costs[k])
         counts = {k: math.prod(layout.stacks[k]) for k in chosen}
         total = sum(costs[k] * counts[k] for k in chosen)
         while chosen and min(layout.fans[chosen[0]]) >= SMALL and costs[chosen[0]] * threads > total:
             total -= costs[chosen[0]] * counts[chosen[0]]
             del chosen[0]
-        self.others = [k for k in norms if k not in chosen]
+        self.others = [k for k in norms if k not in chosen]  # which torch orthogonalises
         starts = list(itertools.accumulate(layout.sizes, initial=0))
         rows = [(starts[k] + math.prod(layout.fans[k]) * i, *layout.fans[k], norms[k]) for k in chosen for i in range(counts[k])]
         self.count = len(rows)
@@ -87,6 +91,7 @@ class Matrices:
         if not self.count:
             return
         table = torch.add(self.table, self.is_place, alpha=directions.data_ptr())
-        scratch = torch.empty(self.threads, self.scratch, dtype=torch.float32, device="cpu")
+        scratch = torch.empty(self.threads * self.scratch, dtype=torch.float32, device="cpu")
         job = Job(table.data_ptr(), self.count, 0, self.steps, *NEWTON_SCHULZ, EPSILON)
-        together(getattr(library(), "orthogonalize"), [(ctypes.byref(job), part.data_ptr()) for part in scratch])  # noqa: B009
+        parts = range(scratch.data_ptr(), scratch.data_ptr() + 4 * len(scratch), 4 * self.scratch)
+        together(getattr(library(), "orthogonalize"), [(ctypes.byref(job), part) for part in parts])  # noqa: B009
