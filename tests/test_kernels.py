@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -100,6 +101,61 @@ def test_sparse_outliers_and_zeros() -> None:
     (mine, optimizer), (theirs, reference) = (run(kernel, network, grads) for kernel in ("compiled", "reference"))
     assert_near(mine, theirs)
     assert_states_near(optimizer, reference)
+
+
+@pytest.mark.parametrize(("moments", "units"), [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "int8")])
+def test_rows_of_words_that_come_late_and_seldom(moments: str, units: str) -> None:
+    """Coordinates that never had a gradient are passed over. Those that had one move on without, and what is not zero is never taken for
+    it: negative zeros, a gradient at the end of a stretch of zeros, and state beside moments that have vanished."""
+    network = network_of("acting", moment_format=moments, lstm_format=units)
+    found = {}
+    for kernel in ("compiled", "reference"):
+        words = nn.Parameter(torch.zeros(40, 64))
+        optimizer = LearnedOptimizer([words], network, kernel=kernel)
+        for step in range(6):
+            grad = torch.randn(40, 64, generator=Generator().manual_seed(step))
+            grad[3 if step < 2 else 11 if step < 4 else 0 :] = 0  # one row of four in a stretch, then another stretch, then none
+            if step == 3:
+                grad[20:28] = -0.0
+                grad[31, 63] = 1.0
+            words.grad = grad
+            if step == 5:
+                optimizer.state[words]["moments"][:, :4] = 0
+            optimizer.step()
+        found[kernel] = [words.detach(), *(optimizer.state[words][key].float() for key in ("moments", "lstm", "control"))]
+    compared = len(found["compiled"]) if units == "float32" else 1  # what is stored in less may be on a border
+    for one, other in zip(*(each[:compared] for each in found.values()), strict=True):
+        assert_near([one], [other], 1e-4 if units == "float32" else 0.03, floor=1e-7)
+    assert not found["compiled"][0][12:31].any()
+    assert found["compiled"][0][31].all()
+
+
+def test_what_moves_between_steps_is_noticed() -> None:
+    """What a step has found out is kept for the next: gradients at the same addresses and at others, some that are missing or broken, a
+    parameter in other memory, another learning rate."""
+    found = {}
+    for kernel in ("compiled", "reference"):
+        params = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+        optimizer = LearnedOptimizer(params, network_of("default"), kernel=kernel)
+        for step in range(9):
+            for param, grad in zip(params, gradients(step, 1.0), strict=True):
+                if step in (1, 2) or param.grad is None:
+                    param.grad = grad
+                else:
+                    param.grad.copy_(grad)
+            if step == 3:
+                params[4].grad = None
+            if step == 5:
+                params[5].grad[0, 0] = torch.nan
+            if step == 6:
+                params[7].data = params[7].data.clone()
+                optimizer.param_groups[0]["lr"] = 0.5
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                optimizer.step()
+        assert optimizer.skipped == 1
+        found[kernel] = [param.detach() for param in params]
+    assert_near(found["compiled"], found["reference"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
