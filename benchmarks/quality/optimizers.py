@@ -36,7 +36,7 @@ DEFAULTS = ["AdamW-default 0.001", "Trainer-default 5e-05 linear", "ScheduleFree
 
 # torch's Muon orthogonalises in bf16, which many CPUs emulate at a fiftieth of the speed. Here it has fp32, its own number of iterations
 # and our scaling, from which they end closer to orthogonal. Runs on record were made with the Frobenius norm, as in torch.
-torch.optim._muon._zeropower_via_newtonschulz = lambda grad, coefficients, steps, eps: orthogonalize(grad, steps)
+torch.optim._muon._zeropower_via_newtonschulz = lambda grad, coefficients, steps, eps: orthogonalize(grad.float(), steps)
 
 
 @dataclass
