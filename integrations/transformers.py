@@ -137,7 +137,8 @@ class LearnedOptimizerTrainer(Trainer):
         if self.optimizer is None and not self._stacked and self.is_world_process_zero():
             # Trainer makes groups without names, which would show it to the optimizer.
             warn_of_experts((self.model if model is None else model).named_parameters(), stacklevel=2)
-        return super().create_optimizer(model)  # type: ignore[no-any-return]
+        given = () if model is None else (model,)  # which trainers before 5.3 do not take
+        return super().create_optimizer(*given)  # type: ignore[no-any-return]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
