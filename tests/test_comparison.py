@@ -120,6 +120,18 @@ def test_the_plot_names_its_extra(found: Comparison, monkeypatch: pytest.MonkeyP
 # What is said
 
 
+def test_seeds_that_disagree_are_told() -> None:
+    good, bad = ([(t, end ** (t / 200)) for t in range(0, 201, 5)] for end in (0.01, 0.5))
+    runs = [Run(name, seed, 1.0, curve, 1.0, 0.5) for name in OURS for seed, curve in enumerate((good, bad))]
+    for seed in (0, 1):
+        runs += [Run("AdamW 0.001 constant", seed, 1.0, [(0, 1.0), (200, 1.0)], 1.0, 1.0)]
+        for length in (1.0, *speed.LENGTHS):
+            curve = [(t, 0.5 ** (t / 50)) for t in range(0, round(200 * length) + 1, max(1, round(5 * length)))]
+            runs += [Run("AdamW 0.003 cosine", seed, length, curve, 1.0, 0.5)]
+    found = _summary(runs, ["AdamW 0.001 constant", "AdamW 0.003 cosine"], 200, "held-out loss", "sha256:0", stopped=False)
+    assert "ahead with some seeds and behind with others" in found.verdict
+
+
 def told(ours: Callable[[float], float], measure: str = "held-out loss", training: float = 0.5, milliseconds: float = 2.0) -> Comparison:
     """Where AdamW halves the loss every 50 of 200 steps, at 1 ms each."""
 

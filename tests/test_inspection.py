@@ -174,6 +174,13 @@ def shorter_control() -> dict[str, Any]:
     return state_dict
 
 
+def three_moments() -> dict[str, Any]:
+    state_dict = trained(1).state_dict()
+    moments = state_dict["state"][0]["moments"]
+    state_dict["state"][0]["moments"] = torch.cat([moments, moments[:1]])
+    return state_dict
+
+
 def without_options() -> dict[str, Any]:
     state_dict = trained(1).state_dict()
     del state_dict["param_groups"][0]["total_steps"]
@@ -195,6 +202,7 @@ def without_options() -> dict[str, Any]:
         (nn.Linear(2, 2), "holds other things than tensors, numbers and text"),
         (b"no file of torch.save", "was not written by torch.save"),
         (shorter_control, "holds a state that does not fit this learned_optim: the state 'control' of 0.weight has the shape"),
+        (three_moments, "holds a state that does not fit this learned_optim: the state 'moments' of 0.weight has the shape"),
         (without_options, "holds a state that does not fit this learned_optim: 'total_steps'"),
     ],
 )

@@ -304,6 +304,8 @@ def test_nothing_to_train_on_is_refused() -> None:
         meta_train({"tiny": tiny_task}, tiny_config(estimators={"": "frozen"}))
     with pytest.raises(ValueError, match="reptile"):
         meta_train({"tiny": tiny_task}, tiny_config(estimators={"": "reptile"}))
+    with pytest.raises(ValueError, match="too many for evolution strategies"):
+        meta_train({"tiny": tiny_task}, tiny_config(estimators={"": "exact", "initial": "pes"}), initial=torch.zeros(3))
     with pytest.raises(ValueError, match=r"torch\.optim\.Addam"):
         meta_train({"tiny": tiny_task}, tiny_config(optimizer="torch.optim.Addam"))
 
@@ -320,6 +322,7 @@ def test_nothing_to_train_on_is_refused() -> None:
         {"reparametrize": -1.0},
         {"estimators": {"": "exacct"}},
         {"schedule": "linear"},
+        {"scales": {"coordinate": 0.0}},
     ],
 )
 def test_bad_configurations_are_refused_by_name(change: dict[str, object]) -> None:

@@ -223,3 +223,51 @@ def test_state_is_placed_like_the_parameter(placement: Any, expected: Any) -> No
         assert value.placements == (expected,), key
         assert value.shape == shape
         assert value.dtype == dtype
+
+
+@pytest.mark.usefixtures("process_group")
+def test_state_that_is_placed_otherwise_is_refused(network: OptimizerNetwork) -> None:
+    """A sharded tensor for a plain parameter, one that is sharded along another dimension, and a part of what each process has whole. A
+    tensor for a sharded parameter is cut."""
+    mesh = init_device_mesh("cpu", (1,))
+
+    def fresh(placement: Any = None) -> LearnedOptimizer:
+        weight = torch.ones(4, 6)
+        param = nn.Parameter(weight if placement is None else distribute_tensor(weight, mesh, [placement]))
+        optimizer = LearnedOptimizer([param], network)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        return optimizer
+
+    plain, rows, columns = fresh(), fresh(Shard(0)), fresh(Shard(1))
+    sharded = distribute_tensor(torch.zeros(plain.state_dict()["state"][0]["control"].shape), mesh, [Shard(0)])
+    for optimizer, other, changes, message in [
+        (plain, rows, {}, "is a DTensor, and the parameter a plain tensor"),
+        (rows, columns, {}, "is sharded otherwise than the parameter"),
+        (rows, rows, {"control": sharded}, "is sharded otherwise than the parameter"),
+    ]:
+        state_dict = other.state_dict()
+        state_dict["state"] = {0: state_dict["state"][0] | changes}
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(state_dict)
+    rows.load_state_dict(plain.state_dict())
+
+
+def test_state_for_a_parameter_without_numbers_is_refused(network: OptimizerNetwork) -> None:
+    model = make_model()
+    optimizer = LearnedOptimizer(model.parameters(), network)
+    train(model, optimizer, range(2))
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0 is on the device meta.*load the state after"):
+        LearnedOptimizer(make_model(device="meta").parameters(), network).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("kernel", ["compiled", "reference"])
+def test_state_that_lacks_a_piece_is_refused_before_anything_moves(network: OptimizerNetwork, kernel: str) -> None:
+    model = make_model()
+    optimizer = LearnedOptimizer(model.parameters(), network, kernel=kernel)
+    train(model, optimizer, range(2))
+    before = values(model)
+    del optimizer.state[model.second.weight]["moments"]
+    with pytest.raises(RuntimeError, match=r"the state of parameter \d of group 0 lacks 'moments'"):
+        train(model, optimizer, range(2, 3))
+    assert_same(values(model), before)
