@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from learned_optim import LearnedOptimizer, load_network
-from learned_optim.kernels import threads
+from learned_optim.kernels import native
 
 # Gradients and parameters
 
@@ -170,13 +170,13 @@ def test_where_tensors_have_no_numbers_a_step_is_refused() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
 def test_threads_of_the_compiled_kernel_after_a_fork() -> None:
     """A child has none of its parent's, and would wait for them for ever."""
-    assert threads.pool(1).submit(lambda: 3).result() == 3
+    assert native.pool(1).submit(lambda: 3).result() == 3
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # that forks of processes with threads may hang
         child = os.fork()
     if child == 0:
         signal.alarm(20)
-        os._exit(threads.pool(1).submit(lambda: 3).result())
+        os._exit(native.pool(1).submit(lambda: 3).result())
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
 
 

@@ -8,7 +8,8 @@ PLACES = {"learned_optim": ROOT / "learned_optim", "learned_optim.integrations":
 
 # From the bottom. Modules of a line do not import each other.
 LAYERS = """
-config argument_types report speed kernels.replay kernels.threads
+kernels.native
+config argument_types report speed kernels.replay
 storage weights
 features
 sharding network

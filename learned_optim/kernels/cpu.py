@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import itertools
 import math
 import operator
@@ -33,19 +32,13 @@ from ..checks.state import DTYPE, Ledger, Places, addresses
 from ..config import FORMATS
 from ..features import BUCKETS, LAYOUTS, Layout
 from ..network import OptimizerNetwork
-from ..rule import (
-    CONTROL,
-    Control,
-    State,
-    orthogonalize_all,
-    sit_out,
-)
+from ..rule import CONTROL, Control, State, orthogonalize_all, sit_out
 from ..sharding import Run, ShardedLayout
 from . import after_update, before_directions, before_update, read_once, replay
 from .matrices import Matrices
 from .matrices import library as matrix_library
+from .native import load, together
 from .replay import Replay, run_once
-from .threads import together
 
 BLOCK = 2**14  # coordinates that a thread takes at once
 KEPT = 2**20  # coordinates at most whose directions keep their memory between steps
@@ -73,12 +66,9 @@ class Network(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled passes, or None where the package was installed without them, or with those of another version."""
-    found = importlib.util.find_spec(f"{__package__}.coordinate")
-    if found is None or found.origin is None or replay.library() is None or matrix_library() is None:
-        return None
-    loaded, job = ctypes.CDLL(found.origin), ctypes.POINTER(Job)
-    if not hasattr(loaded, "interface") or loaded.interface() != INTERFACE:  # a clone that was updated and not installed again
+    """The compiled passes, or None where one of the compiled files is missing, as in `load`."""
+    loaded, job = load("coordinate", INTERFACE), ctypes.POINTER(Job)
+    if loaded is None or replay.library() is None or matrix_library() is None:
         return None
     loaded.moments.argtypes = [job, ctypes.c_float]
     loaded.directions.argtypes = [job, ctypes.POINTER(Network), ctypes.c_float, ctypes.c_float, ctypes.c_void_p]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import itertools
 import math
 
@@ -15,7 +14,7 @@ from ..config import NetworkConfig
 from ..features import LAYOUTS, Layout
 from ..rule import EPSILON, NEWTON_SCHULZ, SMALL, is_orthogonal, spectral_norms
 from ..sharding import ShardedLayout
-from .threads import together
+from .native import load, together
 
 INTERFACE = 1  # as in the C file
 WORTH_A_THREAD = 1e6  # multiplications, about as many as there are in the time in which a thread wakes up
@@ -30,12 +29,9 @@ class Job(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled iteration, or None where the package was installed without it, or with that of another version."""
-    found = importlib.util.find_spec(f"{__package__}.orthogonal")
-    if found is None or found.origin is None:
-        return None
-    loaded = ctypes.CDLL(found.origin)
-    if not hasattr(loaded, "interface") or loaded.interface() != INTERFACE:
+    """The compiled iteration, or None as in `load`."""
+    loaded = load("orthogonal", INTERFACE)
+    if loaded is None:
         return None
     loaded.orthogonalize.argtypes = [ctypes.POINTER(Job), ctypes.c_void_p]
     loaded.scratch_size.argtypes = [ctypes.c_int64, ctypes.c_int64]

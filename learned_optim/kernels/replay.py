@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import math
 from array import array
 from collections.abc import Callable, Sequence
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .native import load
 
 INTERFACE = 1  # as in the C file
 
@@ -58,12 +59,9 @@ CONSTANT = (aten.scalar_tensor.default, aten.full.default)
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled loop, or None where the package was installed without it, or with that of another version."""
-    found = importlib.util.find_spec(f"{__package__}.arithmetic")
-    if found is None or found.origin is None:
-        return None
-    loaded = ctypes.CDLL(found.origin)
-    if not hasattr(loaded, "interface") or loaded.interface() != INTERFACE:
+    """The compiled loop, or None as in `load`."""
+    loaded = load("arithmetic", INTERFACE)
+    if loaded is None:
         return None
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     loaded.replay.argtypes = [pointer, integer, pointer, pointer]

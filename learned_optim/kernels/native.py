@@ -1,14 +1,26 @@
-"""Threads that run C code together."""
+"""C code of the package: how it is loaded, and threads that run it together."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+
+
+def load(name: str, interface: int) -> ctypes.CDLL | None:
+    """A compiled file of this folder, or None where the package was installed without it, or with that of another version: a clone that was
+    updated and not installed again."""
+    found = importlib.util.find_spec(f"{__package__}.{name}")
+    if found is None or found.origin is None:
+        return None
+    loaded = ctypes.CDLL(found.origin)
+    return loaded if hasattr(loaded, "interface") and loaded.interface() == interface else None
 
 
 @functools.lru_cache(maxsize=1)
