@@ -39,6 +39,7 @@ ROOT = tables.ROOT
 Kept = Callable[[dict[str, Any]], bool]  # whether a run is
 RUNS = ROOT / "benchmarks/quality/results/runs.jsonl.xz"
 DRAWN_RUNS = ROOT / "benchmarks/quality/results/distribution_runs.jsonl.xz"
+MULTIPLIER_RUNS = ROOT / "benchmarks/quality/results/multipliers_runs.jsonl.xz"
 PRETRAINED_RUNS = ROOT / "benchmarks/quality/results/pretrained_runs.jsonl.xz"
 # Where runs scatter most, formats of the state are compared with more seeds than the benchmark's six.
 MORE_SEEDS = {100: ["tabular", "ill-conditioned"], 24: ["reinforcement", "mlp", "physics", "resnet", "cnn", "new digits"]}
@@ -132,9 +133,11 @@ def distribution(folder: Path, kept: Kept) -> None:
     pack(folder / "runs.jsonl", DRAWN_RUNS, kept)
 
 
-def multipliers(folder: Path) -> None:
+def multipliers(folder: Path, kept: Kept) -> None:
+    unpack(MULTIPLIER_RUNS, folder / "runs.jsonl")
     python("benchmarks/quality/multipliers.py", "--out", folder)
     publish(folder, "benchmarks/quality/results", {"results.json": "multipliers.json"})
+    pack(folder / "runs.jsonl", MULTIPLIER_RUNS, kept)
 
 
 def pretrained(folder: Path, kept: Kept) -> None:
@@ -206,7 +209,7 @@ def parts(kept: Kept, data: Path | None) -> dict[str, Callable[[Path], None]]:
         "quality": lambda folder: quality(folder, kept),
         "pretrained": lambda folder: pretrained(folder, kept),
         "distribution": lambda folder: distribution(folder, kept),
-        "multipliers": multipliers,
+        "multipliers": lambda folder: multipliers(folder, kept),
         "demo": demo,
         "trainer_gpt": lambda _: trainer("trainer_gpt"),
         "trainer_classifier": lambda _: trainer("trainer_classifier"),

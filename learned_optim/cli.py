@@ -360,7 +360,7 @@ def _push(args: Namespace) -> None:
 
 COMMANDS = {
     "demo": Command(
-        summary="train two small models beside AdamW, and print and plot who wins (about two minutes)",
+        summary="train two small models beside AdamW, and print and plot who wins (two to four minutes)",
         arguments=_demo_arguments,
         run=_demo,
         examples=("", "--quick", "--pretrained runs/mine --out runs/demo-of-mine"),

@@ -127,10 +127,12 @@ class Layout:
         return torch.cat(parts)
 
     def _constant(self, number: float) -> Tensor:
+        """The number for each tensor, (K,), which nobody may change: on a CPU it is kept, since to make it takes longer than to find it. On
+        a GPU it might belong to a graph that is being captured."""
         known = self._constants.get(number)
         if known is None:
             known = torch.full((len(self.shapes),), number, dtype=torch.float32, device=self.device)
-            # On a CPU, and where it serves others too.
+            # One that was made while tracing, or in inference mode, would serve nobody else.
             if known.is_cpu and type(known) is Tensor and not known.is_inference():
                 if len(self._constants) >= CONSTANTS:
                     self._constants.clear()

@@ -26,6 +26,14 @@ from learned_optim.weights import fingerprint
 # As it is
 
 
+def test_trainers_before_5_3_take_no_model_for_their_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Trainer.create_optimizer
+    monkeypatch.setattr(Trainer, "create_optimizer", lambda self: make(self))
+    trainer = helped(arguments(tmp_path, max_steps=2))
+    trainer.train()
+    assert clocks(trainer) == {2}
+
+
 def test_trainer_takes_the_optimizer_as_it_is(tmp_path: Path) -> None:
     trainer = plain(arguments(tmp_path, max_steps=40, weight_decay=0.1))
     result = trainer.train()
