@@ -58,7 +58,7 @@ PRETRAINED = [
 ]
 DRAWN = 40  # problems of those drawn at random to publish; AdamW takes most of a minute to be tuned on one
 # Kinds of problem that the weights are specialised for, with the minutes for it.
-KINDS = {"curves": [1, 3, 10], "digits": [3, 10]}
+KINDS = {"curves": [1, 3, 10], "digits": [3, 10], "sentences": [3, 10, 30]}
 MNIST = ["mnist mlp", "mnist vit", "wikitext transformer", "wikitext fine-tuning"]
 
 

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -82,7 +83,7 @@ def test_processes(program: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_specialise(program: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(program, "BASELINES", program.BASELINES[:2])  # without what is not among the tests' packages
     monkeypatch.setattr(program, "RATES", (1e-2,))
-    monkeypatch.setattr(program, "KINDS", {"curves": (program.curves, 25)})
+    monkeypatch.setattr(program, "KINDS", {"curves": (program.KINDS["curves"][0], 25)})
     found = results(program, tmp_path, "curves", "--budgets", 0.05, "--problems", 2, "--tuning", 1)
     assert found["settings"]["Muon"].startswith("0.01")
     assert found["results"].keys() == {"default", "default, no horizon", "0.05 min", "0.05 min, no horizon", "AdamW", "Muon"}
@@ -118,3 +119,24 @@ def test_clock(program: ModuleType, tmp_path: Path) -> None:
     for times in found.values():
         assert times.keys() == {"forward and backward", "AdamW, fused", "LearnedOptimizer", "Muon", "Schedule-Free"}
         assert min(times.values()) == times["forward and backward"] > 0
+
+
+@pytest.mark.parametrize("program", ["kinds"], indirect=True)
+def test_a_pretrained_model_is_tuned_for_one_small_set_after_another(program: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft", reason="needs peft: make test-integrations")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    shape = transformers.BertConfig(vocab_size=60, hidden_size=384, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    monkeypatch.setattr(program, "minilm", lambda: transformers.BertModel(shape, add_pooling_layer=False))
+    monkeypatch.setattr(program, "tokens", lambda texts, length: torch.randint(1, 60, (len(texts), length)))
+    program.all_summaries.cache_clear()
+    first, again, other = (program.sentences(torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    model = first.build()
+    trained = {name for name, param in model.named_parameters() if param.requires_grad}
+    assert {name.split(".")[-3] for name in trained if "lora" in name} == {"lora_A", "lora_B"}
+    assert "head.weight" in trained
+    assert all("lora" in name or name.startswith("head") for name in trained), "the pretrained layer is frozen"
+    hidden, real, targets = first.batch(torch.Generator().manual_seed(0))
+    assert model(hidden, real).shape == (len(targets), program.CLASSES)
+    assert torch.equal(hidden, again.batch(torch.Generator().manual_seed(0))[0])
+    assert not torch.equal(hidden, other.batch(torch.Generator().manual_seed(0))[0])
+    program.all_summaries.cache_clear()

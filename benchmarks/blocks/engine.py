@@ -119,7 +119,7 @@ def engine_processes(files: Files) -> str:
     return table([*rows, ["ratio, median of two", *(bold(f"{found['gains'][way]:.2f}") for way in ways)]])
 
 
-KINDS = {"curves": "curves, a small net", "digits": "digits, a small conv net"}
+KINDS = {"curves": "curves, a small net", "digits": "digits, a small conv net", "sentences": "sentences, LoRA on MiniLM"}
 
 
 def engine_specialise(files: Files) -> str:

