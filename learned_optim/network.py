@@ -29,9 +29,10 @@ NOISE, PATH_LEAD = 2.0, 100.0
 
 # Of the warm-up: how much slower than it climbs it falls back, how far below its first step it can get, and how much further it would have
 # climbed by the time that full steps have proved themselves. By how much matrices that were trained before climb in a step, at most: all of
-# them together, and the least that this is for each.
+# them together, and the least that this is for each. And by how much they climb where gradients say nothing, times the step's number.
 RETREAT, DEPTH, PROOF = 0.5, 2.0, 2.0
 HASTE, LEAST_HASTE = 8.0, 0.2
+CREEP = 0.4
 
 
 class CoordinateLSTM(nn.Module):
@@ -135,6 +136,9 @@ class Controller(nn.Module):
     cannot, only that there is something to lose. So of `L` such matrices each climbs by at most `max(HASTE / L, LEAST_HASTE)` in a step.
     What is fresh, the read-out among them, climbs as ever and is done before. Vectors, of which nothing can be seen, are as careful as the
     mean of the matrices.
+
+    **Creep.** In small batches, behind batch normalisation above all, gradients neither agree nor turn back, however short steps are, and
+    what was trained before would stay where it is. So it climbs by `CREEP / t` where its evidence is less, `CREEP log(t)` in all.
     """
 
     def __init__(self) -> None:
@@ -187,13 +191,14 @@ class Controller(nn.Module):
         correction = (correction + path + change).clamp(-MOST, MOST)
         return correction, self.brake * (swing + BRAKE).clamp(max=0), self.inertia * longer
 
-    def climb(self, trend: Tensor, climbed: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
+    def climb(self, trend: Tensor, climbed: Tensor, trained: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
         """One step of the warm-up.
 
         Args:
             trend: as in `forward`, (..., K).
             climbed: what has been gained so far, a logarithm, (..., K).
             trained: whether a tensor looked trained before its first step, from 0 to 1, or -1 where that cannot be seen, (..., K).
+            age: in steps, (..., K).
 
         Returns:
             the same after this step, and the logarithm of the warm-up's factor.
@@ -205,6 +210,7 @@ class Controller(nn.Module):
         count = (trained * seen).sum(-1, keepdim=True)
         careful = torch.where(trained < 0, count / seen.sum(-1, keepdim=True).clamp(min=1), trained)
         rise = rise - careful * (rise - (HASTE / count.clamp(min=1)).clamp(min=LEAST_HASTE)).clamp(min=0)
+        rise = rise + (CREEP * careful / age - rise.clamp(min=0)).clamp(min=0)
         begin = torch.where(rise < 0, torch.minimum(climbed, full), climbed)
         after = torch.where(full + PROOF - climbed > 0, (begin + rise).clamp(min=-DEPTH), climbed)
         climbed = torch.where(full > 0, after, climbed)

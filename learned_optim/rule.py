@@ -23,7 +23,7 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    :math:`e^{b_t}` for single steps, and a warm-up :math:`e^{r_t}`. The warm-up begins at a fiftieth and rises while gradients go on
    pointing where the steps before them went. A model from scratch leaves it behind within a few steps. One that was trained before stays
    in it, so that what it knows is not lost before its gradients have shown what it bears. Matrices that look trained before their first
-   step, by their singular values, rise more slowly.
+   step, by their singular values, rise more slowly, and a little also where gradients show nothing.
 3. **Direction.** Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise
    LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`. The last gradient among them
    is multiplied by the steadiness. Where gradients agree, the *drift* is added: the mean of some fifty gradients, normalised in the same
@@ -264,7 +264,7 @@ def step_sizes(
     straight = straightness(control.path, clock)
     correction, braked, inertia = network.controller(trend, swing, steady, straight, age, progress, known, control.correction)
     usual = (clock.mean + ABSOLUTE_FLOOR).sqrt()
-    climbed, warm = network.controller.climb(trend, control.climbed, control.trained)
+    climbed, warm = network.controller.climb(trend, control.climbed, control.trained, age)
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1) * (total_steps / SHORT_RUN).clamp(min=1).rsqrt().sqrt()
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
     schedule = torch.where(known > 0, annealed, decayed)
