@@ -105,6 +105,7 @@ def small(benchmark: Any, seed: int) -> Any:
 def test_the_program_runs_and_resumes(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = ["AdamW 0.001 linear", "AdamW 0.1 linear"]
     monkeypatch.setattr(benchmark.main, "GRID", grid)
+    monkeypatch.setattr(benchmark.main, "NAMES", [*grid, "learned"])
     monkeypatch.setitem(benchmark.main.PROBLEMS, "small", benchmark.problems.Task(lambda seed: small(benchmark, seed), 40))
     monkeypatch.setattr(benchmark.main, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(benchmark.main, "as_completed", list)
@@ -120,6 +121,10 @@ def test_the_program_runs_and_resumes(benchmark: Any, tmp_path: Path, monkeypatc
     assert 0 < slow["moved"] < tuned["moved"]
     benchmark.main.main(arguments)
     assert (tmp_path / "runs.jsonl").read_text() == written  # nothing was run again
+    for names, seeds in ((["learned"], 1), ([*grid, "learned"], 2)):  # a second seed counts once all optimizers have it
+        benchmark.main.main(["--tasks", "small", "--optimizers", *names, "--seeds", "2", "--out", str(tmp_path)])
+        both = json.loads((tmp_path / "results.json").read_text())["tasks"]["small"]
+        assert {name: one["seeds"] for name, one in both.items()} == dict.fromkeys([*grid, "learned"], seeds)
 
 
 class InThisProcess:

@@ -110,7 +110,8 @@ def quality_pretrained(files: Files) -> str:
         measured = [f"{one['loss']:.3f} ({one['accuracy']:.1%})" if one else "not run" for one in ends]
         if 0 < len(grid) < GRID:
             measured[list(shown).index("AdamW, tuned")] += f", {word(len(grid))} rate{'s' * (len(grid) > 1)} tried"
-        rows.append([task, f"{found[PLAIN]['start']:.3f}", *measured])
+        count = found[PLAIN]["seeds"]
+        rows.append([f"{task}{f', {word(count)} seeds' if count > 1 else ''}", f"{found[PLAIN]['start']:.3f}", *measured])
     return table([["evaluation loss (accuracy)", "start", *shown], *rows])
 
 

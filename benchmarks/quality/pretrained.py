@@ -17,6 +17,7 @@ speeds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -128,20 +129,39 @@ def speed(run: Run, reference: list[tuple[float, float]]) -> float:
     return min(max(steps_to(reference, final(run)) / steps, BOUNDS[0]), BOUNDS[1]) if math.isfinite(final(run)) else BOUNDS[0]
 
 
-def report(tasks: list[str], names: list[str], results: Results, seeds: int, out: Path) -> None:
-    """Prints the table and writes it and results.json, for what has been run with all of the seeds."""
-    head = ["task", "optimizer", "loss at the start", "loss", "accuracy at the start", "accuracy", "speed", "weights moved", "ms a step"]
+def common(results: Results, task: str, names: list[str]) -> int:
+    """How many seeds all optimizers that were run on a task have."""
+    there = [name for name in names if results.complete(task, [name], 1)]
+    return next(count for count in itertools.count() if not results.complete(task, there or names, count + 1))
+
+
+def report(tasks: list[str], names: list[str], results: Results, out: Path) -> None:
+    """Prints the table and writes it and results.json, of each task for the seeds that all optimizers have."""
+    head = [
+        "task",
+        "optimizer",
+        "seeds",
+        "loss at the start",
+        "loss",
+        "accuracy at the start",
+        "accuracy",
+        "speed",
+        "weights moved",
+        "ms a step",
+    ]
     rows: list[list[object]] = [head]
     speeds: dict[str, list[float]] = {}
     found: dict[str, dict[str, Any]] = {}
     for task in tasks:
+        seeds = common(results, task, names)
         reference, tuned = envelope(results, task, seeds), best(results, task, seeds)
         for name in names:
-            if not results.complete(task, [name], seeds):
+            if not seeds or not results.complete(task, [name], seeds):
                 continue
             runs = [results.runs[task, name, seed, 1.0] for seed in range(seeds)]
             ends = [run["curve"][-1] for run in runs]
             one = {
+                "seeds": seeds,
                 "start": statistics.fmean(run["curve"][0][1] for run in runs),
                 "loss": statistics.fmean(map(final, runs)),
                 "accuracy at the start": statistics.fmean(run["curve"][0][2] for run in runs),
@@ -155,12 +175,12 @@ def report(tasks: list[str], names: list[str], results: Results, seeds: int, out
                 speeds.setdefault("AdamW tuned" if name == tuned else name, []).append(one["speed"])
             rows.append([task, f"{name} (tuned)" if name == tuned else name, *("" if value is None else value for value in one.values())])
     text = table(rows) + "\n"
-    measured = sum(bool(envelope(results, task, seeds)) for task in tasks)
+    measured = sum(bool(envelope(results, task, common(results, task, names))) for task in tasks)
     means = {name: geometric_mean(values) for name, values in speeds.items() if len(values) == measured}
     text += f"\n{table([['', f'speed, geometric mean of {measured} tasks'], *means.items()])}\n" if means else ""
-    print(f"\n{len(tasks)} tasks, seeds: {seeds}, weights {results.weights}\n\n{text}")
+    print(f"\n{len(tasks)} tasks, weights {results.weights}\n\n{text}")
     (out / "tables.md").write_text(text)
-    everything = {"weights": results.weights, "seeds": seeds, "speed": means, "tasks": found}
+    everything = {"weights": results.weights, "speed": means, "tasks": found}
     (out / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
 
 
@@ -197,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
             for done in as_completed([pool.submit(train, job, arguments.pretrained) for job in todo]):
                 results.add(done.result())
                 print(said(done.result()), file=sys.stderr, flush=True)
-    report(tasks, list(dict.fromkeys([*NAMES, *arguments.optimizers])), results, arguments.seeds, arguments.out)
+    report(tasks, list(dict.fromkeys([*NAMES, *arguments.optimizers])), results, arguments.out)
 
 
 if __name__ == "__main__":
