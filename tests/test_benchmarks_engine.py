@@ -83,7 +83,7 @@ def test_processes(program: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_specialise(program: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(program, "BASELINES", program.BASELINES[:2])  # without what is not among the tests' packages
     monkeypatch.setattr(program, "RATES", (1e-2,))
-    monkeypatch.setattr(program, "KINDS", {"curves": (program.KINDS["curves"][0], 25)})
+    monkeypatch.setattr(program, "KINDS", {"curves": (program.KINDS["curves"][0], 16)})
     found = results(program, tmp_path, "curves", "--budgets", 0.05, "--problems", 2, "--tuning", 1)
     assert found["settings"]["Muon"].startswith("0.01")
     assert found["results"].keys() == {"default", "default, no horizon", "0.05 min", "0.05 min, no horizon", "AdamW", "Muon"}

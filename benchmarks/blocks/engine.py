@@ -148,8 +148,8 @@ def engine_specialise_short(files: Files) -> str:
         found = files(f"{ENGINE}/specialise_{kind}.json")
         *_, name = found["runs"]
         mine, best = (found["results"][name][key][0] for key in ("over default", "over the best baseline"))
-        said.append(f"{label}, {name.replace('min', 'minutes')}: {mine:.2f} of the default's final loss, {best:.2f} of the best baseline's")
-    return prose(f"What it buys depends on the problem ({'; '.join(said)}).")
+        said.append(f"{label}, {name.replace('min', 'minutes')}: {mine:.2f} and {best:.2f}")
+    return prose(f"What it buys: final loss over the default's, and over the best tuned baseline's ({'; '.join(said)}).")
 
 
 BLOCKS: dict[str, Callable[[Files], str]] = {

@@ -17,7 +17,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from learned_optim.meta_train import ModuleTask, meta_train
 BASELINES = ("AdamW", "Muon", "Schedule-Free AdamW")
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 TUNING, FRESH = 10_000, 20_000  # first seeds of problems
-BATCHES, EVALUATIONS = 8, 25
+BATCHES, EVALUATIONS, LAST = 8, 25, 2  # of an evaluation, of a run at most, and those whose mean is where it ends
 SHADES = ("#FDBE85", "#FD8D3C", "#D94701")  # of longer meta-training
 FLOOR = 1e-4  # added to losses before their ratio is taken: below it, none is the better one
 
@@ -74,8 +74,13 @@ def learned(network: OptimizerNetwork, known: bool, model: nn.Module, steps: int
 Made = Callable[[nn.Module, int], tuple[Callable[[], None], Callable[[bool], None]]]
 
 
-def train(family: Callable[[Generator], ModuleTask], steps: int, seed: int, make: Made) -> tuple[list[float], float]:
-    """The losses along a run, at its beginning first, and the median seconds of an iteration."""
+def moments(steps: int) -> list[int]:
+    """The steps after which a run is evaluated, 0 among them."""
+    return sorted({math.ceil(steps * i / EVALUATIONS) for i in range(EVALUATIONS + 1)})
+
+
+def train(family: Callable[[Generator], ModuleTask], steps: int, seed: int, make: Made, looks: Sequence[int]) -> tuple[list[float], float]:
+    """The losses of a run after each of some steps, and the median seconds of an iteration."""
     generator = Generator().manual_seed(seed)
     task = family(generator)
     torch.manual_seed(seed)
@@ -92,7 +97,7 @@ def train(family: Callable[[Generator], ModuleTask], steps: int, seed: int, make
         switch(False)
         return loss if math.isfinite(loss) else 1e9
 
-    losses, seconds = [measured()], []
+    losses, seconds = [measured()] if 0 in looks else [], []
     for t in range(1, steps + 1):
         batch = task.batch(generator)
         began = time.perf_counter()
@@ -100,21 +105,24 @@ def train(family: Callable[[Generator], ModuleTask], steps: int, seed: int, make
         task.loss_of(model, batch).backward()
         step()
         seconds.append(time.perf_counter() - began)
-        if t * EVALUATIONS % steps < EVALUATIONS:
+        if t in looks:
             losses.append(measured())
     return losses, statistics.median(seconds)
 
 
 def logarithm(losses: list[float]) -> float:
     """Of where a run ends: the mean over its last evaluations, since those on few batches scatter."""
-    return math.log(FLOOR + statistics.fmean(losses[-2:]))
+    return math.log(FLOOR + statistics.fmean(losses[-LAST:]))
 
 
 def tuned(name: str, family: Callable[[Generator], ModuleTask], steps: int, seeds: range) -> tuple[str, Made]:
     """The setting that ends lowest in the mean over the seeds."""
+    end = moments(steps)[-LAST:]
     grid = list(itertools.product(RATES, (False,) if name == "Schedule-Free AdamW" else (False, True)))
     made = {setting: functools.partial(baseline, name, *setting) for setting in grid}
-    ends = {setting: statistics.fmean(logarithm(train(family, steps, seed, make)[0]) for seed in seeds) for setting, make in made.items()}
+    ends = {
+        setting: statistics.fmean(logarithm(train(family, steps, seed, make, end)[0]) for seed in seeds) for setting, make in made.items()
+    }
     rate, cosine = best = min(ends, key=lambda setting: ends[setting])
     return f"{rate:g}{', cosine' if cosine else ''}", made[best]
 
@@ -148,20 +156,21 @@ def main(argv: list[str] | None = None) -> None:
     settings = {}
     for name in BASELINES:
         settings[name], contenders[name] = tuned(name, family, steps, tuning)
-    runs = {name: [train(family, steps, seed, make) for seed in fresh] for name, make in contenders.items()}
+    looks = moments(steps)
+    runs = {name: [train(family, steps, seed, make, looks) for seed in fresh] for name, make in contenders.items()}
 
     ends = {name: [logarithm(losses) for losses, _ in found] for name, found in runs.items()}
     results = {}
     for name, found in runs.items():
         target = [losses[-1] for losses, _ in runs["default"]]
         goals = zip(found, target, strict=True)
-        reached = [next((i for i, loss in enumerate(losses) if loss <= goal), EVALUATIONS + 1) for (losses, _), goal in goals]
+        reached = [next((t for t, loss in zip(looks, losses, strict=True) if loss <= goal), steps + 1) for (losses, _), goal in goals]
         results[name] = {
             "final": [losses[-1] for losses, _ in found],
-            "curve": [math.exp(statistics.fmean(math.log(FLOOR + losses[i]) for losses, _ in found)) for i in range(EVALUATIONS + 1)],
+            "curve": [math.exp(statistics.fmean(math.log(FLOOR + losses[i]) for losses, _ in found)) for i in range(len(looks))],
             "ms": 1000 * statistics.median(seconds for _, seconds in found),
             "over default": interval([mine - theirs for mine, theirs in zip(ends[name], ends["default"], strict=True)]),
-            "steps to default's end": statistics.median(reached) / EVALUATIONS,
+            "steps to default's end": statistics.median(reached) / steps,
         }
     best = min(settings, key=lambda name: statistics.fmean(ends[name]))
     for name in results:
@@ -198,7 +207,7 @@ def drawn(kind: str, found: dict[str, Any]) -> Any:
     for names, colours, line in ((["default", *found["settings"]], COLOURS, "--"), (minutes, SHADES[-len(minutes) :], "-")):
         for name, colour in zip(names, colours, strict=False):
             curve = results[name]["curve"]
-            left.plot([found["steps"] * i / EVALUATIONS for i in range(len(curve))], curve, color=colour, linestyle=line, label=name)
+            left.plot(moments(found["steps"]), curve, color=colour, linestyle=line, label=name)
     left.set(yscale="log", xlabel="step", ylabel="loss", title=kind)
     left.legend(frameon=False, fontsize="small")
     budgets = [0.0, *(float(name.removesuffix(" min")) for name in minutes)]
