@@ -210,7 +210,7 @@ class Controller(nn.Module):
         count = (trained * seen).sum(-1, keepdim=True)
         careful = torch.where(trained < 0, count / seen.sum(-1, keepdim=True).clamp(min=1), trained)
         rise = rise - careful * (rise - (HASTE / count.clamp(min=1)).clamp(min=LEAST_HASTE)).clamp(min=0)
-        rise = rise + (CREEP * careful / age - rise.clamp(min=0)).clamp(min=0)
+        rise = rise + careful * (CREEP / age - rise.clamp(min=0)).clamp(min=0)
         begin = torch.where(rise < 0, torch.minimum(climbed, full), climbed)
         after = torch.where(full + PROOF - climbed > 0, (begin + rise).clamp(min=-DEPTH), climbed)
         climbed = torch.where(full > 0, after, climbed)
