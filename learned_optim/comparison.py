@@ -389,7 +389,7 @@ class _Trainer:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             task, model = self.start(seed)
             trainees = [_Trainee(name, copy.deepcopy(model), steps, self.network) for name in names]
-            moments = {math.ceil(steps * k / speed.EVALUATIONS) for k in range(1, speed.EVALUATIONS + 1)}
+            moments = speed.moments(steps)
             generator = Generator()
             draw = task.validation_batch if task.held_out else task.batch
             sample = [moved(draw(generator.manual_seed(derive_seed(seed, "measure", k))), self.device) for k in range(BATCHES)]

@@ -23,6 +23,11 @@ WARM_UP = 0.05  # of AdamW's steps
 Curve = Sequence[tuple[float, float]]  # (steps, loss), from before the first step to after the last
 
 
+def moments(steps: int, count: int = EVALUATIONS) -> list[int]:
+    """The steps after which a run is evaluated: evenly spread, the last one among them, at most `count`."""
+    return sorted({math.ceil(steps * k / count) for k in range(1, count + 1)})
+
+
 def schedule(name: str, optimizer: Optimizer, steps: int) -> LambdaLR:
     """A linear warm-up over the first twentieth of the steps, then "constant", or "cosine" or "linear" to zero."""
     warm = max(1, round(WARM_UP * steps))

@@ -123,7 +123,7 @@ def test_clock(program: ModuleType, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("program", ["kinds"], indirect=True)
 def test_a_pretrained_model_is_tuned_for_one_small_set_after_another(program: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("peft", reason="needs peft: make test-integrations")
+    pytest.importorskip("peft", reason="needs the extra pretrained-models")
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     shape = transformers.BertConfig(vocab_size=60, hidden_size=384, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
     monkeypatch.setattr(program, "minilm", lambda: transformers.BertModel(shape, add_pooling_layer=False))

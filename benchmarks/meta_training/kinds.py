@@ -17,7 +17,7 @@ from learned_optim.meta_train import ModuleTask
 sys.path.append(str(Path(__file__).parents[1] / "quality"))
 
 from pretrained_tasks.documentation import MODULES, docstrings
-from pretrained_tasks.minilm import NAMES, frozen, minilm, summary, tokens
+from pretrained_tasks.minilm import NAMES, adapted, frozen, minilm, summary, tokens
 
 
 def curves(generator: Generator) -> ModuleTask:
@@ -78,10 +78,8 @@ class Summaries(nn.Module):
     """The rest of a sentence encoder, (B, T, 384) and which tokens are no padding, (B, T) -> (B, CLASSES)."""
 
     def __init__(self, layer: nn.Module) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
-
         super().__init__()
-        self.layer = inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"]), copy.deepcopy(layer))
+        self.layer = adapted(copy.deepcopy(layer))
         self.head = nn.Linear(384, CLASSES)
 
     def forward(self, hidden: Tensor, real: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
 from learned_optim.meta_train import ModuleTask, meta_train
+from learned_optim.speed import moments
 
 BASELINES = ("AdamW", "Muon", "Schedule-Free AdamW")
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -74,11 +75,6 @@ def learned(network: OptimizerNetwork, known: bool, model: nn.Module, steps: int
 Made = Callable[[nn.Module, int], tuple[Callable[[], None], Callable[[bool], None]]]
 
 
-def moments(steps: int) -> list[int]:
-    """The steps after which a run is evaluated, 0 among them."""
-    return sorted({math.ceil(steps * i / EVALUATIONS) for i in range(EVALUATIONS + 1)})
-
-
 def train(family: Callable[[Generator], ModuleTask], steps: int, seed: int, make: Made, looks: Sequence[int]) -> tuple[list[float], float]:
     """The losses of a run after each of some steps, and the median seconds of an iteration."""
     generator = Generator().manual_seed(seed)
@@ -117,7 +113,7 @@ def logarithm(losses: list[float]) -> float:
 
 def tuned(name: str, family: Callable[[Generator], ModuleTask], steps: int, seeds: range) -> tuple[str, Made]:
     """The setting that ends lowest in the mean over the seeds."""
-    end = moments(steps)[-LAST:]
+    end = moments(steps, EVALUATIONS)[-LAST:]
     grid = list(itertools.product(RATES, (False,) if name == "Schedule-Free AdamW" else (False, True)))
     made = {setting: functools.partial(baseline, name, *setting) for setting in grid}
     ends = {
@@ -156,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {}
     for name in BASELINES:
         settings[name], contenders[name] = tuned(name, family, steps, tuning)
-    looks = moments(steps)
+    looks = [0, *moments(steps, EVALUATIONS)]
     runs = {name: [train(family, steps, seed, make, looks) for seed in fresh] for name, make in contenders.items()}
 
     ends = {name: [logarithm(losses) for losses, _ in found] for name, found in runs.items()}
@@ -207,7 +203,7 @@ def drawn(kind: str, found: dict[str, Any]) -> Any:
     for names, colours, line in ((["default", *found["settings"]], COLOURS, "--"), (minutes, SHADES[-len(minutes) :], "-")):
         for name, colour in zip(names, colours, strict=False):
             curve = results[name]["curve"]
-            left.plot(moments(found["steps"]), curve, color=colour, linestyle=line, label=name)
+            left.plot([0, *moments(found["steps"], EVALUATIONS)], curve, color=colour, linestyle=line, label=name)
     left.set(yscale="log", xlabel="step", ylabel="loss", title=kind)
     left.legend(frameon=False, fontsize="small")
     budgets = [0.0, *(float(name.removesuffix(" min")) for name in minutes)]

@@ -42,7 +42,7 @@ from torch.func import vmap
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
 from learned_optim.meta_train.families.drawn import Drawn, drawn
 from learned_optim.meta_train.unroll import derive_seed, named
-from learned_optim.speed import EVALUATIONS, WARM_UP, envelope, final, geometric_mean
+from learned_optim.speed import WARM_UP, envelope, final, geometric_mean, moments
 from learned_optim.speed import speed as of_curves
 from learned_optim.weights import fingerprint
 
@@ -75,11 +75,6 @@ class Trial:
 
     def batch(self, t: int) -> tuple[Tensor, ...]:
         return self.task.batch(Generator().manual_seed(derive_seed(self.seed, "batch", t)))
-
-
-def moments(steps: int) -> set[int]:
-    """The steps after which a run is measured."""
-    return {math.ceil(steps * k / EVALUATIONS) for k in range(1, EVALUATIONS + 1)}
 
 
 def adamw(trial: Trial, settings: Sequence[tuple[float, str, int]]) -> list[Curve]:

@@ -42,6 +42,14 @@ PROBLEMS = PRETRAINED_DEVELOPMENT | PRETRAINED_HELD_OUT | PRETRAINED_MORE
 GRID = [f"{REFERENCE} {lr:g} linear" for lr in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)]
 TRAINER = "Trainer-default 5e-05 linear"
 NAMES = [*GRID, TRAINER, LEARNED, HORIZON]
+HEAD = [
+    "task",
+    "optimizer",
+    "seeds",
+    "loss at the start",
+    "loss",
+    *("accuracy at the start", "accuracy", "speed", "weights moved", "ms a step"),
+]
 EVALUATIONS = 10  # of a run
 LENGTHS = (0.25, 0.5, 2.0)  # of the reference's runs, beside 1, in units of a task's steps
 BOUNDS = 0.125, 2.0  # of a speed
@@ -137,26 +145,17 @@ def common(results: Results, task: str, names: list[str]) -> int:
 
 def report(tasks: list[str], names: list[str], results: Results, out: Path) -> None:
     """Prints the table and writes it and results.json, of each task for the seeds that all optimizers have."""
-    head = [
-        "task",
-        "optimizer",
-        "seeds",
-        "loss at the start",
-        "loss",
-        "accuracy at the start",
-        "accuracy",
-        "speed",
-        "weights moved",
-        "ms a step",
-    ]
-    rows: list[list[object]] = [head]
+    rows: list[list[object]] = [[*HEAD]]
     speeds: dict[str, list[float]] = {}
     found: dict[str, dict[str, Any]] = {}
+    measured = 0  # tasks on which AdamW was tuned
     for task in tasks:
-        seeds = common(results, task, names)
+        if not (seeds := common(results, task, names)):
+            continue
         reference, tuned = envelope(results, task, seeds), best(results, task, seeds)
+        measured += bool(reference)
         for name in names:
-            if not seeds or not results.complete(task, [name], seeds):
+            if not results.complete(task, [name], seeds):
                 continue
             runs = [results.runs[task, name, seed, 1.0] for seed in range(seeds)]
             ends = [run["curve"][-1] for run in runs]
@@ -175,7 +174,6 @@ def report(tasks: list[str], names: list[str], results: Results, out: Path) -> N
                 speeds.setdefault("AdamW tuned" if name == tuned else name, []).append(one["speed"])
             rows.append([task, f"{name} (tuned)" if name == tuned else name, *("" if value is None else value for value in one.values())])
     text = table(rows) + "\n"
-    measured = sum(bool(envelope(results, task, common(results, task, names))) for task in tasks)
     means = {name: geometric_mean(values) for name, values in speeds.items() if len(values) == measured}
     text += f"\n{table([['', f'speed, geometric mean of {measured} tasks'], *means.items()])}\n" if means else ""
     print(f"\n{len(tasks)} tasks, weights {results.weights}\n\n{text}")
