@@ -32,6 +32,7 @@ BUCKETS = 16  # of a sketch
 # Of matrices before training: by how much `unevenness` exceeds 1 by chance, at most, times the root of the number of entries; what may be
 # above that in any fresh matrix; and what is above that again in one that was surely trained.
 SCATTER, FRESH, TRAINED = 2.0, 0.03, 0.1
+SURELY = 0.5  # how far a matrix must look trained to count as such, where it has to be the one or the other
 
 ODD, EVEN = 2, 3  # how many features change sign with the gradient, and how many do not
 
@@ -46,13 +47,15 @@ class Layout:
     Torch keeps a layer's outputs in the first dimension: a weight of shape (fan_out, ...) is a matrix fan_out x fan_in, convolution kernels
     flattened. A vector has a fan-in of 1. Where a tensor is *stacked*, such as the weights of experts (..., fan_out, fan_in), each of its
     last two dimensions' matrices is one of its own. A *table* has a row for each of many words, most of which have no gradient in a step.
-    A *matrix* is what has both fans above 1 and is no table.
+    A *matrix* is what has both fans above 1 and is no table. It is *fresh* where it did not look trained before its first step. What is
+    *plain* keeps the length of its direction: tables, and matrices that are not fresh.
 
     Args:
         stacked: which tensors are; none where it is empty.
         matrices: how many matrices the model of each tensor has, which may be more than are here; None for as many as are here, and for all
             tensors where it is empty.
         tables: which tensors are tables; none where it is empty.
+        trained: which tensors looked trained before their first step, see `looks_trained`; none where it is empty.
     """
 
     def __init__(
@@ -62,10 +65,11 @@ class Layout:
         stacked: tuple[bool, ...] = (),
         matrices: tuple[int | None, ...] = (),
         tables: tuple[bool, ...] = (),
+        trained: tuple[bool, ...] = (),
     ) -> None:
         self.shapes, self.device = shapes, device
         self.stacked, self.matrices = stacked or (False,) * len(shapes), matrices or (None,) * len(shapes)
-        self.tables = tables or (False,) * len(shapes)
+        self.tables, self.trained = tables or (False,) * len(shapes), trained or (False,) * len(shapes)
         self._constants: dict[float, Tensor] = {}
         self.sizes = [shape.numel() for shape in shapes]
         self.counts = self.sizes  # of whole tensors, of which a process may hold parts, see `learned_optim.sharding`
@@ -76,6 +80,8 @@ class Layout:
             if self.stacked[k] and len(shape) > 2:
                 self.fans[k], self.stacks[k] = (shape[-2], shape[-1]), (math.prod(shape[:-2]),)
         self.is_matrix = [min(fans) > 1 and not table for fans, table in zip(self.fans, self.tables, strict=True)]
+        self.is_fresh_matrix = [matrix and not known for matrix, known in zip(self.is_matrix, self.trained, strict=True)]
+        self.plain = [min(fans) > 1 and not fresh for fans, fresh in zip(self.fans, self.is_fresh_matrix, strict=True)]
 
     @staticmethod
     @functools.lru_cache(maxsize=LAYOUTS)
@@ -85,15 +91,20 @@ class Layout:
         stacked: tuple[bool, ...] = (),
         matrices: tuple[int | None, ...] = (),
         tables: tuple[bool, ...] = (),
+        trained: tuple[bool, ...] = (),
     ) -> Layout:
         """The layout of these tensors; the same object each time."""
-        return Layout(shapes, device, stacked, matrices, tables)
+        return Layout(shapes, device, stacked, matrices, tables, trained)
 
     def of_some(self, members: Sequence[int]) -> Layout:
         """The layout of some of the tensors, which goes on counting the matrices of all."""
-        total = sum(math.prod(stack) for stack, matrix in zip(self.stacks, self.is_matrix, strict=True) if matrix)
-        shapes, stacked, tables = (tuple(each[k] for k in members) for each in (self.shapes, self.stacked, self.tables))
-        return Layout.of(shapes, self.device, stacked, tuple(self.matrices[k] or max(1, total) for k in members), tables)
+        total = self.count_matrices()
+        shapes, *kinds = (tuple(each[k] for k in members) for each in (self.shapes, self.stacked, self.tables, self.trained))
+        stacked, tables, trained = kinds
+        return Layout.of(shapes, self.device, stacked, tuple(self.matrices[k] or max(1, total) for k in members), tables, trained)
+
+    def count_matrices(self) -> int:
+        return sum(math.prod(stack) for stack, matrix in zip(self.stacks, self.is_matrix, strict=True) if matrix)
 
     def blocks(self, size: int) -> list[Block]:
         """The coordinates in blocks of about `size`. A large tensor has blocks of its own, so that within them what belongs to a tensor is
@@ -140,9 +151,9 @@ class Layout:
         return known
 
     @functools.cached_property
-    def is_table(self) -> Tensor:
-        """`tables` as numbers, (K,)."""
-        return self.per_tensor(self.tables)
+    def is_plain(self) -> Tensor:
+        """`plain` as numbers, (K,)."""
+        return self.per_tensor(self.plain)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over each tensor: (..., N) -> (..., K)."""
@@ -178,7 +189,7 @@ class Layout:
         rows = torch.arange(-(-max(self.sizes) // BUCKETS), device=self.device)
         return (scatter_bits(rows * 0x9E3779B1) & 1).float() * 2 - 1
 
-    def trained(self, params: Tensor) -> Tensor:
+    def looks_trained(self, params: Tensor) -> Tensor:
         """Which tensors look as if they had been trained before, from 0 to 1, and -1 where that cannot be seen: (..., N) -> (..., K)."""
         looks = []
         for part, (fan_out, fan_in), stack in zip(params.split(self.sizes, -1), self.fans, self.stacks, strict=True):

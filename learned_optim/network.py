@@ -32,7 +32,7 @@ NOISE, PATH_LEAD = 2.0, 100.0
 # them together, and the least that this is for each. And by how much they climb where gradients say nothing, times the step's number.
 RETREAT, DEPTH, PROOF = 0.5, 2.0, 2.0
 HASTE, LEAST_HASTE = 8.0, 0.2
-CREEP = 0.4
+CREEP = 0.7
 
 
 class CoordinateLSTM(nn.Module):
@@ -138,7 +138,8 @@ class Controller(nn.Module):
     mean of the matrices.
 
     **Creep.** In small batches, behind batch normalisation above all, gradients neither agree nor turn back, however short steps are, and
-    what was trained before would stay where it is. So it climbs by `CREEP / t` where its evidence is less, `CREEP log(t)` in all.
+    what was trained before would stay where it is. So where its evidence is less it climbs by `min(CREEP / t, LEAST_HASTE)`, in all by
+    about `CREEP log(t)`.
     """
 
     def __init__(self) -> None:
@@ -210,7 +211,7 @@ class Controller(nn.Module):
         count = (trained * seen).sum(-1, keepdim=True)
         careful = torch.where(trained < 0, count / seen.sum(-1, keepdim=True).clamp(min=1), trained)
         rise = rise - careful * (rise - (HASTE / count.clamp(min=1)).clamp(min=LEAST_HASTE)).clamp(min=0)
-        rise = rise + careful * (CREEP / age - rise.clamp(min=0)).clamp(min=0)
+        rise = rise + careful * ((CREEP / age).clamp(max=LEAST_HASTE) - rise.clamp(min=0)).clamp(min=0)
         begin = torch.where(rise < 0, torch.minimum(climbed, full), climbed)
         after = torch.where(full + PROOF - climbed > 0, (begin + rise).clamp(min=-DEPTH), climbed)
         climbed = torch.where(full > 0, after, climbed)

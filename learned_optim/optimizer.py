@@ -21,7 +21,7 @@ from torch.optim.optimizer import ParamsT
 from . import checks, sharding
 from .checks.state import Ledger
 from .config import NetworkConfig
-from .features import Layout
+from .features import SURELY, Layout
 from .kernels import cpu, reference
 from .network import OptimizerNetwork, load_network
 from .rule import CONTROL, Control, State, sit_out
@@ -36,7 +36,7 @@ MOST_LAYOUTS = 4  # of sharded parameters that are kept
 # What may be a table: matrices with so many rows, and so many times as many as columns. What is one: where this share of the rows or less
 # has a gradient. Of a hidden layer with rectifiers some half has none.
 ROWS, TALL, FEW = 1024, 4, 0.25
-TABLE = Control._fields.index("table")
+TABLE, TRAINED = Control._fields.index("table"), Control._fields.index("trained")
 KERNELS = ("auto", "reference", "compiled", "triton")
 
 
@@ -135,7 +135,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._layouts: dict[Any, sharding.ShardedLayout] = {}  # of the last steps; not those of all optimizers, as they hold meshes
         self._given: list[tuple[dict[str, Any], list[int]]] = []  # each group and the dimensions of its parameters
         self._options: list[tuple[Any, ...]] = []  # what the groups said at the last step
-        self._tables: dict[Tensor, bool] = {}  # what is known of parameters that may be tables, see `Layout`
+        # What is known of parameters: which of those that may be tables are, and which looked trained, see `Layout`.
+        self._tables: dict[Tensor, bool] = {}
+        self._trained: dict[Tensor, bool] = {}
         defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "weights": fingerprint(self.network)}
         super().__init__(params, defaults | {"maximize": False, "matrices": matrices, "stacked": stacked})
         # OneCycleLR and CyclicLR want to cycle some momentum, unless told otherwise, of an optimizer that has one. The rule's is not theirs
@@ -273,9 +275,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
             with torch.autocast(device.type, enabled=False):
                 state.update(init_state(param, self.network.config, group["stacked"]))
             self._tables.pop(param, None)
+            self._trained.pop(param, None)
         if not params:
             return None
         tables = tuple([is_long(param) and self._is_table(param, *rest) for param, *rest in zip(params, grads, states, strict=True)])
+        trained = self._were_trained(params, states)
         whole = params
         if self._parts is not None or any(map(sharding.is_sharded_type, set(map(type, params)))):
             params = [sharding.local(param) for param in params]
@@ -287,8 +291,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 f"{[tuple(grad.shape) for grad in grads]}. Call zero_grad() after changing a model."
             )
         of_groups: tuple[tuple[Any, ...], ...] = ()
-        if any(tables) or any(group["stacked"] or group["matrices"] is not None for group in self.param_groups):
-            of_groups = *(tuple(group[key] for group in groups) for key in ("stacked", "matrices")), tables
+        if any(tables) or any(trained) or any(group["stacked"] or group["matrices"] is not None for group in self.param_groups):
+            of_groups = *(tuple(group[key] for group in groups) for key in ("stacked", "matrices")), tables, trained
         layout = Layout.of(shapes, device, *of_groups) if whole is params else self._sharded_layout(whole, device, *of_groups)
         if device not in self._ledgers:
             self._ledgers[device] = Ledger(device, self.network.config, CONTROL, self._name)
@@ -313,6 +317,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 self._tables[param] = bool(row > 0)
         return self._tables.get(param, False)
 
+    def _were_trained(self, params: Sequence[Tensor], states: Sequence[State]) -> tuple[bool, ...]:
+        """Which parameters looked trained before their first step. The states remember it; to look there waits for a GPU, so it is done
+        once, for all of them together."""
+        known = self._trained
+        if unknown := [(param, state["control"][TRAINED]) for param, state in zip(params, states, strict=True) if param not in known]:
+            looks = torch.stack([look for _, look in unknown]).tolist()
+            known.update((param, look > SURELY) for (param, _), look in zip(unknown, looks, strict=True))
+        return tuple([known[param] for param in params])
+
     def _network_on(self, device: torch.device) -> OptimizerNetwork:
         """The network, or its copy on another device: a model may lie on several, and to move it at each step would take longer than the
         step."""
@@ -329,8 +342,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if key not in self._layouts:
             while len(self._layouts) >= MOST_LAYOUTS:
                 del self._layouts[next(iter(self._layouts))]
-            stacked, matrices, tables = of_groups or ((), (), ())
-            self._layouts[key] = sharding.ShardedLayout(shapes, shards, device, stacked, matrices, tables, self._parts)
+            stacked, matrices, tables, trained = of_groups or ((), (), (), ())
+            self._layouts[key] = sharding.ShardedLayout(shapes, shards, device, stacked, matrices, tables, trained, self._parts)
         return self._layouts[key]
 
     def _check_finite(self, work: Iterable[tuple[torch.device, Callable[..., None], tuple[Any, ...]]]) -> None:
@@ -368,7 +381,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Where a copy wakes up, other kernels may run.
         own = {"network": self.network, "kernel": self.kernel, "kernels": {}, "error_if_nonfinite": self.error_if_nonfinite}
-        own |= {"_parts": self._parts, "_layouts": {}, "_given": self._given, "_options": [], "_tables": {}, "_networks": {}}
+        own |= {"_parts": self._parts, "_layouts": {}, "_given": self._given, "_options": []}
+        own |= {"_tables": {}, "_trained": {}, "_networks": {}}
         return {**super().__getstate__(), **own, "_skipped": self.skipped, "_ledgers": {}, "_warned": self._warned}
 
     @torch.no_grad()
@@ -412,6 +426,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for param, state in fitted.items():
                 self.state[param] = {**state, **self.state[param]}
             self._tables.clear()
+            self._trained.clear()
 
         # Between the user's hooks: one of theirs may replace the dict before, and those after find the state as it was saved.
         hooks = [self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(restore, prepend=True)]
@@ -440,7 +455,7 @@ def init_state(param: Tensor, config: NetworkConfig, stacked: bool = False) -> S
     first number is the parameter's steps.
     """
     layout = Layout.of((param.shape,), param.device, (stacked,))
-    looks = layout.trained(sharding.whole(param).detach().reshape(-1).float())
+    looks = layout.looks_trained(sharding.whole(param).detach().reshape(-1).float())
     state = {"control": Control.of(looks.new_zeros(CONTROL, 1))._replace(trained=looks).rows()[:, 0]}
     for key, tensor in stored(config).items():
         count = sum(tensor.counts)

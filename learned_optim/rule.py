@@ -33,9 +33,11 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    convolution kernels flattened) is orthogonalised by Newton-Schulz and given a spectral norm of
    :math:`\sqrt{\max(1, fan_{out}/fan_{in})}` (Muon, Jordan et al. 2024), times :math:`3/L` where a model has fewer than three matrices,
    :math:`L`: each of many layers moves the outputs by a share only (Large et al. 2024, "Scalable optimization in the modular norm"). Any
-   other tensor is divided by its root mean square and scaled by a learned constant. A table, such as an embedding of many words of which a
-   step sees few, keeps the direction's length and is scaled by the same constant. To orthogonalise it would take longer than all the rest
-   and throw rare words far, and where most rows are zero a root mean square says nothing of the others.
+   other tensor is divided by its root mean square and scaled by a learned constant. Two kinds of matrix are not orthogonalised, keep the
+   direction's length, and are scaled by the same constant. One is what looked trained before its first step. Mostly Adam trained it, and
+   orthogonal steps break more of what Adam made (Qu et al. 2026, "Can Muon fine-tune Adam-pretrained models?"). The other is a table, such
+   as an embedding of many words of which a step sees few. To orthogonalise it would take longer than all the rest and throw rare words far,
+   and where most rows are zero a root mean square says nothing of the others.
 5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t + b_t + r_t} \, p_t^q \, d_t`. The pace :math:`p_t` is the
    agreement, or the length of the last gradient in units of :math:`\sqrt{v_t}`, at most 1, if that is more: long where gradients agree,
    short where they vanish; its power :math:`q`, of `Controller`, is 1 unless it is learned. Adam's steps have such a factor in each
@@ -105,7 +107,7 @@ class Control(NamedTuple):
     correction: Tensor  # the logarithm of its step size's, (..., K)
     climbed: Tensor  # what its warm-up has gained on the first step's size, a logarithm; above full length until it is over, (..., K)
     table: Tensor  # whether it is a table, see `Layout`: 1 if it is, -1 if not, 0 while nobody has looked, (..., K)
-    trained: Tensor  # whether it looked trained before its first step, see `Layout.trained`, (..., K)
+    trained: Tensor  # whether it looked trained before its first step, see `Layout.looks_trained`, (..., K)
     path: Tensor  # a sketch of its mean update, (BUCKETS, ..., K)
 
     @staticmethod
@@ -131,7 +133,7 @@ def init_state(layout: Layout, config: NetworkConfig, params: Tensor) -> State:
     Args:
         params: (..., N).
     """
-    zero, trained = params.new_zeros(()), layout.trained(params.detach())
+    zero, trained = params.new_zeros(()), layout.looks_trained(params.detach())
     shapes = {"momentum": (), "second_moment": (), "hidden": (config.hidden_units,), "cell": (config.hidden_units,), "drift": ()}
     state = {key: zero.expand(*rows, *params.shape) for key, rows in shapes.items()}
     control = Control.of(zero.expand(CONTROL, *trained.shape))._replace(trained=trained)
@@ -357,24 +359,24 @@ def normalize(
     matrices = dict(orthogonalize_all(directions, layout, network.config, matrix_dtype))
     others = [k for k in range(len(directions)) if k not in matrices]
     squares = layout.mean_squares(directions, others)
-    vectors = {k: directions[k] * vector_scale(network, square, layout.tables[k]) for k, square in zip(others, squares, strict=True)}
+    vectors = {k: directions[k] * vector_scale(network, square, layout.plain[k]) for k, square in zip(others, squares, strict=True)}
     return [part for _, part in sorted((matrices | vectors).items())]
 
 
 def is_orthogonal(layout: Layout, config: NetworkConfig) -> list[bool]:
     """Which tensors are orthogonalised; the others have the length of vectors."""
-    return [matrix and config.orthogonalize_steps > 0 for matrix in layout.is_matrix]
+    return [fresh and config.orthogonalize_steps > 0 for fresh in layout.is_fresh_matrix]
 
 
-def vector_scale(network: OptimizerNetwork, mean_square: Tensor, is_table: Tensor | bool) -> Tensor:
-    """What gives a direction of this mean square the length of a vector's; that of a table keeps its own."""
-    return torch.where(torch.as_tensor(is_table) > 0, 1, (mean_square + EPSILON).rsqrt()) * network.log_vector_gain.exp()
+def vector_scale(network: OptimizerNetwork, mean_square: Tensor, is_plain: Tensor | bool) -> Tensor:
+    """What gives a direction of this mean square the length of a vector's; one that is plain keeps its own."""
+    return torch.where(torch.as_tensor(is_plain) > 0, 1, (mean_square + EPSILON).rsqrt()) * network.log_vector_gain.exp()
 
 
 def spectral_norms(layout: Layout, config: NetworkConfig) -> dict[int, float]:
     """Those of step 4, of the tensors that are orthogonalised, by index."""
     members = [k for k, orthogonal in enumerate(is_orthogonal(layout, config)) if orthogonal]
-    here = sum(math.prod(layout.stacks[k]) for k in members)
+    here = layout.count_matrices()
     few = {k: max(1, MANY / (layout.matrices[k] or here)) for k in members}
     return {k: few[k] * math.sqrt(max(1, layout.fans[k][0] / layout.fans[k][1])) for k in members}
 

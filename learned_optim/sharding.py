@@ -364,13 +364,14 @@ class ShardedLayout(Layout):
         stacked: tuple[bool, ...] = (),
         matrices: tuple[int | None, ...] = (),
         tables: tuple[bool, ...] = (),
+        trained: tuple[bool, ...] = (),
         parts: Parts | None = None,
         others: int = 0,
     ) -> None:
-        super().__init__(shapes, device, stacked, matrices, tables)
+        super().__init__(shapes, device, stacked, matrices, tables, trained)
         self.shards, self.parts, self.others = shards, parts, others
         self.sizes = [size if shard is None else shard.region().size for size, shard in zip(self.counts, shards, strict=True)]
-        self.here = self.others + sum(math.prod(stack) for stack, matrix in zip(self.stacks, self.is_matrix, strict=True) if matrix)
+        self.here = self.others + self.count_matrices()
         self.everywhere = self.here  # matrices of the whole model, as of the last step
         runs = [Run(0, size, size) if shard is None else shard.run() for size, shard in zip(self.counts, shards, strict=True)]
         self.runs = None if None in runs else [run for run in runs if run is not None]
@@ -390,7 +391,8 @@ class ShardedLayout(Layout):
         def of(each: Sequence[Item]) -> tuple[Item, ...]:
             return tuple(each[k] for k in members)
 
-        arguments = of(self.shapes), of(self.shards), self.device, of(self.stacked), of(self.matrices), of(self.tables), self.parts
+        kinds = of(self.stacked), of(self.matrices), of(self.tables), of(self.trained)
+        arguments = of(self.shapes), of(self.shards), self.device, *kinds, self.parts
         return ShardedLayout(*arguments, self.here - ShardedLayout(*arguments).here)
 
     def total(self, sums: Tensor) -> Tensor:
@@ -440,11 +442,11 @@ class ShardedLayout(Layout):
         everyone, mine, self.everywhere = self.parts.gather(rows, self.here)
         return everyone, mine
 
-    # Matrices
+    # Fresh matrices
 
     @functools.cached_property
     def exchanges(self) -> list[Exchange]:
-        """The matrices that are cut up, by meshes and the dimensions that they are cut along."""
+        """Those that are cut up, by meshes and the dimensions that they are cut along."""
         groups: dict[tuple[Any, ...], dict[int, Shards]] = {}
         for k, shard in enumerate(self.shards):
             if shard is not None and self._is_cut(k):
@@ -455,7 +457,7 @@ class ShardedLayout(Layout):
     def on_whole_matrices(
         self, directions: Sequence[Tensor], function: Callable[[Sequence[Tensor], Layout], dict[int, Tensor]]
     ) -> dict[int, Tensor]:
-        """What a function makes of whole matrices, each of which one process puts together, as far as it is here.
+        """What a function makes of whole fresh matrices, each of which one process puts together, as far as it is here.
 
         Args:
             directions: of all tensors, each (n,).
@@ -464,7 +466,7 @@ class ShardedLayout(Layout):
         Returns:
             the results of matrices by index, (n,).
         """
-        whole = {k: directions[k] for k, matrix in enumerate(self.is_matrix) if matrix and not self._is_cut(k)}
+        whole = {k: directions[k] for k, fresh in enumerate(self.is_fresh_matrix) if fresh and not self._is_cut(k)}
         for exchange in self.exchanges:
             whole |= exchange.collect(directions)
         indices = list(whole)
@@ -478,6 +480,6 @@ class ShardedLayout(Layout):
         return found
 
     def _is_cut(self, k: int) -> bool:
-        """Whether a tensor is a matrix of which other processes hold parts."""
+        """Whether a tensor is a fresh matrix of which other processes hold parts."""
         shard = self.shards[k]
-        return self.is_matrix[k] and shard is not None and bool(shard.dims)
+        return self.is_fresh_matrix[k] and shard is not None and bool(shard.dims)

@@ -51,6 +51,17 @@ class Text(nn.Module):
         return self.gain * self.head(hidden)
 
 
+class Tuned(Text):
+    """The same, with blocks that look trained, as some of their directions are much larger than others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            for param in self.blocks.parameters():
+                if param.ndim == 2:
+                    param.mul_(torch.linspace(0, 2, param.shape[1]))
+
+
 class Images(nn.Module):
     """Convolutions whose channels do not come out even, and two matrices in all."""
 

@@ -31,6 +31,7 @@ from sharded_models import (
     Experts,
     Images,
     Text,
+    Tuned,
     Words,
     assert_close,
     assert_same_control,
@@ -148,6 +149,10 @@ def fully_sharded_words(folder: Path) -> None:
     compare(fsdp2, Words)
 
 
+def fully_sharded_tuned(folder: Path) -> None:
+    compare(fsdp2, Tuned)
+
+
 def fully_sharded_adapters(folder: Path) -> None:
     compare(fsdp2, Adapters, total_steps=2 * models.STEPS)
 
@@ -161,7 +166,7 @@ def distributed_data_parallel(folder: Path) -> None:
 def zero_redundancy(folder: Path) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer  # warns when it is imported
 
-    for kind in (Text, Images, Adapters):  # many matrices, and two, which move further
+    for kind in (Text, Images, Adapters, Tuned):  # many matrices, two, which move further, and such as are not orthogonalised
         compare(zero, kind)
     compare(zero, kernel="reference")
     compare(zero, dtype=torch.bfloat16)
@@ -364,6 +369,7 @@ TWO = [
     fully_sharded_images,
     fully_sharded_adapters,
     fully_sharded_words,
+    fully_sharded_tuned,
     state_is_sharded,
     trained_matrices_are_seen_whole,
     distributed_data_parallel,

@@ -22,15 +22,21 @@ from learned_optim.meta_train import FAMILIES, MetaTrainingDivergedError, MetaTr
 from learned_optim.meta_train import __main__ as command
 from learned_optim.meta_train.loop import divergence, schedule
 from learned_optim.meta_train.slots import Slot
-from learned_optim.meta_train.unroll import named
+from learned_optim.meta_train.unroll import begin, named
 from learned_optim.rule import Control, update
 
 # The unroll
 
 
-def test_an_unroll_is_what_the_optimizer_does() -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_unroll_is_what_the_optimizer_does(trained: bool) -> None:
     network, task = acting_network(dataclasses.replace(SMALL, lstm_format="float32")), tiny_task(Generator().manual_seed(1))
     unroll = tiny_unroll(network, task, horizon=8)
+    if trained:
+        initial = unroll.optimizees.params[0].clone()
+        initial[:15] = torch.outer(torch.linspace(0.2, 1, 5), torch.ones(3)).flatten()  # the first layer's matrix
+        unroll = begin(task, 5, initial, 2, network.config, "cpu", horizon=8, horizon_known=True)
+    assert any(unroll.trained) == trained
     now = unroll.optimizees
     with torch.no_grad():
         for t in range(8):

@@ -36,7 +36,7 @@ def before_directions(network: OptimizerNetwork, layout: Layout, rows: Tensor, m
 
 
 def before_update(
-    network: OptimizerNetwork, mean_square: Tensor, orthogonal: Tensor, is_table: Tensor, step_size: Tensor, rate: Tensor, decay: Tensor
+    network: OptimizerNetwork, mean_square: Tensor, orthogonal: Tensor, is_plain: Tensor, step_size: Tensor, rate: Tensor, decay: Tensor
 ) -> Sequence[Tensor]:
     """What gives directions their length, (K,), and each tensor's shrink and scale, (K, 2).
 
@@ -44,7 +44,7 @@ def before_update(
         mean_square: of the directions, (K,).
         orthogonal: 1 of those that are orthogonalised, else 0, (K,).
     """
-    gain = torch.where(orthogonal > 0, 1.0, vector_scale(network, mean_square, is_table))
+    gain = torch.where(orthogonal > 0, 1.0, vector_scale(network, mean_square, is_plain))
     scale = step_size * gain
     shrink = rate * decay * scale * mean_square.sqrt() / ADAMW_UPDATE_RMS
     return gain, torch.stack([shrink, -rate * scale], -1)

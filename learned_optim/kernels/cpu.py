@@ -254,7 +254,7 @@ def step(
         if decayed := [k for k, chosen in enumerate(matrices.orthogonal) if chosen and weight_decay[k]]:
             mean_square[decayed] = torch.cat(layout.mean_squares(parts, decayed))
     rates, decays_of = layout.per_tensor(lr), layout.per_tensor(weight_decay)
-    kinds = matrices.is_orthogonal, layout.is_table
+    kinds = matrices.is_orthogonal, layout.is_plain
     gain, factors = once("before update", partial(before_update, network), mean_square, *kinds, step_size, rates, decays_of)
     sums = passes.run("apply", BUCKETS + 1, factors.data_ptr())
     (rows,) = once("after update", after_update, sums, gain, passes.blocks.roots, *numbers)

@@ -206,7 +206,7 @@ def step(
             parts[k].copy_(matrix)
         if any(weight_decay) and any(orthogonal):
             mean_square = total(torch.stack(torch._foreach_norm(parts)).square()) / tables.counts
-        kinds = tables.orthogonal, layout.is_table
+        kinds = tables.orthogonal, layout.is_plain
         rates = layout.per_tensor(lr), layout.per_tensor(weight_decay)
         gain, factors = once("before update", partial(before_update, network), mean_square, *kinds, step_size, *rates)
         for begin, blocks, _, param, align, cut in launches:

@@ -21,8 +21,8 @@ from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..config import NetworkConfig
-from ..features import ABSOLUTE_FLOOR, Layout
-from ..rule import State, init_state
+from ..features import ABSOLUTE_FLOOR, SURELY, Layout
+from ..rule import Control, State, init_state
 from .tasks import Batch, Buffers, Task
 
 # The optimizer: gradients (..., N), state and horizons (..., K) -> what to add to the parameters, and the new state.
@@ -66,11 +66,12 @@ class Unroll:
     horizon_known: bool  # whether the optimizer network is told
     gradient_noise: float = 0.0  # standard deviation, in units of each tensor's gradient RMS
     validation: bool = False  # whether losses are measured on validation data
+    trained: tuple[bool, ...] = ()  # which tensors looked trained at the start of training
     step: int = 0  # optimizee steps done
 
     @property
     def layout(self) -> Layout:
-        return Layout.of(tuple(self.task.shapes.values()), self.optimizees.params.device)
+        return Layout.of(tuple(self.task.shapes.values()), self.optimizees.params.device, trained=self.trained)
 
     def advanced(self, optimizees: Optimizees, steps: int) -> Unroll:
         return replace(self, optimizees=optimizees.map(Tensor.detach), step=self.step + steps)
@@ -138,7 +139,10 @@ def begin(
     buffers = {name: torch.stack([buffers[name] for _, buffers in inits]).to(device) for name in inits[0][1]}
     layout = Layout.of(tuple(task.shapes.values()), params.device)
     state = init_state(layout, config, params)
-    unroll = Unroll(task, seed, Optimizees(params, state, buffers), torch.ones(replicas, device=device), **options)  # type: ignore[arg-type]
+    # Replicas share a layout, so they are of one kind.
+    trained = tuple((Control.of(state["control"]).trained.mean(0) > SURELY).tolist())
+    optimizees, first_loss = Optimizees(params, state, buffers), torch.ones(replicas, device=device)
+    unroll = Unroll(task, seed, optimizees, first_loss, trained=trained, **options)  # type: ignore[arg-type]
     with torch.no_grad():
         return replace(unroll, first_loss=unroll.measure(0, unroll.optimizees))
 
