@@ -29,7 +29,8 @@ NOISE, PATH_LEAD = 2.0, 100.0
 
 # Of the warm-up: how much slower than it climbs it falls back, how far below its first step it can get, and how much further it would have
 # climbed by the time that full steps have proved themselves. By how much matrices that were trained before climb in a step, at most: all of
-# them together, and the least that this is for each. And by how much they climb where gradients say nothing, times the step's number.
+# them together, and the least that this is for each. And by how much they climb where gradients say nothing, times the step's number; at
+# most by that least.
 RETREAT, DEPTH, PROOF = 0.5, 2.0, 2.0
 HASTE, LEAST_HASTE = 8.0, 0.2
 CREEP = 0.7

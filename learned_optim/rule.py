@@ -364,7 +364,7 @@ def normalize(
 
 
 def is_orthogonal(layout: Layout, config: NetworkConfig) -> list[bool]:
-    """Which tensors are orthogonalised; the others have the length of vectors."""
+    """Which tensors are orthogonalised; the others are vectors or plain, see `vector_scale`."""
     return [fresh and config.orthogonalize_steps > 0 for fresh in layout.is_fresh_matrix]
 
 
