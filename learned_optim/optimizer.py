@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import numbers
+import operator
 import os
 import sys
 import warnings
@@ -138,6 +139,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # What is known of parameters: which of those that may be tables are, and which looked trained, see `Layout`.
         self._tables: dict[Tensor, bool] = {}
         self._trained: dict[Tensor, bool] = {}
+        self._looks: tuple[Sequence[Tensor], tuple[bool, ...]] = (), ()  # the latter, of the last step's parameters
         defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "weights": fingerprint(self.network)}
         super().__init__(params, defaults | {"maximize": False, "matrices": matrices, "stacked": stacked})
         # OneCycleLR and CyclicLR want to cycle some momentum, unless told otherwise, of an optimizer that has one. The rule's is not theirs
@@ -276,6 +278,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 state.update(init_state(param, self.network.config, group["stacked"]))
             self._tables.pop(param, None)
             self._trained.pop(param, None)
+            self._looks = (), ()
         if not params:
             return None
         tables = tuple([is_long(param) and self._is_table(param, *rest) for param, *rest in zip(params, grads, states, strict=True)])
@@ -320,11 +323,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _were_trained(self, params: Sequence[Tensor], states: Sequence[State]) -> tuple[bool, ...]:
         """Which parameters looked trained before their first step. The states remember it; to look there waits for a GPU, so it is done
         once, for all of them together."""
-        known = self._trained
-        if unknown := [(param, state["control"][TRAINED]) for param, state in zip(params, states, strict=True) if param not in known]:
-            looks = torch.stack([look for _, look in unknown]).tolist()
-            known.update((param, look > SURELY) for (param, _), look in zip(unknown, looks, strict=True))
-        return tuple([known[param] for param in params])
+        before, looks = self._looks
+        if len(before) == len(params) and all(map(operator.is_, before, params)):  # as nearly always, and to look tensors up takes longer
+            return looks
+        if not all(map(self._trained.__contains__, params)):
+            try:
+                found = torch.stack([state["control"][TRAINED] for state in states]).tolist()
+            except (KeyError, TypeError, IndexError, RuntimeError):  # a state does not fit, and the ledger says how
+                return ()
+            for param, look in zip(params, found, strict=True):
+                self._trained.setdefault(param, look > SURELY)
+        self._looks = params, tuple([self._trained[param] for param in params])
+        return self._looks[1]
 
     def _network_on(self, device: torch.device) -> OptimizerNetwork:
         """The network, or its copy on another device: a model may lie on several, and to move it at each step would take longer than the
@@ -382,7 +392,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # Where a copy wakes up, other kernels may run.
         own = {"network": self.network, "kernel": self.kernel, "kernels": {}, "error_if_nonfinite": self.error_if_nonfinite}
         own |= {"_parts": self._parts, "_layouts": {}, "_given": self._given, "_options": []}
-        own |= {"_tables": {}, "_trained": {}, "_networks": {}}
+        own |= {"_tables": {}, "_trained": {}, "_looks": ((), ()), "_networks": {}}
         return {**super().__getstate__(), **own, "_skipped": self.skipped, "_ledgers": {}, "_warned": self._warned}
 
     @torch.no_grad()
@@ -427,6 +437,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 self.state[param] = {**state, **self.state[param]}
             self._tables.clear()
             self._trained.clear()
+            self._looks = (), ()
 
         # Between the user's hooks: one of theirs may replace the dict before, and those after find the state as it was saved.
         hooks = [self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(restore, prepend=True)]
