@@ -88,6 +88,7 @@ def test_every_part_replaces_a_committed_file(measure: ModuleType, tmp_path: Pat
         files.LEARNED,
         files.QUALITY,
         files.PRETRAINED,
+        files.PRETRAINED_HELD_OUT,
         files.DISTRIBUTION,
         files.MNIST,
         files.SPEED,

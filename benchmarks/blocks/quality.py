@@ -17,6 +17,7 @@ from .files import (
     OPTIMIZERS,
     PLAIN,
     PRETRAINED,
+    PRETRAINED_HELD_OUT,
     QUALITY,
     TRAINER,
     UNTUNED,
@@ -101,15 +102,25 @@ def tuned(found: dict[str, Any]) -> str:
 
 def quality_pretrained(files: Files) -> str:
     """What fine-tuning a real pretrained model ends at."""
+    return fine_tuned(files(PRETRAINED)["tasks"], "AdamW, tuned")
+
+
+def quality_pretrained_held_out(files: Files) -> str:
+    """The same of tasks that nothing was chosen on, for which AdamW was not tuned."""
+    return fine_tuned(files(PRETRAINED_HELD_OUT)["tasks"])
+
+
+def fine_tuned(tasks: dict[str, Any], adamw: str = "") -> str:
+    """Where tasks end, with a column for tuned AdamW if it has a name."""
     shown = {"LearnedOptimizer, no settings": PLAIN, "with `total_steps`": HORIZON}
-    shown |= {"AdamW, tuned": "", "Trainer's default": TRAINER}
+    shown |= ({adamw: ""} if adamw else {}) | {"Trainer's default": TRAINER}
     rows = []
-    for task, found in files(PRETRAINED)["tasks"].items():
+    for task, found in tasks.items():
         grid = tried(found)
         ends = [found.get(name or next(iter(grid), "")) for name in shown.values()]
         measured = [f"{one['loss']:.3f} ({one['accuracy']:.1%})" if one else "not run" for one in ends]
-        if 0 < len(grid) < GRID:
-            measured[list(shown).index("AdamW, tuned")] += f", {word(len(grid))} rate{'s' * (len(grid) > 1)} tried"
+        if adamw and 0 < len(grid) < GRID:
+            measured[list(shown).index(adamw)] += f", {word(len(grid))} rate{'s' * (len(grid) > 1)} tried"
         count = found[PLAIN]["seeds"]
         rows.append([f"{task}{f', {word(count)} seeds' if count > 1 else ''}", f"{found[PLAIN]['start']:.3f}", *measured])
     return table([["evaluation loss (accuracy)", "start", *shown], *rows])
@@ -336,6 +347,7 @@ BLOCKS: dict[str, Callable[[Files], str]] = {
     "quality.clock": quality_clock,
     "quality.since": quality_since,
     "quality.pretrained": quality_pretrained,
+    "quality.pretrained_held_out": quality_pretrained_held_out,
     "quality.distribution": quality_distribution,
     "quality.standing": quality_standing,
     "quality.seeds": quality_seeds,
