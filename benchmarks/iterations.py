@@ -6,8 +6,8 @@
 An iteration's time is that of forward and backward, which is the same for all optimizers, and of the optimizer's step, on models of the
 kinds that people train. They take turns in one process, and medians of rounds are printed. Weights and data are random. They do not matter
 here but for the words, of which a batch has nearly as many different ones as word pieces, and but for how weights look: matrices that look
-trained are not orthogonalised. Muon is torch's, for the matrices of hidden
-layers, in fp32 where a processor would have to emulate bf16, with AdamW for the rest.
+trained are not orthogonalised. Muon is torch's, for the matrices of hidden layers, in fp32 where a processor would have to emulate bf16,
+with AdamW for the rest.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def minilm_trained() -> Encoder:
 
 
 def minilm_adapted() -> Encoder:
-    model = minilm_trained().requires_grad_(False)
+    model = minilm().requires_grad_(False)
     for block in model.blocks:
         block.linear1, block.linear2 = Adapted(block.linear1), Adapted(block.linear2)
     model.out.requires_grad_(True)

@@ -99,8 +99,8 @@ class Layout:
     def of_some(self, members: Sequence[int]) -> Layout:
         """The layout of some of the tensors, which goes on counting the matrices of all."""
         total = self.count_matrices()
-        shapes, *kinds = (tuple(each[k] for k in members) for each in (self.shapes, self.stacked, self.tables, self.trained))
-        stacked, tables, trained = kinds
+        every = self.shapes, self.stacked, self.tables, self.trained
+        shapes, stacked, tables, trained = (tuple(each[k] for k in members) for each in every)
         return Layout.of(shapes, self.device, stacked, tuple(self.matrices[k] or max(1, total) for k in members), tables, trained)
 
     def count_matrices(self) -> int:

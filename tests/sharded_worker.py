@@ -150,6 +150,11 @@ def fully_sharded_words(folder: Path) -> None:
 
 
 def fully_sharded_tuned(folder: Path) -> None:
+    model = make(Tuned)
+    optimizer = ours(model.parameters())
+    train(model, optimizer, steps=range(1))
+    looks = [Control.of(state["control"]).trained.item() for state in optimizer.state.values()]
+    assert max(looks) == 1, "or this would be as with other models"
     compare(fsdp2, Tuned)
 
 

