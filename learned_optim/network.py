@@ -28,12 +28,10 @@ BRAKE, LEAP = 0.2, 0.5
 NOISE, PATH_LEAD = 2.0, 100.0
 
 # Of the warm-up: how much slower than it climbs it falls back, how far below its first step it can get, and how much further it would have
-# climbed by the time that full steps have proved themselves. By how much matrices that were trained before climb in a step, at most: all of
-# them together, and the least that this is for each. And by how much they climb where gradients say nothing, times the step's number; at
-# most by that least.
+# climbed by the time that full steps have proved themselves. By how much tensors that were trained before climb in a step, at most; and by
+# how much where gradients say nothing, times the step's number.
 RETREAT, DEPTH, PROOF = 0.5, 2.0, 2.0
-HASTE, LEAST_HASTE = 8.0, 0.2
-CREEP = 0.7
+HASTE, CREEP = 0.2, 0.7
 
 
 class CoordinateLSTM(nn.Module):
@@ -127,20 +125,20 @@ class Controller(nn.Module):
 
     **Warm-up.** First steps are short enough to be undone: steps of the prior's size destroy a model that was trained before within two of
     them, and no gradient shows afterwards what it was. They *climb*, from `e^log_start` of what the rest says, by `climb_rate` times the
-    mean of all trends, and fall back where that is negative. From scratch gradients agree, and full length takes a few steps. In
-    fine-tuning they hardly do, and steps settle at the length at which the agreement ends. Full steps have yet to prove themselves, since
-    the trend, a mean of ten steps, still speaks of shorter ones: the warm-up is over once gradients have agreed for as long as would have
-    lengthened steps by `e^PROOF` more, without turning back. Until then steps still fall back.
+    mean of the matrices' trends, and fall back where that is negative. Vectors do not count, where there are matrices: a fine-tuned model's
+    bounce long before the rest does. From scratch gradients agree, and full length takes a few steps. In fine-tuning they hardly do, and
+    steps settle at the length at which the agreement ends. Full steps have yet to prove themselves, since the trend, a mean of ten steps,
+    still speaks of shorter ones: the warm-up is over once gradients have agreed for as long as would have lengthened steps by `e^PROOF`
+    more, without turning back. Until then steps still fall back.
 
     **Care.** Where a new read-out on a trained model starts far off, all gradients agree until it is where it belongs, and tell nothing of
     what the rest bears. But that a matrix was trained can be seen before its first step (`features.unevenness`). How long its steps may be
-    cannot, only that there is something to lose. So of `L` such matrices each climbs by at most `max(HASTE / L, LEAST_HASTE)` in a step.
-    What is fresh, the read-out among them, climbs as ever and is done before. Vectors, of which nothing can be seen, are as careful as the
-    mean of the matrices.
+    cannot, only that there is something to lose. So it climbs by at most `HASTE` in a step. What is fresh, the read-out among them, climbs
+    as ever and is done before. Vectors, of which nothing can be seen, are as careful as the mean of the matrices.
 
     **Creep.** In small batches, behind batch normalisation above all, gradients neither agree nor turn back, however short steps are, and
-    what was trained before would stay where it is. So where its evidence is less it climbs by `min(CREEP / t, LEAST_HASTE)`, in all by
-    about `CREEP log(t)`.
+    what was trained before would stay where it is. So where its evidence is less it climbs by `min(CREEP / t, HASTE)`, in all by about
+    `CREEP log(t)`.
     """
 
     def __init__(self) -> None:
@@ -205,14 +203,15 @@ class Controller(nn.Module):
         Returns:
             the same after this step, and the logarithm of the warm-up's factor.
         """
-        mean = trend.mean(-1, keepdim=True)
+        is_matrix = 1 - (trained < 0).to(trained.dtype)
+        matrices = is_matrix.sum(-1, keepdim=True)
+        mean = torch.where(matrices > 0, (trend * is_matrix).sum(-1, keepdim=True) / matrices.clamp(min=1), trend.mean(-1, keepdim=True))
         full = -self.log_start
         rise = self.climb_rate * torch.where(mean > 0, mean, RETREAT * mean)
-        seen = 1 - (trained < 0).to(trained.dtype)
-        count = (trained * seen).sum(-1, keepdim=True)
-        careful = torch.where(trained < 0, count / seen.sum(-1, keepdim=True).clamp(min=1), trained)
-        rise = rise - careful * (rise - (HASTE / count.clamp(min=1)).clamp(min=LEAST_HASTE)).clamp(min=0)
-        rise = rise + careful * ((CREEP / age).clamp(max=LEAST_HASTE) - rise.clamp(min=0)).clamp(min=0)
+        share = (trained * is_matrix).sum(-1, keepdim=True) / matrices.clamp(min=1)
+        too_fast = (rise - HASTE).clamp(min=0)
+        too_slow = ((CREEP / age).clamp(max=HASTE) - rise.clamp(min=0)).clamp(min=0)
+        rise = rise + torch.where(trained < 0, share, trained) * (too_slow - too_fast)
         begin = torch.where(rise < 0, torch.minimum(climbed, full), climbed)
         after = torch.where(full + PROOF - climbed > 0, (begin + rise).clamp(min=-DEPTH), climbed)
         climbed = torch.where(full > 0, after, climbed)

@@ -162,14 +162,12 @@ def test_speed_is_the_ratio_of_steps_to_the_same_loss(quality: Any, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("constant", "value"),
-    [("PROOF", 0.0), ("BRAKE", 0.3), ("RETREAT", 0.8), ("HASTE", 4.0), ("LEAST_HASTE", 0.15), ("CREEP", 0.2), ("SHORT_RUN", 1000.0)],
+    [("PROOF", 0.0), ("BRAKE", 0.3), ("RETREAT", 0.8), ("HASTE", 0.15), ("CREEP", 0.2), ("SHORT_RUN", 1000.0)],
 )
 def test_runs_of_a_rule_that_was_changed_are_not_kept(quality: Any, monkeypatch: pytest.MonkeyPatch, constant: str, value: float) -> None:
     behaviour = sys.modules["behaviour"]
-    # What fewer scenes, or one horizon, tell apart, all of them do, and the reference is slow. Two constants show in one of them alone: in
-    # models of many matrices, and where gradients say nothing.
-    alone = {"LEAST_HASTE": ("agree", 60), "CREEP": ("noise", 0)}
-    monkeypatch.setattr(behaviour, "TRAINED", {"trained": alone.get(constant, ("agree", 0))})
+    # What fewer scenes, or one horizon, tell apart, all of them do, and the reference is slow. Creep shows where gradients say nothing.
+    monkeypatch.setattr(behaviour, "TRAINED", {"trained": "noise" if constant == "CREEP" else "agree"})
     assert any(is_told(behaviour, horizon, constant, value) for horizon in behaviour.HORIZONS)
 
 

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 
+import pytest
 import torch
 from rule_helpers import rms
 from torch import nn
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
 from learned_optim.config import NetworkConfig
-from learned_optim.network import CREEP, LEAST_HASTE
+from learned_optim.network import CREEP, HASTE
 from learned_optim.rule import Control
 
 
@@ -98,15 +99,29 @@ def test_trained_matrices_climb_with_care_and_a_fresh_one_among_them_does_not():
     assert shares[41] < 0.2  # what cannot be seen is as most of the others
 
 
-def test_few_trained_matrices_need_little_care():
+@pytest.mark.parametrize("count", [1, 12])
+def test_trained_matrices_climb_by_so_much_a_step_however_many_they_are(count):
     generator = torch.Generator().manual_seed(0)
-    param = nn.Parameter(torch.randn(24, 3, generator=generator) @ torch.randn(3, 24, generator=generator))
-    optimizer = LearnedOptimizer([param], with_and_without()[0])
+    params = [nn.Parameter(torch.randn(24, 3, generator=generator) @ torch.randn(3, 24, generator=generator)) for _ in range(count)]
+    optimizer = LearnedOptimizer(params, with_and_without()[0])
     for _ in range(8):
-        param.grad = torch.ones_like(param)
+        for param in params:
+            param.grad = torch.ones_like(param)
         optimizer.step()
-    climbed = Control.of(optimizer.state[param]["control"]).climbed.item()
-    assert climbed > math.log(50)
+    for param in params:
+        climbed = Control.of(optimizer.state[param]["control"]).climbed.item()
+        assert math.isclose(climbed, 8 * HASTE, rel_tol=1e-4)  # of which the first step's is creep
+
+
+def test_vectors_have_no_say_where_there_are_matrices():
+    controller = OptimizerNetwork(NetworkConfig()).controller
+    age, climbed, trend = torch.full((4,), 10.0), torch.full((4,), 1.0), torch.tensor([0.1, 0.1, -0.5, -0.5])
+    vector, fresh = -torch.ones(4), torch.zeros(4)
+    both = torch.tensor([0.0, 0.0, -1.0, -1.0])
+    after = controller.climb(trend, climbed, both, age)[0]
+    assert torch.allclose(after, climbed + controller.climb_rate * 0.1)
+    for alike in (vector, fresh):  # the mean of all
+        assert (controller.climb(trend, climbed, alike, age)[0] < climbed).all()
 
 
 def test_where_gradients_say_nothing_what_was_trained_climbs_with_the_logarithm_of_time_and_what_is_fresh_does_not():
@@ -121,7 +136,7 @@ def test_where_gradients_say_nothing_what_was_trained_climbs_with_the_logarithm_
             param.grad[step] = 1
             optimizer.step()
         climbed = Control.of(optimizer.state[param]["control"]).climbed.item()
-        assert math.isclose(climbed, share * sum(min(CREEP / step, LEAST_HASTE) for step in range(1, 31)), rel_tol=1e-4)
+        assert math.isclose(climbed, share * sum(min(CREEP / step, HASTE) for step in range(1, 31)), rel_tol=1e-4)
 
 
 def test_where_gradients_say_more_it_counts_alone():
@@ -131,7 +146,8 @@ def test_where_gradients_say_more_it_counts_alone():
     def climb(trend: float) -> float:
         return controller.climb(torch.full((8,), trend), climbed, trained, age)[0][0].item()
 
-    assert math.isclose(climb(0.1), 3 * 0.1, rel_tol=1e-5)
+    assert math.isclose(climb(0.06), 3 * 0.06, rel_tol=1e-5)
+    assert math.isclose(climb(0.1), HASTE, rel_tol=1e-5)
     assert math.isclose(climb(0.001), CREEP / 10, rel_tol=1e-5)
     assert climb(-0.1) < 0, "and gradients that turn back still shorten steps"
 
