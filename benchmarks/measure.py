@@ -39,6 +39,7 @@ ROOT = tables.ROOT
 Kept = Callable[[dict[str, Any]], bool]  # whether a run is
 RUNS = ROOT / "benchmarks/quality/results/runs.jsonl.xz"
 DRAWN_RUNS = ROOT / "benchmarks/quality/results/distribution_runs.jsonl.xz"
+ABLATION_RUNS = ROOT / "benchmarks/quality/results/ablations_runs.jsonl.xz"
 MULTIPLIER_RUNS = ROOT / "benchmarks/quality/results/multipliers_runs.jsonl.xz"
 PRETRAINED_RUNS = ROOT / "benchmarks/quality/results/pretrained_runs.jsonl.xz"
 # Where runs scatter most, formats of the state are compared with more seeds than the benchmark's six.
@@ -120,7 +121,7 @@ def learned(folder: Path, kept: Kept) -> None:
 
 
 def quality(folder: Path, kept: Kept) -> None:
-    """And what depends on them: ablations, other step sizes, formats of the state."""
+    """And what depends on them: other step sizes, formats of the state."""
     unpack(RUNS, folder / "runs.jsonl")
     for seeds, tasks in MORE_SEEDS.items():
         python("benchmarks/quality", "--out", folder, "--parts", "learned", "state", "--state-seeds", seeds, "--tasks", *tasks)
@@ -134,6 +135,13 @@ def distribution(folder: Path, kept: Kept) -> None:
     python("benchmarks/quality/distribution.py", "--held-out", "--problems", DRAWN, "--out", folder)
     publish(folder, "benchmarks/quality/results", {"results.json": "distribution.json"})
     pack(folder / "runs.jsonl", DRAWN_RUNS, kept)
+
+
+def ablations(folder: Path, kept: Kept) -> None:
+    unpack(ABLATION_RUNS, folder / "runs.jsonl")
+    python("benchmarks/quality/ablations.py", "--out", folder)
+    publish(folder, "benchmarks/quality/results", {"results.json": "ablations.json"})
+    pack(folder / "runs.jsonl", ABLATION_RUNS, kept)
 
 
 def multipliers(folder: Path, kept: Kept) -> None:
@@ -215,6 +223,7 @@ def parts(kept: Kept, data: Path | None) -> dict[str, Callable[[Path], None]]:
         "quality": lambda folder: quality(folder, kept),
         "pretrained": lambda folder: pretrained(folder, kept),
         "distribution": lambda folder: distribution(folder, kept),
+        "ablations": lambda folder: ablations(folder, kept),
         "multipliers": lambda folder: multipliers(folder, kept),
         "demo": demo,
         "trainer_gpt": lambda _: trainer("trainer_gpt"),

@@ -21,7 +21,6 @@ from learned_optim import LearnedOptimizer, load_network, network, rule
 from learned_optim.config import from_json
 from learned_optim.meta_train import FAMILIES, MetaTrainConfig
 from learned_optim.meta_train.families.text import source_text
-from learned_optim.rule import Control
 from learned_optim.speed import LENGTHS, steps_to
 
 FOLDER = Path(__file__).parents[1] / "benchmarks/quality"
@@ -184,21 +183,3 @@ def is_told(behaviour: Any, horizon: int | None, constant: str, value: float) ->
 def test_an_unknown_loss_is_never_reached() -> None:
     assert steps_to([(1.0, 2.0), (4.0, 0.5)], 1.0) == pytest.approx(2.0)
     assert steps_to([(1.0, 2.0), (4.0, 0.5)], 0.1) == float("inf")
-
-
-@pytest.mark.parametrize("total_steps", [None, 200])
-def test_without_the_controller_nothing_corrects_the_step_size(quality: Any, total_steps: int | None) -> None:
-    """Neither where gradients agree and then turn back, nor by where the steps lead; nothing brakes a leap or adds the drift."""
-    param = torch.nn.Parameter(torch.zeros(40, 30))
-    for ablate, moves in ((lambda network: None, True), (quality.optimizers.without_controller, False)):
-        network = load_network("default")
-        ablate(network)
-        optimizer = LearnedOptimizer([param], network, total_steps=total_steps)
-        for step in range(120):
-            param.grad = torch.ones(40, 30) if step < 10 else torch.randn(40, 30, generator=Generator().manual_seed(step))
-            optimizer.step()
-        assert bool(Control.of(optimizer.state[param]["control"]).correction != 0) is moves
-        one, known = torch.ones(1), torch.full((1,), float(total_steps is not None))
-        _, braked, _ = network.controller(-one, -one, one, 0 * one, 50 * one, 0.2 * known, known, 0 * one)
-        *_, inertia = network.controller(one, one, one, 0 * one, 50 * one, 0.2 * known, known, 0 * one)
-        assert bool(braked < 0) is bool(inertia > 0) is moves

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import sys
@@ -13,9 +14,10 @@ import pytest
 import torch
 from torch import Generator
 
-from learned_optim import load_network
+from learned_optim import LearnedOptimizer, load_network, network, optimizer, rule
 from learned_optim.meta_train.families import drawn as family
 from learned_optim.meta_train.families.drawn import drawn
+from learned_optim.rule import Control
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +30,7 @@ def _short_pretraining(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def distribution(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks/quality"))
-    names = ("distribution", "multipliers", "report", "training", "tasks", "optimizers", "development")
+    names = ("distribution", "multipliers", "report", "training", "tasks", "optimizers", "development", "ablations")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module("distribution")
@@ -190,3 +192,90 @@ def test_multipliers_of_a_problem(distribution: Any, monkeypatch: pytest.MonkeyP
         assert ends["1"] < ends["0"]
     monkeypatch.setattr(multipliers, "STEPS", row["steps"] - 1)
     assert multipliers.measure(22, tmp_path, "default", [0.0])["ends"] == {}
+
+
+def test_parts_are_left_out_one_by_one(distribution: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And ends are counted beside the whole rule's; what was measured is not measured again."""
+    ablations, made = importlib.import_module("ablations"), []
+    ends = {"nothing": 1.0, "LSTM": 1.5, "pace": 1.001}  # higher, and equal but for a thousandth of the first loss
+
+    def tuned(seed: int, folder: Path) -> dict[str, Any]:
+        made.append(seed)
+        if seed == ablations.FIRST + 2:
+            return {"seed": seed, "steps": ablations.STEPS + 1}
+        curves = {"1": [(0, 2.0), (100, 1.2)]}
+        start = "scratch" if seed == ablations.FIRST else "adapters"
+        return {
+            "seed": seed,
+            "kind": "dense",
+            "start": start,
+            "steps": 100,
+            "first": 2.0,
+            "grid": {"0.001 constant": 1.2},
+            "curves": curves,
+        }
+
+    def measured(part: str, seeds: Any, folder: Path, pretrained: str) -> list[dict[str, Any]]:
+        made.append(part)
+        curve = [(0, 2.0), *((t, ends[part]) for t in range(10, 101, 10))]
+        return [{"seed": seed, "part": part, "ours": dict.fromkeys(distribution.MODES, curve)} for seed in seeds]
+
+    monkeypatch.setattr(ablations, "tune", tuned)
+    monkeypatch.setattr(ablations, "measure", measured)
+    monkeypatch.setattr(ablations, "ProcessPoolExecutor", lambda workers, *_, **__: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(ablations, "behaviour", lambda network: [1.0])
+    for _ in range(2):
+        ablations.main(["--seeds", "3", "--parts", "LSTM", "pace", "--workers", "1", "--out", str(tmp_path)])
+    assert sorted(map(str, made)) == [*(str(ablations.FIRST + k) for k in range(3)), "LSTM", "nothing", "pace"]
+    parts = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["parts"]
+    for found in (parts[part]["total_steps"] for part in ends):
+        assert found["problems"] == 2
+    assert [(parts[part]["no settings"]["lower"], parts[part]["no settings"]["higher"]) for part in ends] == [(0, 0), (0, 2), (0, 0)]
+    assert parts["LSTM"]["no settings"]["above AdamW at 1e-3"] == 1.0
+
+
+# In which scene of `behaviour`, and whether with a far horizon, a part shows.
+SHOWS = {"Adam's direction": ("trained", False), "care": ("trained", False), "creep": ("trained, and noise", False)}
+SHOWS |= {"long runs": ("agree", True), "path": ("noise", False), "bouncing": ("turn", False), "brake": ("turn", False)}
+SHOWS |= {"steadiness": ("turn", False), "controller": ("turn", False), "proof": ("shrink", False)}
+
+
+def test_each_part_does_something_and_none_does_when_it_is_left_out(distribution: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ablations, scenes = importlib.import_module("ablations"), sys.modules["behaviour"]
+    monkeypatch.setattr(scenes, "LearnedOptimizer", functools.partial(LearnedOptimizer, kernel="reference"))  # which records nothing
+
+    def run(change: Any, scene: str, far: bool) -> list[float]:
+        with pytest.MonkeyPatch.context() as patch:
+            for module, name in ((network, "PROOF"), (network, "HASTE"), (network, "CREEP"), (rule, "TURNING"), (rule, "SHORT_RUN")):
+                patch.setattr(module, name, getattr(module, name))  # to be put back
+            patch.setattr(optimizer, "SURELY", optimizer.SURELY)
+            patch.setattr(scenes, "SCENES", {name: one for name, one in scenes.SCENES.items() if name == scene or scene in scenes.TRAINED})
+            patch.setattr(scenes, "TRAINED", {name: one for name, one in scenes.TRAINED.items() if name == scene})
+            patch.setattr(scenes, "HORIZONS", (scenes.HORIZONS[-1] if far else None,))
+            changed = load_network("default")
+            change(changed)
+            found: list[float] = scenes.behaviour(changed)
+            return found
+
+    for part, change in ablations.PARTS.items():
+        scene = SHOWS.get(part, ("agree", False))
+        whole, left = run(lambda network: None, *scene), run(change, *scene)
+        assert (whole == pytest.approx(left, rel=1e-3)) is (part == ablations.WHOLE), part
+
+
+@pytest.mark.parametrize("total_steps", [None, 200])
+def test_without_the_controller_nothing_corrects_the_step_size(distribution: Any, total_steps: int | None) -> None:
+    """Neither where gradients agree and then turn back, nor by where the steps lead; nothing brakes a leap or adds the drift."""
+    param = torch.nn.Parameter(torch.zeros(40, 30))
+    for ablate, moves in ((lambda network: None, True), (importlib.import_module("ablations").without_controller, False)):
+        network = load_network("default")
+        ablate(network)
+        optimizer = LearnedOptimizer([param], network, total_steps=total_steps)
+        for step in range(120):
+            param.grad = torch.ones(40, 30) if step < 10 else torch.randn(40, 30, generator=Generator().manual_seed(step))
+            optimizer.step()
+        assert bool(Control.of(optimizer.state[param]["control"]).correction != 0) is moves
+        one, known = torch.ones(1), torch.full((1,), float(total_steps is not None))
+        _, braked, _ = network.controller(-one, -one, one, 0 * one, 50 * one, 0.2 * known, known, 0 * one)
+        *_, inertia = network.controller(one, one, one, 0 * one, 50 * one, 0.2 * known, known, 0 * one)
+        assert bool(braked < 0) is bool(inertia > 0) is moves

@@ -75,7 +75,7 @@ def test_every_part_replaces_a_committed_file(measure: ModuleType, tmp_path: Pat
         return "".join(f"{name}  final loss 0.5 ± 0.1 over 5 fresh problems\n" for name in ("default", "mine", "AdamW 0.001"))
 
     monkeypatch.setattr(measure, "call", pretend)
-    for packed in ("RUNS", "DRAWN_RUNS", "MULTIPLIER_RUNS", "PRETRAINED_RUNS"):
+    for packed in ("RUNS", "DRAWN_RUNS", "ABLATION_RUNS", "MULTIPLIER_RUNS", "PRETRAINED_RUNS"):
         monkeypatch.setattr(measure, packed, tmp_path / f"{packed}.xz")
     parts = measure.parts(lambda _: True, tmp_path / "data")
     measure.measure({"learned": parts["learned"]}, WEIGHTS, tmp_path / "runs/measure")

@@ -8,10 +8,11 @@ from typing import Any
 
 QUALITY = "benchmarks/quality/results/results.json"
 MNIST = "benchmarks/quality/results/mnist_wikitext.json"
-LEARNED = "benchmarks/quality/results/learned.json"  # the same tasks with the present weights; ablations may be of those before
+LEARNED = "benchmarks/quality/results/learned.json"  # the same tasks with the present weights; other figures there may be of those before
 PRETRAINED = "benchmarks/quality/results/pretrained.json"
 PRETRAINED_HELD_OUT = "benchmarks/quality/results/pretrained_held_out.json"
 DISTRIBUTION = "benchmarks/quality/results/distribution.json"
+ABLATIONS = "benchmarks/quality/results/ablations.json"
 MULTIPLIERS = "benchmarks/quality/results/multipliers.json"
 TRAINER = "Trainer-default 5e-05 linear"
 HISTORY = "benchmarks/quality/results/history.json"  # of the weights before, by hand: where the default weights change, they get a row

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .files import (
+    ABLATIONS,
     CLOCK,
     DISTRIBUTION,
     HISTORY,
@@ -72,7 +73,7 @@ def quality_clock(files: Files) -> str:
 
 
 def quality_since(files: Files) -> str:
-    """The held-out tasks with the weights as they are, and with those that ablations and formats of the state were measured with."""
+    """The held-out tasks with the weights as they are, and with those that formats of the state were measured with."""
     before, now = files(QUALITY)["optimizers"], files(LEARNED)["optimizers"]
 
     def cell(one: dict[str, Any], tasks: Iterable[str]) -> str:
@@ -209,22 +210,47 @@ def quality_seeds(files: Files) -> str:
     return f"{prose(text)}\n\n{quality_tail(files)}"
 
 
+# What each part is, by its name in ablations.py.
+LEFT_OUT = {
+    "nothing": "nothing",
+    "LSTM": "the LSTM",
+    "orthogonalisation": "orthogonalisation",
+    "warm-up": "the warm-up",
+    "pace": "the pace: steps that follow how far gradients agree",
+    "controller": "the controller but for these two",
+    "lengthening": "steps that lengthen while gradients agree",
+    "bouncing": "steps that shorten where they bounce",
+    "path": "and where the path is not straight",
+    "brake": "the brake",
+    "steadiness": "less of the last gradient where gradients turn back",
+    "drift": "the drift: the mean of some fifty gradients",
+    "proof": "full steps that have to prove themselves",
+    "care": "slow climbing of what looks trained",
+    "creep": "its climbing without evidence",
+    "Adam's direction": "Adam's direction for what looks trained",
+    "long runs": "shorter steps in long runs",
+}
+
+
 def quality_ablations(files: Files) -> str:
-    found = files(QUALITY)["optimizers"]
-    skeletons = [" skeleton", " skeleton x0.6", " skeleton x2"]
-    best = [f"{max(found[name + suffix]['speed'] for suffix in skeletons):.2f}" for name in (PLAIN, HORIZON)]
-    rows = [
-        ["what is left out", "speed, no settings", "with `total_steps`"],
-        ["nothing", *map(bold, both(found))],
-        ["the LSTM", *both(found, " -lstm")],
-        ["the controller", *both(found, " -controller")],
-        ["of the controller, the drift alone: the mean of some fifty gradients", *both(found, " -drift")],
-        ["the pace: steps that follow how far gradients agree", *both(found, " -pace")],
-        ["the LSTM, the controller and the pace, with the best of three constant step sizes", *best],
-        ["nothing, `lr=0.3`", *both(found, " x0.3")],
-        ["nothing, `lr=3`", *both(found, " x3")],
-    ]
+    parts = files(ABLATIONS)["parts"]
+    modes = list(parts["nothing"])
+    rows = [["what is left out", "speed, no settings", "ends lower / higher", "speed, `total_steps`", "ends lower / higher"]]
+    for part, label in LEFT_OUT.items():
+        cells = [label]
+        for one in (parts[part][mode] for mode in modes):
+            cells.append(bold(f"{one['geometric mean']:.2f}", part == "nothing"))
+            cells.append("" if part == "nothing" else f"{one['lower']} / {one['higher']}")
+        rows.append(cells)
     return table(rows)
+
+
+def quality_ablations_count(files: Files) -> str:
+    one = files(ABLATIONS)["parts"]["nothing"]["no settings"]
+    return prose(f"""
+        {one["problems"]:.0f} problems drawn at random, of up to 600 steps: the geometric mean of the speed over tuned AdamW, and on how
+        many problems a run without the part ends lower and higher than with it.
+    """)
 
 
 def quality_long_steps(files: Files) -> str:
@@ -232,25 +258,6 @@ def quality_long_steps(files: Files) -> str:
     return prose(f"""
         With steps three times as long, `lr=3`, the means are {plain_long} in place of {plain} without settings, and {horizon_long} in
         place of {horizon} with `total_steps`.
-    """)
-
-
-def quality_drift(files: Files) -> str:
-    found, without = files(QUALITY)["optimizers"], "reinforcement"
-
-    def means(suffix: str) -> str:
-        speeds = [
-            {task: one["speed"] for task, one in found[name + suffix]["tasks"].items() if task != without} for name in (PLAIN, HORIZON)
-        ]
-        return " and ".join(f"{geometric_mean(one.values()):.2f}" for one in speeds)
-
-    def on(task: str, suffix: str) -> str:
-        return " and ".join(f"{found[name + suffix]['tasks'][task]['speed']:.2f}" for name in (PLAIN, HORIZON))
-
-    task = "ill-conditioned"
-    return prose(f"""
-        On the tasks but {without} the means, without settings and with `total_steps`, are {means("")} with the drift,
-        {means(" -drift")} without; on {task} least squares the speeds are {on(task, "")} with it, {on(task, " -drift")} without.
     """)
 
 
@@ -353,9 +360,9 @@ BLOCKS: dict[str, Callable[[Files], str]] = {
     "quality.seeds": quality_seeds,
     "quality.tail": quality_tail,
     "quality.ablations": quality_ablations,
+    "quality.ablations_count": quality_ablations_count,
     "quality.long_steps": quality_long_steps,
     "quality.multipliers": quality_multipliers,
-    "quality.drift": quality_drift,
     "quality.mnist": quality_mnist,
     "quality.small": quality_small,
     "quality.history": quality_history,

@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from development import TASKS as DEVELOPMENT
-from optimizers import ABLATED, DEFAULTS, GRIDS, LEARNED_NAMES, REFERENCE, SENSITIVITY, STORED
+from optimizers import DEFAULTS, GRIDS, LEARNED_NAMES, REFERENCE, SENSITIVITY, STORED
 from report import report
 from tasks import MORE_TASKS, TASKS
 from training import PROBLEMS, Job, Results, train
@@ -33,7 +33,7 @@ from training import PROBLEMS, Job, Results, train
 from learned_optim import load_network
 from learned_optim.speed import LENGTHS
 
-PARTS = ["baselines", "learned", "ablations", "sensitivity", "state"]
+PARTS = ["baselines", "learned", "sensitivity", "state"]
 
 
 def wanted(tasks: list[str], results: Results, seeds: int, state_seeds: int, parts: set[str]) -> list[Job]:
@@ -45,7 +45,7 @@ def wanted(tasks: list[str], results: Results, seeds: int, state_seeds: int, par
             best = results.best(task, REFERENCE, seeds)
             jobs += [(task, best, seed, length) for seed, length in itertools.product(range(seeds), LENGTHS)]
         names = [*itertools.chain(*GRIDS.values()), *DEFAULTS] if "baselines" in parts else []
-        names += [*(LEARNED_NAMES if "learned" in parts else ()), *(ABLATED if "ablations" in parts else ())]
+        names += LEARNED_NAMES if "learned" in parts else ()
         names += SENSITIVITY if "sensitivity" in parts else ()
         jobs += [(task, name, seed, 1.0) for name in names for seed in range(seeds)]
         stored = [*LEARNED_NAMES, *STORED] if "state" in parts else []

@@ -31,14 +31,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from behaviour import behaviour, is_of
 from distribution import MODES, SOLVED, Curve, Trial, baseline, learned, speed, summarise
-from optimizers import without_controller, without_drift, without_lstm, without_pace, without_warm_up
 
 from learned_optim import OptimizerNetwork, load_network, network, optimizer, rule
 from learned_optim.speed import final, geometric_mean
 from learned_optim.weights import fingerprint
 
 FIRST = 3000  # seed; none is held out
-STEPS = 1300  # longer trainings are left out, since there are many to do
+STEPS = 600  # longer trainings are left out, since there are many to do
 WHOLE = "nothing"
 TOGETHER = 8  # problems of a process
 Change = Callable[[OptimizerNetwork], None]
@@ -54,12 +53,23 @@ def constant(module: ModuleType, name: str, value: float) -> Change:
     return lambda net: setattr(module, name, type(getattr(module, name))(value))
 
 
-def without_lengthening(net: OptimizerNetwork) -> None:
-    net.controller.log_rate.data.fill_(-1000)  # its exponential is zero
+def without_lstm(net: OptimizerNetwork) -> None:
+    fresh = OptimizerNetwork(net.config).coordinate
+    net.coordinate.skip.data, net.coordinate.out.data = fresh.skip.data, fresh.out.data
 
 
 def without_orthogonalization(net: OptimizerNetwork) -> None:
     net.config = dataclasses.replace(net.config, orthogonalize_steps=0)
+
+
+def without_lengthening(net: OptimizerNetwork) -> None:
+    net.controller.log_rate.data.fill_(-1000)  # its exponential is zero
+
+
+def without_controller(net: OptimizerNetwork) -> None:
+    without_lengthening(net)
+    for name in ("shrink", "bend", "brake", "inertia"):
+        without(name)(net)
 
 
 PARTS: dict[str, Change] = {
@@ -72,9 +82,9 @@ PARTS: dict[str, Change] = {
     "path": without("bend"),
     "brake": without("brake"),
     "steadiness": constant(rule, "TURNING", 1e-9),
-    "drift": without_drift,
-    "pace": without_pace,
-    "warm-up": without_warm_up,
+    "drift": without("inertia"),
+    "pace": without("power"),
+    "warm-up": without("log_start"),
     "proof": constant(network, "PROOF", 0.0),
     "care": constant(network, "HASTE", math.inf),
     "creep": constant(network, "CREEP", 0.0),

@@ -7,7 +7,7 @@ steps; "constant" stays there, "cosine" and "linear" fall to zero. What is tuned
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from learned_optim import LearnedOptimizer, OptimizerNetwork, load_network
+from learned_optim import LearnedOptimizer, load_network
 from learned_optim.rule import orthogonalize
 from learned_optim.speed import WARM_UP, schedule
 
@@ -100,49 +100,6 @@ def baseline(name: str, model: nn.Module, steps: int) -> Trained:
     return Trained(optimizer, schedule(shape[0], optimizer, steps) if shape else None)
 
 
-# What is switched off or changed, by the last word of a learned optimizer's name.
-
-
-def without_lstm(network: OptimizerNetwork) -> None:
-    fresh = OptimizerNetwork(network.config).coordinate
-    network.coordinate.skip.data, network.coordinate.out.data = fresh.skip.data, fresh.out.data
-
-
-def without_controller(network: OptimizerNetwork) -> None:
-    network.controller.log_rate.data.fill_(-1000)  # its exponential is zero
-    network.controller.shrink.data.zero_()
-    network.controller.bend.data.zero_()
-    network.controller.brake.data.zero_()
-    without_drift(network)
-
-
-def without_drift(network: OptimizerNetwork) -> None:
-    network.controller.inertia.data.zero_()
-
-
-def without_warm_up(network: OptimizerNetwork) -> None:
-    network.controller.log_start.data.zero_()
-
-
-def without_pace(network: OptimizerNetwork) -> None:
-    network.controller.power.data.zero_()
-
-
-def skeleton(network: OptimizerNetwork) -> None:
-    without_lstm(network)
-    without_controller(network)
-    without_warm_up(network)
-    without_pace(network)
-
-
-ABLATIONS: dict[str, Callable[[OptimizerNetwork], None]] = {
-    "-lstm": without_lstm,
-    "-controller": without_controller,
-    "-drift": without_drift,
-    "-warm-up": without_warm_up,
-    "-pace": without_pace,
-    "skeleton": skeleton,
-}
 # How the optimizer keeps its state between steps, beside what the weights' configuration says.
 EXACT = "fp32-state"
 STATES: dict[str, dict[str, str]] = {
@@ -153,22 +110,18 @@ LEARNED, HORIZON = "learned", "learned+T"
 MULTIPLIERS = (0.3, 3.0)
 LEARNED_NAMES = [LEARNED, HORIZON]
 SENSITIVITY = [f"{mode} x{multiplier:g}" for mode in LEARNED_NAMES for multiplier in MULTIPLIERS]
-# The skeleton gets the best of three constants; the other two are what `lr` makes of it.
-ABLATED = [f"{mode} {off}" for mode in LEARNED_NAMES for off in (*ABLATIONS, "skeleton x0.6", "skeleton x2")]
 STORED = [f"{mode} {state}" for mode in LEARNED_NAMES for state in STATES]
 
 
 def learned(name: str, params: Iterable[nn.Parameter], pretrained: str, steps: int) -> Trained:
-    """ "learned" or "learned+T" (with the horizon), then perhaps an ablation or a format of state, and "x0.3" for another multiplier."""
+    """ "learned" or "learned+T" (with the horizon), then perhaps a format of state, or "x0.3" for another multiplier."""
     mode, *changes = name.split()
     network, lr = load_network(pretrained), 1.0
     for change in changes:
         if change.startswith("x"):
             lr = float(change[1:])
-        elif change in STATES:
-            network.config = dataclasses.replace(network.config, **STATES[change])  # type: ignore[arg-type]
         else:
-            ABLATIONS[change](network)
+            network.config = dataclasses.replace(network.config, **STATES[change])  # type: ignore[arg-type]
     return Trained(LearnedOptimizer(params, network, lr=lr, total_steps=steps if mode == HORIZON else None))
 
 

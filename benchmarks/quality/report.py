@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimizers import ABLATED, DEFAULTS, EXACT, GRIDS, HORIZON, LEARNED, LEARNED_NAMES, REFERENCE, SENSITIVITY, STORED
+from optimizers import DEFAULTS, EXACT, GRIDS, HORIZON, LEARNED, LEARNED_NAMES, REFERENCE, SENSITIVITY, STORED
 from training import PROBLEMS, Results, final, training_curve
 
 from learned_optim import speed as measure
@@ -81,7 +81,7 @@ def report(tasks: list[str], results: Results, seeds: int, out: Path) -> None:
 
     tuned = {family: {task: results.best(task, family, seeds) for task in tasks} for family, grid in GRIDS.items() if complete(*grid)}
     columns = {f"{family} tuned": names for family, names in tuned.items()}
-    untuned = [*LEARNED_NAMES, *DEFAULTS, *SENSITIVITY, *ABLATED, *STORED]
+    untuned = [*LEARNED_NAMES, *DEFAULTS, *SENSITIVITY, *STORED]
     columns |= {name: dict.fromkeys(tasks, name) for name in untuned if complete(name)}
     figures: dict[str, dict[str, Any]] = {}
     for column, names in columns.items():
