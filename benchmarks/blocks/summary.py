@@ -45,7 +45,7 @@ def summary(files: Files) -> str:
             row("the same by the clock, on one thread of a CPU", clock, max),
             row("from scratch: speed in steps on the worst task", worst, max),
             [problems, *speeds, "1.00 (by definition)", ""],
-            row(f"fine-tuning: final loss / tuned AdamW's, {word(len(tasks))} model{'s' * (len(tasks) > 1)}", [*tuning, "1.00", ""], min),
+            row(f"fine-tuning: final loss / tuned AdamW's, {word(len(tasks))} task{'s' * (len(tasks) > 1)}", [*tuning, "1.00", ""], min),
             [f"the same / Trainer's default AdamW's, mean of {word(len(every))} tasks (worst one)", *beside, "", ""],
             [f"time of an iteration / with AdamW, {word(len(models))} models on a CPU", *[cost(MINE)] * 2, "1", cost("Muon")],
             ["state, bytes a weight", *[f"{state(files)[MINE]:.0f}"] * 2, f"{state(files)['AdamW']:.0f}", ""],
