@@ -52,6 +52,8 @@ class Layout:
 
     Args:
         stacked: which tensors are; none where it is empty.
+        matrices: how many matrices the model of each tensor has, which may be more than are here; None for as many as are here, and for all
+            tensors where it is empty.
         tables: which tensors are tables; none where it is empty.
         trained: which tensors looked trained before their first step, see `looks_trained`; none where it is empty.
     """
@@ -61,11 +63,13 @@ class Layout:
         shapes: tuple[torch.Size, ...],
         device: torch.device,
         stacked: tuple[bool, ...] = (),
+        matrices: tuple[int | None, ...] = (),
         tables: tuple[bool, ...] = (),
         trained: tuple[bool, ...] = (),
     ) -> None:
         self.shapes, self.device = shapes, device
-        self.stacked, self.tables, self.trained = (given or (False,) * len(shapes) for given in (stacked, tables, trained))
+        self.stacked, self.matrices = stacked or (False,) * len(shapes), matrices or (None,) * len(shapes)
+        self.tables, self.trained = tables or (False,) * len(shapes), trained or (False,) * len(shapes)
         self._constants: dict[float, Tensor] = {}
         self.sizes = [shape.numel() for shape in shapes]
         self.counts = self.sizes  # of whole tensors, of which a process may hold parts, see `learned_optim.sharding`
@@ -75,8 +79,8 @@ class Layout:
         for k, shape in enumerate(shapes):
             if self.stacked[k] and len(shape) > 2:
                 self.fans[k], self.stacks[k] = (shape[-2], shape[-1]), (math.prod(shape[:-2]),)
-        kinds = zip(self.fans, self.tables, self.trained, strict=True)
-        self.is_fresh_matrix = [min(fans) > 1 and not table and not known for fans, table, known in kinds]
+        self.is_matrix = [min(fans) > 1 and not table for fans, table in zip(self.fans, self.tables, strict=True)]
+        self.is_fresh_matrix = [matrix and not known for matrix, known in zip(self.is_matrix, self.trained, strict=True)]
         self.plain = [min(fans) > 1 and not fresh for fans, fresh in zip(self.fans, self.is_fresh_matrix, strict=True)]
 
     @staticmethod
@@ -85,17 +89,22 @@ class Layout:
         shapes: tuple[torch.Size, ...],
         device: torch.device,
         stacked: tuple[bool, ...] = (),
+        matrices: tuple[int | None, ...] = (),
         tables: tuple[bool, ...] = (),
         trained: tuple[bool, ...] = (),
     ) -> Layout:
         """The layout of these tensors; the same object each time."""
-        return Layout(shapes, device, stacked, tables, trained)
+        return Layout(shapes, device, stacked, matrices, tables, trained)
 
     def of_some(self, members: Sequence[int]) -> Layout:
-        """The layout of some of the tensors."""
+        """The layout of some of the tensors, which goes on counting the matrices of all."""
+        total = self.count_matrices()
         every = self.shapes, self.stacked, self.tables, self.trained
-        shapes, *kinds = (tuple(each[k] for k in members) for each in every)
-        return Layout.of(shapes, self.device, *kinds)
+        shapes, stacked, tables, trained = (tuple(each[k] for k in members) for each in every)
+        return Layout.of(shapes, self.device, stacked, tuple(self.matrices[k] or max(1, total) for k in members), tables, trained)
+
+    def count_matrices(self) -> int:
+        return sum(math.prod(stack) for stack, matrix in zip(self.stacks, self.is_matrix, strict=True) if matrix)
 
     def blocks(self, size: int) -> list[Block]:
         """The coordinates in blocks of about `size`. A large tensor has blocks of its own, so that within them what belongs to a tensor is

@@ -60,6 +60,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         total_steps: the number of optimizer steps that the parameters will be trained for, where it is known: the rule then anneals its
             step size towards the end. None, the default, works without that knowledge. A group that is added later counts from its own
             first step.
+        matrices: how many matrices the whole model has, convolutions included, where this optimizer is given a part of it only, as with one
+            optimizer for each parameter: those of models with one or two take longer steps. None, the default, counts those that it has.
         stacked: True where parameters of three and more dimensions are stacks of matrices (..., fan_out, fan_in), such as the weights of
             experts. False, the default, takes them for convolutions, (fan_out, fan_in, ...). Give a model that has both groups.
         error_if_nonfinite: what a gradient that is not finite, or whose square is not in fp32, does to a step. False, the default, leaves
@@ -68,14 +70,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
             `torch.nn.utils.clip_grad_norm_`; it waits for GPUs.
         parts_group: the processes that have the model's other parameters, where each of them has an optimizer for some whole parameters
             of one model, as with `torch.distributed.optim.ZeroRedundancyOptimizer` and the stages of a pipeline. They agree at each step
-            on means over all tensors, so all must step together. Neither DistributedDataParallel nor sharded parameters (FSDP2, DTensor)
-            need it.
+            on the number of matrices and on means over all tensors, so all must step together. Neither DistributedDataParallel nor
+            sharded parameters (FSDP2, DTensor) need it.
         revision: branch, tag or commit of a Hub repository.
         kernel: what runs the rule: "reference", PyTorch operations on any device; "compiled", the C code that comes with the package, on a
             CPU, and PyTorch operations elsewhere; "triton", Triton kernels on CUDA devices, which orthogonalise matrices in bfloat16; or
             "auto", the fastest that can run: C code on a CPU, Triton on CUDA devices.
 
-    A group may have its own `lr`, `weight_decay`, `total_steps` and `stacked`, and `maximize` besides: True goes uphill. Any
+    A group may have its own `lr`, `weight_decay`, `total_steps`, `matrices` and `stacked`, and `maximize` besides: True goes uphill. Any
     other key that is no scheduler's is refused.
 
     Examples:
@@ -107,6 +109,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         lr: float | Tensor = 1.0,
         weight_decay: float = 0.0,
         total_steps: int | None = None,
+        matrices: int | None = None,
         stacked: bool = False,
         error_if_nonfinite: bool = False,
         revision: str | None = None,
@@ -138,7 +141,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._trained: dict[Tensor, bool] = {}
         self._looks: tuple[Sequence[Tensor], tuple[bool, ...]] = (), ()  # the latter, of the last step's parameters
         defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "weights": fingerprint(self.network)}
-        super().__init__(params, defaults | {"maximize": False, "stacked": stacked})
+        super().__init__(params, defaults | {"maximize": False, "matrices": matrices, "stacked": stacked})
         # OneCycleLR and CyclicLR want to cycle some momentum, unless told otherwise, of an optimizer that has one. The rule's is not theirs
         # to change; what they write into groups has no effect.
         self.defaults["momentum"] = self.network.config.momentum
@@ -291,8 +294,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 f"{[tuple(grad.shape) for grad in grads]}. Call zero_grad() after changing a model."
             )
         of_groups: tuple[tuple[Any, ...], ...] = ()
-        if any(tables) or any(trained) or any(group["stacked"] for group in self.param_groups):
-            of_groups = tuple(group["stacked"] for group in groups), tables, trained
+        if any(tables) or any(trained) or any(group["stacked"] or group["matrices"] is not None for group in self.param_groups):
+            of_groups = *(tuple(group[key] for group in groups) for key in ("stacked", "matrices")), tables, trained
         layout = Layout.of(shapes, device, *of_groups) if whole is params else self._sharded_layout(whole, device, *of_groups)
         if device not in self._ledgers:
             self._ledgers[device] = Ledger(device, self.network.config, CONTROL, self._name)
@@ -349,8 +352,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if key not in self._layouts:
             while len(self._layouts) >= MOST_LAYOUTS:
                 del self._layouts[next(iter(self._layouts))]
-            stacked, tables, trained = of_groups or ((), (), ())
-            self._layouts[key] = sharding.ShardedLayout(shapes, shards, device, stacked, tables, trained, self._parts)
+            stacked, matrices, tables, trained = of_groups or ((), (), (), ())
+            self._layouts[key] = sharding.ShardedLayout(shapes, shards, device, stacked, matrices, tables, trained, self._parts)
         return self._layouts[key]
 
     def _check_finite(self, work: Iterable[tuple[torch.device, Callable[..., None], tuple[Any, ...]]]) -> None:

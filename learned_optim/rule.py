@@ -31,12 +31,13 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    goes on along directions that steep ones keep waiting.
 4. **Length.** The direction loses its length, so that the LSTM cannot change the step size by accident. A matrix (fan_out x fan_in;
    convolution kernels flattened) is orthogonalised by Newton-Schulz and given a spectral norm of
-   :math:`\sqrt{\max(1, fan_{out}/fan_{in})}` (Muon, Jordan et al. 2024). Any other tensor is divided by its root mean
-   square and scaled by a learned constant. Two kinds of matrix are not orthogonalised, keep the direction's length, and are scaled by the
-   same constant. One is what looked trained before its first step. Mostly Adam trained it, and orthogonal steps break more of what Adam
-   made (Qu et al. 2026, "Can Muon fine-tune Adam-pretrained models?"). The other is a table, such as an embedding of many words of which a
-   step sees few. To orthogonalise it would take longer than all the rest and throw rare words far, and where most rows are zero a root mean
-   square says nothing of the others.
+   :math:`\sqrt{\max(1, fan_{out}/fan_{in})}` (Muon, Jordan et al. 2024), times :math:`3/L` where a model has fewer than three matrices,
+   :math:`L`: each of many layers moves the outputs by a share only (Large et al. 2024, "Scalable optimization in the modular norm"). Any
+   other tensor is divided by its root mean square and scaled by a learned constant. Two kinds of matrix are not orthogonalised, keep the
+   direction's length, and are scaled by the same constant. One is what looked trained before its first step. Mostly Adam trained it, and
+   orthogonal steps break more of what Adam made (Qu et al. 2026, "Can Muon fine-tune Adam-pretrained models?"). The other is a table, such
+   as an embedding of many words of which a step sees few. To orthogonalise it would take longer than all the rest and throw rare words far,
+   and where most rows are zero a root mean square says nothing of the others.
 5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t + b_t + r_t} \, p_t^q \, d_t`. The pace :math:`p_t` is the
    agreement, or the length of the last gradient in units of :math:`\sqrt{v_t}`, at most 1, if that is more: long where gradients agree,
    short where they vanish; its power :math:`q`, of `Controller`, is 1 unless it is learned. Adam's steps have such a factor in each
@@ -82,6 +83,7 @@ EPSILON = 1e-12
 LEAST_AGREEMENT = LEAST_STRAIGHTNESS = 0.01
 LEAST_SHRINKAGE = 0.03
 TURNING = 0.5  # the agreement below which gradients turn back
+MANY = 3  # matrices, from which on their steps are as long as in any deeper model
 LONG = 3  # the ratio of sides from which on large matrices are orthogonalised by their Gram matrix
 TOGETHER = 2**25  # weights at most of matrices that are orthogonalised at once, unless one has more
 SMALL = 128  # the shorter side of matrices that are orthogonalised in the precision that they have: fewer bits would not be faster
@@ -373,8 +375,10 @@ def vector_scale(network: OptimizerNetwork, mean_square: Tensor, is_plain: Tenso
 
 def spectral_norms(layout: Layout, config: NetworkConfig) -> dict[int, float]:
     """Those of step 4, of the tensors that are orthogonalised, by index."""
-    fans = {k: layout.fans[k] for k, orthogonal in enumerate(is_orthogonal(layout, config)) if orthogonal}
-    return {k: math.sqrt(max(1, fan_out / fan_in)) for k, (fan_out, fan_in) in fans.items()}
+    members = [k for k, orthogonal in enumerate(is_orthogonal(layout, config)) if orthogonal]
+    here = layout.count_matrices()
+    few = {k: max(1, MANY / (layout.matrices[k] or here)) for k in members}
+    return {k: few[k] * math.sqrt(max(1, layout.fans[k][0] / layout.fans[k][1])) for k in members}
 
 
 def orthogonalize_all(

@@ -14,8 +14,8 @@ process that has it holds all of it, and the others wait.
 
 Replicas (of a mesh with Replicate placements) do the same work side by side. Stacked matrices travel too, even if no cut goes through one.
 
-`Parts` is for optimizers each of which has some whole tensors of a model, as in ZeRO and in pipelines. There means over all tensors are
-agreed on.
+`Parts` is for optimizers each of which has some whole tensors of a model, as in ZeRO and in pipelines. There only means over all tensors
+and the number of matrices are agreed on.
 
 Shapes: as in `learned_optim.rule`.
 """
@@ -323,26 +323,28 @@ class Parts:
         dist.all_reduce(flag, group=self.group)
         return bool(flag)
 
-    def gather(self, rows: Tensor) -> tuple[Tensor, slice]:
-        """The columns of all, and which of them are this process's.
+    def gather(self, rows: Tensor, matrices: int) -> tuple[Tensor, slice, int]:
+        """The columns of all, which of them are this process's, and how many matrices there are in all.
 
         Args:
             rows: (R, k), with `k` tensors here.
+            matrices: how many of them are here.
 
         Returns:
-            (R, K), and a slice of K.
+            (R, K), a slice of K, and the number.
         """
         ranks = dist.get_world_size(self.group)
-        found = torch.empty(ranks, dtype=torch.int64, device=rows.device)
-        dist.all_gather_single(found, torch.tensor([rows.shape[-1]], device=rows.device), group=self.group)
-        columns = found.tolist()
+        counts = torch.tensor([rows.shape[-1], matrices], device=rows.device)
+        found = counts.new_empty(ranks, 2)
+        dist.all_gather_single(found.view(-1), counts, group=self.group)
+        columns, total = found[:, 0].tolist(), int(found[:, 1].sum())
         most = max(columns)
         padded = torch.nn.functional.pad(rows, (0, most - rows.shape[-1])).contiguous()
         everyone = padded.new_empty(ranks, *padded.shape)
         dist.all_gather_single(everyone.view(-1), padded.view(-1), group=self.group)
         begin = sum(columns[: dist.get_rank(self.group)])
         joined = torch.cat([part[:, :count] for part, count in zip(everyone, columns, strict=True)], -1)
-        return joined, slice(begin, begin + rows.shape[-1])
+        return joined, slice(begin, begin + rows.shape[-1]), total
 
 
 class ShardedLayout(Layout):
@@ -351,6 +353,7 @@ class ShardedLayout(Layout):
     Args:
         shards: how each tensor is cut up; None where it is whole.
         parts: the processes that have the model's other tensors, if there are any.
+        others: matrices that are left out of this step.
     """
 
     def __init__(
@@ -359,13 +362,17 @@ class ShardedLayout(Layout):
         shards: tuple[Shards | None, ...],
         device: torch.device,
         stacked: tuple[bool, ...] = (),
+        matrices: tuple[int | None, ...] = (),
         tables: tuple[bool, ...] = (),
         trained: tuple[bool, ...] = (),
         parts: Parts | None = None,
+        others: int = 0,
     ) -> None:
-        super().__init__(shapes, device, stacked, tables, trained)
-        self.shards, self.parts = shards, parts
+        super().__init__(shapes, device, stacked, matrices, tables, trained)
+        self.shards, self.parts, self.others = shards, parts, others
         self.sizes = [size if shard is None else shard.region().size for size, shard in zip(self.counts, shards, strict=True)]
+        self.here = self.others + self.count_matrices()
+        self.everywhere = self.here  # matrices of the whole model, as of the last step
         runs = [Run(0, size, size) if shard is None else shard.run() for size, shard in zip(self.counts, shards, strict=True)]
         self.runs = None if None in runs else [run for run in runs if run is not None]
         # Which tensors are summed over which dimension of which mesh; meshes that share a group are one here.
@@ -384,8 +391,9 @@ class ShardedLayout(Layout):
         def of(each: Sequence[Item]) -> tuple[Item, ...]:
             return tuple(each[k] for k in members)
 
-        kinds = of(self.stacked), of(self.tables), of(self.trained)
-        return ShardedLayout(of(self.shapes), of(self.shards), self.device, *kinds, self.parts)
+        kinds = of(self.stacked), of(self.matrices), of(self.tables), of(self.trained)
+        arguments = of(self.shapes), of(self.shards), self.device, *kinds, self.parts
+        return ShardedLayout(*arguments, self.here - ShardedLayout(*arguments).here)
 
     def total(self, sums: Tensor) -> Tensor:
         """Sums over whole tensors, of sums over what is here; (..., K)."""
@@ -429,9 +437,10 @@ class ShardedLayout(Layout):
         return super().places(k) if shard is None else shard.places(self.device)
 
     def with_others(self, rows: Tensor) -> tuple[Tensor, slice]:
-        """See `Parts.gather`."""
+        """See `Parts.gather`; keeps the number of matrices for the step."""
         assert self.parts is not None
-        return self.parts.gather(rows)
+        everyone, mine, self.everywhere = self.parts.gather(rows, self.here)
+        return everyone, mine
 
     # Fresh matrices
 
@@ -462,7 +471,8 @@ class ShardedLayout(Layout):
             whole |= exchange.collect(directions)
         indices = list(whole)
         shapes, stacked = tuple(self.shapes[k] for k in indices), tuple(self.stacked[k] for k in indices)
-        done = function(list(whole.values()), Layout.of(shapes, self.device, stacked)) if indices else {}
+        numbers = tuple(self.matrices[k] or max(1, self.everywhere) for k in indices)
+        done = function(list(whole.values()), Layout.of(shapes, self.device, stacked, numbers)) if indices else {}
         results = {indices[place]: result for place, result in done.items()}
         found = {k: result for k, result in results.items() if not self._is_cut(k)}
         for exchange in self.exchanges:

@@ -115,7 +115,7 @@ def _state(index: int, entry: Any) -> Callable[[dict[str, Any]], Any]:
 # What is done to a checkpoint as a whole.
 CHECKPOINTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     **{f"{key}={value!r:.20}": _group(key, value) for key in ("lr", "weight_decay") for value in (torch.nan, torch.inf, -1, "x", 10**400)},
-    **{f"total_steps={value!r:.20}": _group("total_steps", value) for value in (0, -1, 1.5, "x", True, 10**400)},
+    **{f"{key}={value!r:.20}": _group(key, value) for key in ("total_steps", "matrices") for value in (0, -1, 1.5, "x", True, 10**400)},
     **{f"{key}={value!r:.20}": _group(key, value) for key in ("maximize", "stacked") for value in (None, "x", torch.tensor(True))},
     "lr of two": _group("lr", torch.ones(2)),
     "complex lr": _group("lr", torch.tensor(1 + 0j)),

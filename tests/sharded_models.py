@@ -63,7 +63,7 @@ class Tuned(Text):
 
 
 class Images(nn.Module):
-    """Convolutions whose channels do not come out even."""
+    """Convolutions whose channels do not come out even, and two matrices in all."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -202,7 +202,7 @@ def stacked_experts(folder: Path) -> None:
     alone, model = make(Experts), shard(make(Experts))
     for one, part in ((alone, (0, 1)), (model, mine())):
         groups = [{"params": [one.experts], "stacked": True}, {"params": [one.table.weight]}]
-        train(one, LearnedOptimizer(groups, exact()), part)
+        train(one, LearnedOptimizer(groups, exact(), matrices=2), part)
     assert_close(model, alone, 1e-4)
 
 

@@ -96,7 +96,7 @@ def test_numpy_numbers_become_pythons() -> None:
             for value in (torch.nan, torch.inf, -1.0, "1", None, 1j, 10**400, 1e39, True, torch.ones(2), torch.tensor(torch.nan))
         ),
         *(("weight_decay", value) for value in (torch.nan, -1.0, "x", True, torch.tensor(0.1))),
-        *(("total_steps", value) for value in (0, 1.5, torch.nan, "9", True, 10**400)),
+        *((key, value) for key in ("total_steps", "matrices") for value in (0, 1.5, torch.nan, "9", True, 10**400)),
         *((key, value) for key in ("maximize", "stacked") for value in (None, "yes", torch.tensor(True))),
     ],
 )
@@ -149,9 +149,9 @@ def test_groups_may_be_taken_away() -> None:
 
 @pytest.mark.parametrize("kernel", ["compiled", "reference"])
 def test_one_optimizer_for_each_parameter(kernel: str) -> None:
-    """Their first steps are those of one optimizer for all, but for what tensors tell one another."""
+    """Told how many matrices the model has, their first steps are those of one optimizer for all, but for what tensors tell one another."""
     whole, parts = ([nn.Parameter(torch.zeros(4, 3)) for _ in range(4)] for _ in range(2))
-    optimizers = [LearnedOptimizer(whole, kernel=kernel), *(LearnedOptimizer([param], kernel=kernel) for param in parts)]
+    optimizers = [LearnedOptimizer(whole, kernel=kernel), *(LearnedOptimizer([param], kernel=kernel, matrices=4) for param in parts)]
     for k, pair in enumerate(zip(whole, parts, strict=True)):
         for param in pair:
             param.grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(k))
@@ -184,7 +184,9 @@ def test_stacks_are_matrices_of_their_own(kernel: str) -> None:
 
 def test_layout_of_stacks() -> None:
     shapes = torch.Size([5, 4, 3]), torch.Size([2, 5, 4, 1]), torch.Size([4, 3]), torch.Size([5, 4, 3])
-    layout = Layout(shapes, torch.device("cpu"), (True, True, True, False))
+    layout = Layout(shapes, torch.device("cpu"), (True, True, True, False), (None, 7, None, None))
     assert layout.fans == [(4, 3), (4, 1), (4, 3), (5, 12)]
     assert layout.stacks == [(5,), (10,), (), ()]
-    assert layout.is_fresh_matrix == [True, False, True, True]
+    assert layout.is_matrix == [True, False, True, True]
+    assert layout.of_some([2]).matrices == (7,)
+    assert layout.of_some([1]).matrices == (7,)

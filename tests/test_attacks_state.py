@@ -68,7 +68,7 @@ def mutate(saved: dict[str, Any], data: st.DataObject) -> None:
             state[data.draw(st.sampled_from([99, "mine"]))] = state.pop(index, {})
         case 12:
             group = data.draw(st.sampled_from(groups))
-            group[data.draw(st.sampled_from(["lr", "weight_decay", "total_steps"]))] = data.draw(st.sampled_from(NUMBERS))
+            group[data.draw(st.sampled_from(["lr", "weight_decay", "total_steps", "matrices"]))] = data.draw(st.sampled_from(NUMBERS))
         case 13:
             group = data.draw(st.sampled_from(groups))
             group.pop(data.draw(st.sampled_from(sorted(group))))

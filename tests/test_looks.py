@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from learned_optim import LearnedOptimizer, OptimizerNetwork
 from learned_optim.config import NetworkConfig
 from learned_optim.features import Layout, unevenness
-from learned_optim.rule import Control
+from learned_optim.rule import Control, spectral_norms
 
 FRESH: dict[str, Callable[[], Tensor]] = {
     "linear": lambda: nn.Linear(96, 64).weight,
@@ -150,6 +150,14 @@ def test_its_steps_are_as_long_as_gradients_agree() -> None:
         lengths.append([(param.detach() - old).norm().item() for param, old in zip(params, before, strict=True)])
     (clean, fresh), (noisy, fresh_noisy) = lengths
     assert clean / noisy > 1.5 * fresh / fresh_noisy
+
+
+def test_it_counts_as_a_matrix_all_the_same() -> None:
+    """A new read-out on a trained model takes steps as in any deep model, not the longer ones of a model with a single matrix."""
+    torch.manual_seed(0)
+    layout = Layout((torch.Size([8, 8]),) * 4, torch.device("cpu"), trained=(True, True, True, False))
+    assert spectral_norms(layout, NetworkConfig()) == {3: 1.0}
+    assert spectral_norms(layout.of_some([3]), NetworkConfig()) == {0: 1.0}
 
 
 def test_a_resume_and_a_copy_know_what_looked_trained() -> None:

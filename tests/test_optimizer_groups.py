@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_helpers import assert_same, make_model, train, values
+from optimizer_helpers import assert_same, loss_of, make_model, train, values
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -219,3 +219,21 @@ def test_what_is_no_stack_of_experts_is_not_named() -> None:
     LearnedOptimizer([("experts.weight", stack)], stacked=True)
     LearnedOptimizer([("experts.0.conv.weight", stack), ("experts.bias", nn.Parameter(torch.ones(4, 3))), ("experts.scale", frozen)])
     LearnedOptimizer([("conv.weight", stack)])
+
+
+# One optimizer for each parameter
+
+
+def test_an_optimizer_of_one_parameter_may_know_how_many_matrices_there_are(network: OptimizerNetwork) -> None:
+    """The number of matrices makes first steps shorter by as much as the rule says."""
+    moved = {}
+    for matrices in (None, 2, 3):
+        model = make_model()
+        start = values(model)
+        optimizers = [LearnedOptimizer([param], network, matrices=matrices) for param in model.parameters() if param.numel()]
+        loss_of(model, 0).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        moved[matrices] = (model.first.weight.detach() - start["first.weight"]).norm().item()
+    assert moved[None] == pytest.approx(3 * moved[3], rel=1e-3)
+    assert moved[2] == pytest.approx(1.5 * moved[3], rel=1e-3)

@@ -122,7 +122,7 @@ def in_c(directions: list[Tensor], layout: Layout, config: NetworkConfig, thread
     """Those that C code orthogonalises."""
     chosen, flat = Matrices(layout, config, threads), torch.cat(directions)
     chosen.orthogonalize(flat)
-    return {k: part for k, part in enumerate(flat.split(layout.sizes)) if layout.is_fresh_matrix[k] and k not in chosen.others}
+    return {k: part for k, part in enumerate(flat.split(layout.sizes)) if layout.is_matrix[k] and k not in chosen.others}
 
 
 SHAPES = [

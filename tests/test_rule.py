@@ -23,7 +23,7 @@ VECTORS = [(9,), (1, 9), (9, 1)]
 def test_layout() -> None:
     layout = layout_of([torch.ones(shape) for shape in SHAPES])
     assert layout.fans == [(1, 1), (1, 1), (7, 1), (1, 6), (5, 3), (6, 1), (3, 8), (4, 12), (4, 12), (8, 3)]
-    assert layout.is_fresh_matrix == [False] * 4 + [True, False] + [True] * 4
+    assert layout.is_matrix == [False] * 4 + [True, False] + [True] * 4
     values = torch.arange(len(SHAPES), dtype=torch.float32).expand(2, -1)
     spread = layout.spread(values)
     assert [part.unique().tolist() for part in spread.split(layout.sizes, -1)] == [[k] for k in range(len(SHAPES))]
@@ -185,6 +185,15 @@ def test_spectral_norm_of_matrix_updates(untrained: OptimizerNetwork, generator:
     fan_out, fan_in = change.shape
     expected = untrained.log_step_size.exp().item() * math.sqrt(max(1.0, fan_out / fan_in))
     assert 0.6 < torch.linalg.matrix_norm(change, 2).item() / expected < 1.3
+
+
+def test_matrices_of_shallow_models_take_longer_steps(untrained: OptimizerNetwork, generator: torch.Generator) -> None:
+    """In all the same: up to three share what one matrix would do alone. Vectors count for nothing, and get nothing."""
+    shapes = [(9, 4), (5,), (7, 7), (4, 9), (3, 8)]
+    params, gradients = draw(shapes, generator), draw(shapes, generator)
+    lengths = [list(map(rms, run(untrained, params[:count], [gradients[:count]])[0][0])) for count in (1, 3, 4, 5)]
+    assert [each[0] for each in lengths] == pytest.approx([3 * lengths[-1][0], 1.5 * lengths[-1][0], *[lengths[-1][0]] * 2])
+    assert [each[1] for each in lengths[1:]] == pytest.approx([lengths[-1][1]] * 3)
 
 
 @pytest.mark.parametrize("shape", [*VECTORS, ()], ids=str)

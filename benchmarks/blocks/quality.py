@@ -228,6 +228,7 @@ LEFT_OUT = {
     "care": "slow climbing of what looks trained",
     "creep": "its climbing without evidence",
     "Adam's direction": "Adam's direction for what looks trained",
+    "few matrices": "longer steps in models of one or two matrices",
     "long runs": "shorter steps in long runs",
 }
 

@@ -148,8 +148,8 @@ def difference(a: Gradient, b: Gradient) -> float:
     return float((flat_a - flat_b).norm() / flat_b.norm())
 
 
-# What else is decided by all tensors: which gradients count as turning back.
-@unittest.mock.patch("learned_optim.rule.TURNING", 1e-9)
+# What else is decided by all tensors: which gradients count as turning back, and how many matrices there are.
+@unittest.mock.patch.multiple("learned_optim.rule", TURNING=1e-9, MANY=1)
 def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__, "throughput")
     options.add_argument("--families", nargs="*", default=list(DEFAULT_FAMILIES), choices=list(FAMILIES))

@@ -89,6 +89,7 @@ PARTS: dict[str, Change] = {
     "care": constant(network, "HASTE", math.inf),
     "creep": constant(network, "CREEP", 0.0),
     "Adam's direction": constant(optimizer, "SURELY", math.inf),
+    "few matrices": constant(rule, "MANY", 1),
     "long runs": constant(rule, "SHORT_RUN", math.inf),
 }
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from .parameters import is_lazy
 
 # What a group may say, and what it may carry for others: schedulers of torch and timm leave these there.
-OPTIONS = ("lr", "weight_decay", "total_steps", "maximize", "stacked", "weights")
+OPTIONS = ("lr", "weight_decay", "total_steps", "maximize", "matrices", "stacked", "weights")
 CARRIED = ("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale")
 
 SAID = itemgetter(*OPTIONS)
 
-LATER = ("maximize", "stacked")  # options that checkpoints from before them lack
+LATER = ("maximize", "matrices", "stacked")  # options that checkpoints from before them lack
 
 # What Trainer's arguments hold for AdamW alone; warm-up, schedule, clipping and weight decay it does itself or hands on.
 OF_ADAMW = ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "optim_target_modules")
@@ -53,7 +53,7 @@ def ignored_options(group: dict[str, Any]) -> list[str]:
 
 def check_caller(frame: FrameType, parts_group: object) -> None:
     """Refuses to be one of the parts of ZeroRedundancyOptimizer without knowing it: nothing else shows that the parameters of an optimizer
-    are not the whole model, and steps would be of another length without a word.
+    are not the whole model, and steps would be longer without a word.
 
     Args:
         frame: of what builds the optimizer.
@@ -130,10 +130,13 @@ def check_group(group: dict[str, Any]) -> None:
     if not _is_number(weight_decay) or not _is_in_range(weight_decay):
         raise ValueError(f"weight_decay must not be negative, got {weight_decay!s:.80}, and must be a finite number")
     group["weight_decay"] = float(weight_decay)
-    if (count := group["total_steps"]) is not None:
+    for key, what in (("total_steps", "optimizer steps"), ("matrices", "matrices in the whole model")):
+        count = group[key]
+        if count is None:
+            continue
         if not isinstance(count, numbers.Integral) or isinstance(count, bool) or not 1 <= int(count) < 2**63:
-            raise ValueError(f"total_steps must be a positive number of optimizer steps, or None where it is not known; got {count!r:.80}")
-        group["total_steps"] = int(count)
+            raise ValueError(f"{key} must be a positive number of {what}, or None where it is not known; got {count!r:.80}")
+        group[key] = int(count)
     for key in ("maximize", "stacked"):
         if isinstance(group[key], Tensor) or group[key] not in (True, False):
             raise ValueError(f"{key} must be True or False, got {group[key]!r:.80}")
