@@ -65,13 +65,14 @@ def test_every_block_stands_in_a_document() -> None:
         (
             files.QUALITY,
             ("optimizers", "learned", "speed"),
-            ["docs/learning-rate.md", "docs/results.md", "benchmarks/README.md", "pretrained/small/README.md"],
+            ["docs/learning-rate.md", "benchmarks/README.md", "pretrained/small/README.md"],
         ),
         (
             files.DEMO,
             ("tasks", "text transformer", "optimizers", "LearnedOptimizer", "train", "mean"),
             ["docs/results.md", "pretrained/default/README.md"],
         ),
+        (files.ABLATIONS, ("parts", "LSTM", "no settings", "geometric mean"), ["docs/results.md"]),
         (files.SPEED, ("by weights", 3, 5), ["docs/cost.md", "benchmarks/README.md"]),
         (files.MACHINE_CODE, ("targets", "sm_80", "apply float32", "bytes"), ["benchmarks/GPU_NOTES.md"]),
         (files.ATTACKS, ("file `config.json`", "slowest, s"), ["SECURITY.md"]),
