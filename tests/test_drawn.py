@@ -197,7 +197,7 @@ def test_multipliers_of_a_problem(distribution: Any, monkeypatch: pytest.MonkeyP
 def test_parts_are_left_out_one_by_one(distribution: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And ends are counted beside the whole rule's; what was measured is not measured again."""
     ablations, made = importlib.import_module("ablations"), []
-    ends = {"nothing": 1.0, "LSTM": 1.5, "pace": 1.001}  # higher, and equal but for a thousandth of the first loss
+    ends = {"nothing": 1.0, "LSTM": 1.5, "pace": 1.001, "drift": 0.9}  # higher, equal but for a thousandth of the first loss, lower
 
     def tuned(seed: int, folder: Path) -> dict[str, Any]:
         made.append(seed)
@@ -225,12 +225,17 @@ def test_parts_are_left_out_one_by_one(distribution: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(ablations, "ProcessPoolExecutor", lambda workers, *_, **__: ThreadPoolExecutor(workers))
     monkeypatch.setattr(ablations, "behaviour", lambda network: [1.0])
     for _ in range(2):
-        ablations.main(["--seeds", "3", "--parts", "LSTM", "pace", "--workers", "1", "--out", str(tmp_path)])
-    assert sorted(map(str, made)) == [*(str(ablations.FIRST + k) for k in range(3)), "LSTM", "nothing", "pace"]
+        ablations.main(["--seeds", "3", "--parts", "LSTM", "pace", "drift", "--workers", "1", "--out", str(tmp_path)])
+    assert sorted(map(str, made)) == [*(str(ablations.FIRST + k) for k in range(3)), "LSTM", "drift", "nothing", "pace"]
     parts = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["parts"]
     for found in (parts[part]["total_steps"] for part in ends):
         assert found["problems"] == 2
-    assert [(parts[part]["no settings"]["lower"], parts[part]["no settings"]["higher"]) for part in ends] == [(0, 0), (0, 2), (0, 0)]
+    assert [(parts[part]["no settings"]["lower"], parts[part]["no settings"]["higher"]) for part in ends] == [
+        (0, 0),
+        (0, 2),
+        (0, 0),
+        (2, 0),
+    ]
     assert parts["LSTM"]["no settings"]["above AdamW at 1e-3"] == 1.0
 
 
@@ -240,7 +245,7 @@ SHOWS |= {"long runs": ("agree", True), "path": ("noise", False), "bouncing": ("
 SHOWS |= {"steadiness": ("turn", False), "controller": ("turn", False), "proof": ("shrink", False)}
 
 
-def test_each_part_does_something_and_none_does_when_it_is_left_out(distribution: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_left_out_makes_a_difference(distribution: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ablations, scenes = importlib.import_module("ablations"), sys.modules["behaviour"]
     monkeypatch.setattr(scenes, "LearnedOptimizer", functools.partial(LearnedOptimizer, kernel="reference"))  # which records nothing
 

@@ -237,8 +237,8 @@ def quality_ablations(files: Files) -> str:
     parts = files(ABLATIONS)["parts"]
     modes = list(parts["nothing"])
     rows = [["what is left out", "speed, no settings", "ends lower / higher", "speed, `total_steps`", "ends lower / higher"]]
-    for part in (part for part in LEFT_OUT if part in parts):
-        cells = [LEFT_OUT[part]]
+    for part, label in LEFT_OUT.items():
+        cells = [label]
         for one in (parts[part][mode] for mode in modes):
             cells.append(bold(f"{one['geometric mean']:.2f}", part == "nothing"))
             cells.append("" if part == "nothing" else f"{one['lower']} / {one['higher']}")

@@ -1,12 +1,16 @@
 """What is each part of the rule worth, on problems that nobody chose?
 
-    python benchmarks/quality/ablations.py                              # two hours on two cores
+    python benchmarks/quality/ablations.py                              # an hour on two cores
     python benchmarks/quality/ablations.py --seeds 30 --parts LSTM pace
 
 Trains problems drawn at random (see distribution.py) without and with a known horizon, with the whole rule and without each of its parts.
 The weights are those that were meta-trained for the whole rule. Says how fast each is, beside AdamW that is tuned on each problem, and on
 how many of them it ends lower and higher than the whole rule; what differs by less than a thousandth of the first loss counts as equal.
-Rules are chosen on such problems too, so this says what a part is worth, and not how good the rule is. Goes on where it was stopped.
+Rules are chosen on such problems too, so this says what a part is worth, and not how good the rule is. Goes on where it was stopped. AdamW need
+not be tuned again where the committed runs are unpacked:
+
+    mkdir -p runs/ablations
+    xz -dc benchmarks/quality/results/ablations_runs.jsonl.xz > runs/ablations/runs.jsonl
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 from behaviour import behaviour, is_of
-from distribution import MODES, SOLVED, Curve, Trial, baseline, learned, speed, summarise
+from distribution import MODES, Curve, Trial, baseline, counts, learned, speed, summarise
 
 from learned_optim import OptimizerNetwork, load_network, network, optimizer, rule
 from learned_optim.speed import final, geometric_mean
@@ -117,11 +121,8 @@ def compare(
 ) -> dict[str, Any]:
     """Speeds without a part, and on how many problems ends are lower and higher than with it."""
     rows = [{"base": base, "ours": ours[base["seed"]]} for base in bases]
-    found: dict[str, Any] = summarise(rows, mode) | {"lower": 0, "higher": 0}
-    for base in bases:
-        end, before, least = final(ours[base["seed"]][mode]), final(whole[base["seed"]][mode]), SOLVED * abs(base["first"])
-        found["lower"] += end < before - least
-        found["higher"] += not end <= before + least  # also what diverged
+    ends = [(final(ours[base["seed"]][mode]), final(whole[base["seed"]][mode]), base["first"]) for base in bases]
+    found: dict[str, Any] = summarise(rows, mode) | counts(ends)
     for name, scratch in {"from scratch": True, "from a trained model": False}.items():
         found[name] = geometric_mean(
             speed(row["base"], row["ours"][mode]) for row in rows if (row["base"]["start"] == "scratch") is scratch

@@ -184,6 +184,16 @@ def summarise(rows: Sequence[dict[str, Any]], mode: str) -> dict[str, float]:
     return found
 
 
+def counts(ends: Iterable[tuple[float, float, float]]) -> dict[str, int]:
+    """Of how many problems an end is lower than another, and of how many higher; each (end, other, first loss)."""
+    found = {"lower": 0, "higher": 0}
+    for end, other, first in ends:
+        least = SOLVED * abs(first)
+        found["lower"] += end < other - least
+        found["higher"] += not end <= other + least  # also what diverged
+    return found
+
+
 def kinds(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:

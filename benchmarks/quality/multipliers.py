@@ -26,7 +26,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 from behaviour import behaviour, is_of
-from distribution import MODES, SOLVED, Trial, learned
+from distribution import MODES, Trial, counts, learned
 
 from learned_optim import load_network
 from learned_optim.speed import final
@@ -55,20 +55,15 @@ def group(row: dict[str, Any]) -> str:
     return next(name for name, largest in SIZES.items() if row["batch"] <= largest)
 
 
-def counts(rows: Sequence[dict[str, Any]], mode: str, lr: str) -> dict[str, int]:
-    """Of how many problems a multiplier's end is lower than that of 1, and of how many higher."""
-    found = {"lower": 0, "higher": 0}
-    for row in rows:
-        mine, one, least = row["ends"][mode][lr], row["ends"][mode]["1"], SOLVED * abs(row["first"])
-        found["lower"] += mine < one - least
-        found["higher"] += not mine <= one + least  # also what diverged
-    return found
+def ends(rows: Sequence[dict[str, Any]], mode: str, lr: str) -> list[tuple[float, float, float]]:
+    """Where a multiplier ends, where 1 does, and the first loss."""
+    return [(row["ends"][mode][lr], row["ends"][mode]["1"], row["first"]) for row in rows]
 
 
 def summarise(rows: Sequence[dict[str, Any]], multipliers: Sequence[str]) -> dict[str, Any]:
     groups = {name: [row for row in rows if group(row) == name] for name in (*SIZES, "adapters", "other starts")}
     return {
-        name: {"problems": len(some), **{mode: {lr: counts(some, mode, lr) for lr in multipliers} for mode in MODES}}
+        name: {"problems": len(some), **{mode: {lr: counts(ends(some, mode, lr)) for lr in multipliers} for mode in MODES}}
         for name, some in {"all": rows, **groups}.items()
     }
 
