@@ -6,8 +6,8 @@
 Trains problems drawn at random (see distribution.py) without and with a known horizon, with the whole rule and without each of its parts.
 The weights are those that were meta-trained for the whole rule. Says how fast each is, beside AdamW that is tuned on each problem, and on
 how many of them it ends lower and higher than the whole rule; what differs by less than a thousandth of the first loss counts as equal.
-Rules are chosen on such problems too, so this says what a part is worth, and not how good the rule is. Goes on where it was stopped. AdamW need
-not be tuned again where the committed runs are unpacked:
+Rules are chosen on such problems too, so this says what a part is worth, and not how good the rule is. Goes on where it was stopped.
+AdamW need not be tuned again where the committed runs are unpacked:
 
     mkdir -p runs/ablations
     xz -dc benchmarks/quality/results/ablations_runs.jsonl.xz > runs/ablations/runs.jsonl
