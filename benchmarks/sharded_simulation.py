@@ -34,18 +34,17 @@ from torch.distributed.tensor import Shard
 from torch.utils.flop_counter import FlopCounterMode
 
 from learned_optim import load_network
-from learned_optim.features import BUCKETS
 from learned_optim.rule import orthogonalize
 from learned_optim.sharding import ShardedLayout, Shards
 from learned_optim.storage import bytes_per_weight
 
 OUT = Path(__file__).parent / "results" / "sharded.json"
 FP32, BF16 = 4, 2  # bytes
-KERNEL_BYTES, ADAMW_BYTES, MUON_BYTES = 68, 28, 20  # of a weight and step: gradients, moments and parameters in fp32, read or written
+KERNEL_BYTES, ADAMW_BYTES, MUON_BYTES = 64, 28, 20  # of a weight and step: gradients, moments and parameters in fp32, read or written
 ADAMW_STATE, MUON_STATE = 8, 4
 MUON_STEPS = 5
 # Numbers of each tensor in the sums of a step, which all processes get, with weight decay; and their bytes.
-SUMS = {"triton": (4, 1, 1, BUCKETS + 1), "compiled": (4, 1, 1, BUCKETS + 1), "reference": (4, 4, 1, BUCKETS, 1, 1)}
+SUMS = {"triton": (4, 1, 1), "compiled": (4, 1, 1), "reference": (4, 4, 1, 1)}
 SUM_BYTES = {"triton": 4, "compiled": 8, "reference": 8}
 
 

@@ -40,8 +40,8 @@ Maker = Callable[[list[nn.Parameter]], Optimizer]
 MINE, REFERENCE, ADAMW, PYLO = "LearnedOptimizer", "LearnedOptimizer, reference", "AdamW, fused", "PyLO small_fc_lopt"
 SLOW = {REFERENCE: 10**6, PYLO: 10**6}  # the most weights that are measured of what is slow
 # Bytes of a step by weight. Ours, three passes: gradient, momentum and second moment in and the two out; all three and, in bfloat16, the
-# state of two units and the drift in, those five and the direction out; direction and parameter in, parameter out.
-BYTES = {MINE: 20 + 12 + 2 * 2 * 5 + 4 + 12, ADAMW: 28}
+# state of two units in, those four and the direction out; direction and parameter in, parameter out.
+BYTES = {MINE: 20 + 12 + 2 * 2 * 4 + 4 + 12, ADAMW: 28}
 
 
 def makers() -> dict[str, Maker]:

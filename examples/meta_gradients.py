@@ -75,9 +75,6 @@ def beginner():
         network = OptimizerNetwork(NetworkConfig(orthogonalize_steps=0))
     network.controller.log_rate.data.fill_(-30.0)
     network.controller.shrink.data.zero_()
-    network.controller.bend.data.zero_()
-    network.controller.brake.data.zero_()
-    network.controller.inertia.data.zero_()
     network.log_step_size.data.fill_(math.log(0.1))
     return network
 

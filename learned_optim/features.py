@@ -16,8 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .storage import scatter_bits
-
 # Floors of the second moment. The relative one is a share of the tensor's own mean, which keeps the rule scale-free: a coordinate whose
 # gradient is 1e-4 of its tensor's is damped, not amplified. The absolute one serves tensors that have seen no gradient at all, and is large
 # enough for the derivative of x ** -0.5 there to stay finite in fp32.
@@ -26,8 +24,6 @@ ABSOLUTE_FLOOR = 1e-20
 
 # Bound of the normalised gradient: one outlier batch must not drive the LSTM into saturation.
 GRADIENT_BOUND = 3.0
-
-BUCKETS = 16  # of a sketch
 
 # Of matrices before training: by how much `unevenness` exceeds 1 by chance, at most, times the root of the number of entries; what may be
 # above that in any fresh matrix; and what is above that again in one that was surely trained.
@@ -171,24 +167,6 @@ class Layout:
         """Which coordinates of a tensor are here, (n,)."""
         return torch.arange(self.sizes[k], device=self.device)
 
-    def sketch(self, values: Tensor) -> Tensor:
-        """A count sketch of each tensor (Charikar et al. 2002, "Finding frequent items in data streams"): (..., N) -> (BUCKETS, ..., K).
-
-        Random signs, one for BUCKETS neighbours, and then the sum of every BUCKETS-th coordinate, over the root of the size. A sketch is
-        linear, and its square, summed over buckets, is in expectation the tensor's mean square.
-        """
-        sums = []
-        for part, size in zip(values.split(self.sizes, -1), self.sizes, strict=True):
-            rows = torch.nn.functional.pad(part, (0, -size % BUCKETS)).unflatten(-1, (-1, BUCKETS))
-            sums.append(self.signs[: rows.shape[-2]].to(values.dtype) @ rows / math.sqrt(size))
-        return torch.stack(sums, -1).movedim(-2, 0)
-
-    @functools.cached_property
-    def signs(self) -> Tensor:
-        """-1 or 1 for each row of a sketch, (rows of the largest tensor,)."""
-        rows = torch.arange(-(-max(self.sizes) // BUCKETS), device=self.device)
-        return (scatter_bits(rows * 0x9E3779B1) & 1).float() * 2 - 1
-
     def looks_trained(self, params: Tensor) -> Tensor:
         """Which tensors look as if they had been trained before, from 0 to 1, and -1 where that cannot be seen: (..., N) -> (..., K)."""
         looks = []
@@ -230,28 +208,26 @@ class Block(NamedTuple):
 
 
 class CoordinateFeatures(NamedTuple):
-    """Inputs of the coordinate-wise LSTM, split by what a flip of the gradient's sign does to them, and of the drift."""
+    """Inputs of the coordinate-wise LSTM, split by what a flip of the gradient's sign does to them."""
 
     odd: Tensor  # (2, ..., N): normalised momentum, normalised gradient; they change sign
     even: Tensor  # (3, ..., N): their sizes, and the coordinate's share of its tensor's second moment; they do not
-    gradient: Tensor  # (..., N): the normalised gradient, neither bounded nor weighted; no input of the LSTM
 
 
-def coordinate_features(grad: Tensor, momentum: Tensor, second_moment: Tensor, mean: Tensor, steady: Tensor) -> CoordinateFeatures:
+def coordinate_features(grad: Tensor, momentum: Tensor, second_moment: Tensor, mean: Tensor) -> CoordinateFeatures:
     """Features of each coordinate.
 
     Args:
         grad, momentum, second_moment: the gradient and the bias-corrected running means of it and of its square, (..., N).
         mean: each tensor's mean of `second_moment` at its coordinates, (..., N) or (..., 1).
-        steady: of each tensor, in the same way. Where gradients turn back, the last one says nothing that their mean does not know better.
     """
     variance = second_moment + RELATIVE_FLOOR * mean + ABSOLUTE_FLOOR
     scale = variance.rsqrt()
     slow = momentum * scale
     gradient = grad * scale
-    fast = steady * gradient * (1 + (gradient / GRADIENT_BOUND).square()).rsqrt()
+    fast = gradient * (1 + (gradient / GRADIENT_BOUND).square()).rsqrt()
     share = (variance / (mean + ABSOLUTE_FLOOR)).log() / 8
-    return CoordinateFeatures(torch.stack([slow, fast]), torch.stack([slow.abs(), fast.abs(), share]), gradient)
+    return CoordinateFeatures(torch.stack([slow, fast]), torch.stack([slow.abs(), fast.abs(), share]))
 
 
 def unevenness(matrix: Tensor) -> Tensor:

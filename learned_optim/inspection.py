@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .config import NetworkConfig
 from .network import MOST, OptimizerNetwork
 from .report import aligned, count, plain
 from .rule import CONTROL, Control
@@ -271,6 +272,8 @@ def _tensor(name: str, state: Mapping[str, Tensor], network: OptimizerNetwork | 
     if len(moments) != 2:
         raise ValueError(f"the state 'moments' of {name} has the shape {tuple(moments.shape)}, and this version keeps (2, ...)")
     control = Control.of(rows)
+    momentum, gradient = (moment.mean().item() if moment.numel() else 0.0 for moment in (moments[0].float().square(), moments[1].float()))
+    bias = 1 - (network.config if network else NetworkConfig()).second_moment ** max(1, int(control.step))
     correction, climbed = control.correction.item(), control.climbed.item()
     return TensorState(
         name=name,
@@ -280,8 +283,8 @@ def _tensor(name: str, state: Mapping[str, Tensor], network: OptimizerNetwork | 
         at_bound="" if abs(correction) < MOST else "longest" if correction > 0 else "shortest",
         warm_up=None if network is None else math.exp(min(0.0, network.controller.log_start.item() + climbed)),
         trend=control.trend.item(),
-        gradient_rms=control.length.item(),
-        momentum_rms=moments[0].float().square().mean().sqrt().item() if moments.numel() else 0.0,
+        gradient_rms=math.sqrt(max(0.0, gradient) / bias),
+        momentum_rms=math.sqrt(momentum),
         nbytes=sum(value.nbytes for value in state.values() if isinstance(value, Tensor)),
         finite=all(bool(value.isfinite().all()) for value in state.values() if isinstance(value, Tensor)),
     )

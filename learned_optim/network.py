@@ -20,13 +20,6 @@ MOST = 3.0  # of the correction, a logarithm, on either side of 0
 # The trend that says for certain that steps only bounce about in noise, and the steps before it counts in full.
 BOUND, LEAD = 0.1, 30.0
 
-# Of the swing: from where on, below zero, steps brake, and from where on they leap from one side of a valley to the other.
-BRAKE, LEAP = 0.2, 0.5
-
-# Of the path: the straightness after one step of a path that is hardly longer than noise, which falls with the root of the steps, and the
-# steps before it counts in full.
-NOISE, PATH_LEAD = 2.0, 100.0
-
 # Of the warm-up: how much slower than it climbs it falls back, how far below its first step it can get, and how much further it would have
 # climbed by the time that full steps have proved themselves. By how much tensors that were trained before climb in a step, at most; and by
 # how much where gradients say nothing, times the step's number.
@@ -88,15 +81,14 @@ class CoordinateLSTM(nn.Module):
 class Controller(nn.Module):
     """Chooses each tensor's step size, since no single coordinate sees the scale of its layer.
 
-    It sees four things of a tensor (step 2 in `rule`): the trend and the swing of the cosine between its gradient and its momentum, the
-    steadiness `w` of its gradients, and the straightness of its path. In the formulas `c` is half the tensor's trend and half the mean over
-    all tensors, `h` is the same of the swing, and `s` the same of the straightness' logarithm. `t` is the tensor's step, `T` the horizon.
+    It sees the trend of a tensor, the recent mean of the cosine between its gradient and its momentum (step 2 in `rule`). In the formulas
+    `c` is half the tensor's trend and half the mean over all tensors, `t` the tensor's step, `T` the horizon.
 
     **Correction.** The logarithm `k` of the step size's correction follows the hypergradient (Baydin et al. 2018, "Online learning rate
     adaptation with hypergradient descent"). While gradients point where the steps before them went, steps are too short. Once they point
     back, steps are too long. With `fading = 1 / (1 + t / patience)`, and `bold = 2 fading` where the horizon is known, else `fading^2`,
 
-        k' = k + (1 - t / T) * (rate * bold * max(c, 0) - shrink * (w * clamp(-c / BOUND, 0, 1) / (t + LEAD) + max(-h - LEAP, 0))),
+        k' = k + (1 - t / T) * (rate * bold * max(c, 0) - shrink * clamp(-c / BOUND, 0, 1) / (t + LEAD)),
 
     with `|k'| <= MOST`, and without `t / T` where the horizon is not known.
 
@@ -105,23 +97,7 @@ class Controller(nn.Module):
     - With a horizon the controller may be bold at first, since annealing undoes what was too bold. It comes to rest with the horizon, or it
       would undo the annealing.
     - A negative trend means that steps bounce about in noise (Pflug 1983; Chee & Toulis 2018, "Convergence diagnostics for stochastic
-      gradient descent"). They shorten by the root of `t`, beside what the schedule does. Where gradients turn back by more than noise
-      would, along steep directions, steps may be right for the others, and the steadiness mutes that.
-    - A swing below `-LEAP` means that each gradient turns back nearly the whole of the last: steps leap across a valley and would never
-      come to rest in it. They shorten at once.
-
-    **Path.** The hypergradient looks ten steps back. Noise may turn back too slowly for it to notice. The straightness of the path tells
-    (DoG, Ivgi et al. 2023, and Prodigy, Mishchenko & Defazio 2024, measure a run by the distance that it went). A path that is less
-    straight than noise's shortens steps:
-
-        k' += (1 - t / T) * max(bend * min(s - min(0, log(NOISE / sqrt(t - 1))), 0), -4) / (t + PATH_LEAD).
-
-    **Brake.** A leap also brakes single steps: they have `e^(brake * min(h + BRAKE, 0))` of their length until gradients no longer turn
-    back. What has built up along the steepest directions dies down, and the others go on with long steps.
-
-    **Inertia.** The drift, the mean of some fifty gradients, counts `inertia * max(c, 0)` times beside the LSTM's direction. Steep
-    directions, whose gradients change their signs, add little to it. Where gradients are noise it would be in the way (AdEMAMix,
-    Pagliardini et al. 2024, has such a slow momentum, with a constant factor).
+      gradient descent"). They shorten by the root of `t`, beside what the schedule does.
 
     **Warm-up.** First steps are short enough to be undone: steps of the prior's size destroy a model that was trained before within two of
     them, and no gradient shows afterwards what it was. They *climb*, from `e^log_start` of what the rest says, by `climb_rate` times the
@@ -147,49 +123,28 @@ class Controller(nn.Module):
         self.log_patience = nn.Parameter(torch.tensor(math.log(300.0)))
         self.shrink = nn.Parameter(torch.tensor(0.5))
         self.power = nn.Parameter(torch.tensor(1.0))  # of the pace, see step 5 in `rule`
-        self.bend = nn.Parameter(torch.tensor(4.0))  # of the path
-        self.brake = nn.Parameter(torch.tensor(1.5))
-        self.inertia = nn.Parameter(torch.tensor(3.0))
         self.log_start = nn.Parameter(torch.tensor(math.log(0.02)))  # at most 0, which is no warm-up
         self.climb_rate = nn.Parameter(torch.tensor(3.0))
 
-    def forward(
-        self,
-        trend: Tensor,
-        swing: Tensor,
-        steady: Tensor,
-        straight: Tensor,
-        age: Tensor,
-        progress: Tensor,
-        known: Tensor,
-        correction: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, trend: Tensor, age: Tensor, progress: Tensor, known: Tensor, correction: Tensor) -> Tensor:
         """Runs one step; all tensors are (..., K).
 
         Args:
             trend: recent mean cosine of each tensor's gradient and momentum.
-            swing: the same, where long gradients count for more.
-            steady: see step 3 in `rule`.
-            straight: logarithm of the straightness of each tensor's path, see step 2 in `rule`.
             age: in steps.
             progress: age / horizon in [0, 1]; 0 where the horizon is not known.
             known: 1 where the horizon is known, else 0.
             correction: logarithm of the step size's correction.
 
         Returns:
-            the new correction, the logarithm of what the brake leaves of this step, and the drift's factor.
+            the new correction.
         """
-        left = 1 - progress
-        noise = (math.log(NOISE) - 0.5 * (age - 1).clamp(min=1).log()).clamp(max=0)
-        path = left * (self.bend * (straight - noise).clamp(max=0)).clamp(min=-4) / (age + PATH_LEAD)
-        trend, swing = (0.5 * (one + one.mean(-1, keepdim=True)) for one in (trend, swing))
-        longer = trend.clamp(min=0)
+        trend = 0.5 * (trend + trend.mean(-1, keepdim=True))
         fading = 1 / (1 + age / self.log_patience.exp())
         bold = torch.where(known > 0, 2 * fading, fading**2)
-        bouncing = steady * (-trend / BOUND).clamp(0, 1) / (age + LEAD) + (-swing - LEAP).clamp(min=0)
-        change = left * (self.log_rate.exp() * bold * longer - self.shrink * bouncing)
-        correction = (correction + path + change).clamp(-MOST, MOST)
-        return correction, self.brake * (swing + BRAKE).clamp(max=0), self.inertia * longer
+        bouncing = (-trend / BOUND).clamp(0, 1) / (age + LEAD)
+        change = (1 - progress) * (self.log_rate.exp() * bold * trend.clamp(min=0) - self.shrink * bouncing)
+        return (correction + change).clamp(-MOST, MOST)
 
     def climb(self, trend: Tensor, climbed: Tensor, trained: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
         """One step of the warm-up.

@@ -47,7 +47,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         optimizer = LearnedOptimizer(model.parameters())
 
     The rule is described in `learned_optim.rule`. The state of a parameter is made at its first gradient: for each of its coordinates two
-    moments, the hidden units and cells of the LSTM, and the drift, in the formats of the weights' configuration, whatever the parameter's
+    moments, and the hidden units and cells of the LSTM, in the formats of the weights' configuration, whatever the parameter's
     dtype. Parameters may be DTensors (FSDP2, tensor parallelism), see `learned_optim.sharding`; state is sharded with them.
 
     Args:
@@ -461,8 +461,8 @@ def init_state(param: Tensor, config: NetworkConfig, stacked: bool = False) -> S
     """The state of a parameter that has seen no gradient.
 
     What belongs to coordinates is placed like the parameter, and of a DTensor sharded like it, in the formats of the configuration:
-    `moments`, momentum and second moment, (2, *shape), and `lstm`, hidden units, then cells and the drift, (2 H + 1, *shape), to which
-    "int8" adds `lstm_scale`, (2 H + 1, blocks). `control`, see `rule.Control`, is (CONTROL,) and fp32, and whole in each process; its
+    `moments`, momentum and second moment, (2, *shape), and `lstm`, hidden units, then cells, (2 H, *shape), to which "int8" adds
+    `lstm_scale`, (2 H, blocks). `control`, see `rule.Control`, is (CONTROL,) and fp32, and whole in each process; its
     first number is the parameter's steps.
     """
     layout = Layout.of((param.shape,), param.device, (stacked,))

@@ -9,26 +9,19 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
 
 1. **Moments** as in Adam (Kingma & Ba 2015): :math:`m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t`,
    :math:`v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2`, used bias-corrected.
-2. **Step size.** Five statistics of each tensor, all free of scale, say whether its steps are too short or too long:
+2. **Step size.** Two statistics of each tensor, both free of scale, say whether its steps are too short or too long:
 
    - the *agreement* :math:`a_t` of its recent gradients: the length of their mean, in units of what it would be by chance. It is 1 where
      they are noise, 4.4 where all are the same, and a quarter where each turns back the one before;
-   - the *trend*: the mean, over some ten steps, of the cosine of its gradient with its momentum. It is the hypergradient of the step size;
-   - the *swing*: the same mean, in which gradients that are longer than usual count for more. It shows at once what grows step by step;
-   - the *steadiness* :math:`w_t = \min(1, 2 a_t)^2`: less than 1 where gradients turn back;
-   - the *straightness* of its path: the length of the mean of its updates, each counted with length 1, over about the last quarter of the
-     run. It is 1 on a straight line and falls like :math:`1/\sqrt{t}` where updates are noise. A sketch of 16 numbers keeps that mean.
+   - the *trend*: the mean, over some ten steps, of the cosine of its gradient with its momentum. It is the hypergradient of the step size.
 
-   From these `network.Controller` makes a correction :math:`e^{\kappa_t}` of the prior step size, which adds up over the run, a brake
-   :math:`e^{b_t}` for single steps, and a warm-up :math:`e^{r_t}`. The warm-up begins at a fiftieth and rises while gradients go on
-   pointing where the steps before them went. A model from scratch leaves it behind within a few steps. One that was trained before stays
-   in it, so that what it knows is not lost before its gradients have shown what it bears. Matrices that look trained before their first
-   step, by their singular values, rise more slowly, and a little also where gradients show nothing.
+   From the trend `network.Controller` makes a correction :math:`e^{\kappa_t}` of the prior step size, which adds up over the run, and a
+   warm-up :math:`e^{r_t}`. The warm-up begins at a fiftieth and rises while gradients go on pointing where the steps before them went. A
+   model from scratch leaves it behind within a few steps. One that was trained before stays in it, so that what it knows is not lost before
+   its gradients have shown what it bears. Matrices that look trained before their first step, by their singular values, rise more slowly,
+   and a little also where gradients show nothing.
 3. **Direction.** Features of each coordinate (`features.coordinate_features`), normalised by :math:`\sqrt{v_t}`, go to the coordinate-wise
-   LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`. The last gradient among them
-   is multiplied by the steadiness. Where gradients agree, the *drift* is added: the mean of some fifty gradients, normalised in the same
-   way, times the inertia, a multiple of the trend where that is positive. It is a slow momentum (AdEMAMix, Pagliardini et al. 2024), which
-   goes on along directions that steep ones keep waiting.
+   LSTM, with one state per coordinate. It returns :math:`d_t`; untrained, :math:`d_t = m_t / \sqrt{v_t}`.
 4. **Length.** The direction loses its length, so that the LSTM cannot change the step size by accident. A matrix (fan_out x fan_in;
    convolution kernels flattened) is orthogonalised by Newton-Schulz and given a spectral norm of
    :math:`\sqrt{\max(1, fan_{out}/fan_{in})}` (Muon, Jordan et al. 2024), times :math:`3/L` where a model has fewer than three matrices,
@@ -38,7 +31,7 @@ For each tensor :math:`\theta` of the model, with gradient :math:`g_t` at its st
    orthogonal steps break more of what Adam made (Qu et al. 2026, "Can Muon fine-tune Adam-pretrained models?"). The other is a table, such
    as an embedding of many words of which a step sees few. To orthogonalise it would take longer than all the rest and throw rare words far,
    and where most rows are zero a root mean square says nothing of the others.
-5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t + b_t + r_t} \, p_t^q \, d_t`. The pace :math:`p_t` is the
+5. **Update.** :math:`\theta_{t+1} = \theta_t - \eta_0 \, s(t) \, e^{\kappa_t + r_t} \, p_t^q \, d_t`. The pace :math:`p_t` is the
    agreement, or the length of the last gradient in units of :math:`\sqrt{v_t}`, at most 1, if that is more: long where gradients agree,
    short where they vanish; its power :math:`q`, of `Controller`, is 1 unless it is learned. Adam's steps have such a factor in each
    coordinate, and step 4 would lose it. The schedule :math:`s` is constant and then falls linearly to zero over the last 60 % of `T` if
@@ -63,7 +56,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .config import NetworkConfig
-from .features import ABSOLUTE_FLOOR, BUCKETS, Block, Layout, coordinate_features, cosine
+from .features import ABSOLUTE_FLOOR, Block, Layout, coordinate_features, cosine
 from .network import OptimizerNetwork
 from .sharding import ShardedLayout
 
@@ -72,17 +65,12 @@ State = dict[str, Tensor]
 # Newton-Schulz coefficients of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): singular values end within about [0.7, 1.2].
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
-WINDOW = 0.25  # share of the run so far over which the path is looked at
 COOLDOWN = 0.6  # share of a known horizon over which the step size falls to zero
 SHORT_RUN = 200.0  # a known horizon, in steps, beyond which steps are shorter the longer it is
-TREND_STEPS = 10.0  # time constant of the trend and the swing, in steps; before that they are means so far
-DRIFT_STEPS = 50.0  # the same of the drift
+TREND_STEPS = 10.0  # time constant of the trend, in steps; before that it is the mean so far
 DECAY_STEPS = 100.0  # time constant of the prior step size's decay without a horizon, in steps
 EPSILON = 1e-12
-# Floors that keep the derivatives of roots and logarithms finite, and the last one also what is computed of small differences accurate.
-LEAST_AGREEMENT = LEAST_STRAIGHTNESS = 0.01
-LEAST_SHRINKAGE = 0.03
-TURNING = 0.5  # the agreement below which gradients turn back
+LEAST_AGREEMENT = 0.01  # keeps the derivative of its root finite
 MANY = 3  # matrices, from which on their steps are as long as in any deeper model
 LONG = 3  # the ratio of sides from which on large matrices are orthogonalised by their Gram matrix
 TOGETHER = 2**25  # weights at most of matrices that are orthogonalised at once, unless one has more
@@ -102,39 +90,36 @@ class Control(NamedTuple):
 
     step: Tensor  # its clock, (..., K)
     trend: Tensor  # the recent cosine of its gradient and momentum, (..., K)
-    swing: Tensor  # the same, where long gradients count for more, (..., K)
-    length: Tensor  # the recent root mean square of its gradient, (..., K)
     correction: Tensor  # the logarithm of its step size's, (..., K)
     climbed: Tensor  # what its warm-up has gained on the first step's size, a logarithm; above full length until it is over, (..., K)
     table: Tensor  # whether it is a table, see `Layout`: 1 if it is, -1 if not, 0 while nobody has looked, (..., K)
     trained: Tensor  # whether it looked trained before its first step, see `Layout.looks_trained`, (..., K)
-    path: Tensor  # a sketch of its mean update, (BUCKETS, ..., K)
 
     @staticmethod
     def of(rows: Tensor) -> Control:
         """From (CONTROL, ..., K)."""
-        return Control._make((*rows[:-BUCKETS], rows[-BUCKETS:]))
+        return Control._make(rows)
 
     def rows(self) -> Tensor:
         """The way back."""
-        return torch.cat([torch.stack(self[:-1]), self.path])
+        return torch.stack(self)
 
 
-CONTROL = len(Control._fields) - 1 + BUCKETS
+CONTROL = len(Control._fields)
 
 
 def init_state(layout: Layout, config: NetworkConfig, params: Tensor) -> State:
     """The state of tensors that have seen no gradient, in the parameters' dtype: zeros, which take no memory, but for what their weights
     look like.
 
-    `control`, what a tensor has once, is (CONTROL, ..., K), see `Control`; `momentum`, `second_moment` and `drift` are (..., N), `hidden`
-    and `cell` (H, ..., N).
+    `control`, what a tensor has once, is (CONTROL, ..., K), see `Control`; `momentum` and `second_moment` are (..., N), `hidden` and
+    `cell` (H, ..., N).
 
     Args:
         params: (..., N).
     """
     zero, trained = params.new_zeros(()), layout.looks_trained(params.detach())
-    shapes = {"momentum": (), "second_moment": (), "hidden": (config.hidden_units,), "cell": (config.hidden_units,), "drift": ()}
+    shapes = {"momentum": (), "second_moment": (), "hidden": (config.hidden_units,), "cell": (config.hidden_units,)}
     state = {key: zero.expand(*rows, *params.shape) for key, rows in shapes.items()}
     control = Control.of(zero.expand(CONTROL, *trained.shape))._replace(trained=trained)
     return {"control": control.rows()} | state
@@ -167,28 +152,23 @@ def update(
     means = layout.means([grad.square(), state["momentum"].square(), grad * state["momentum"], second_moment])
 
     # 2. Step size
-    clock, step_size, steady, inertia, control = decide(network, layout, means, Control.of(state["control"]), total_steps)
+    clock, step_size, control = decide(network, layout, means, Control.of(state["control"]), total_steps)
 
     # 3. Direction
     def direct(
-        block: Block, grad: Tensor, momentum: Tensor, second_moment: Tensor, hidden: Tensor, cell: Tensor, drift: Tensor
-    ) -> tuple[Tensor, ...]:
+        block: Block, grad: Tensor, momentum: Tensor, second_moment: Tensor, hidden: Tensor, cell: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         moments = momentum / block.spread(clock.correction1), second_moment / block.spread(clock.correction2)
-        features = coordinate_features(grad, *moments, block.spread(clock.mean), block.spread(steady))
-        direction, hidden, cell = network.coordinate(features, hidden, cell)
-        drift = drifted(drift, features.gradient, *(block.spread(part) for part in (clock.portion, clock.share, clock.kept)))
-        return direction + block.spread(inertia) * drift, hidden, cell, drift
+        return network.coordinate(coordinate_features(grad, *moments, block.spread(clock.mean)), hidden, cell)  # type: ignore[no-any-return]
 
-    before = [state[key] for key in ("hidden", "cell", "drift")]
-    direction, hidden, cell, drift = blockwise(direct, layout, [grad, momentum, second_moment, *before])
+    before = grad, momentum, second_moment, state["hidden"], state["cell"]
+    direction, hidden, cell = blockwise(direct, layout, before)
 
     # 4. Length, 5. Update
     directions = normalize(direction.split(layout.sizes, -1), layout, network, matrix_dtype)
     change = [-size * direction for size, direction in zip(step_size.split(1, -1), directions, strict=True)]
-    moved = torch.cat(directions, -1)
-    control = follow(control, clock, layout.sketch(moved), layout.mean(moved.square()))
     state = {"control": control.rows(), "momentum": momentum, "second_moment": second_moment}
-    return torch.cat(change, -1), state | {"hidden": hidden, "cell": cell, "drift": drift}
+    return torch.cat(change, -1), state | {"hidden": hidden, "cell": cell}
 
 
 class Clock(NamedTuple):
@@ -199,9 +179,6 @@ class Clock(NamedTuple):
     correction1: Tensor  # of the momentum's bias
     correction2: Tensor  # of the second moment's
     mean: Tensor  # of the tensor's second moments, corrected
-    share: Tensor  # of this step's squared gradient in the corrected second moment
-    portion: Tensor  # of this step's gradient in the drift
-    kept: Tensor  # the rest, where the second moment falls as if this step's gradient were zero
 
     @staticmethod
     def after(step: Tensor, mean: Tensor, config: NetworkConfig) -> Clock:
@@ -210,14 +187,12 @@ class Clock(NamedTuple):
         step = step + started
         age = step.clamp(min=1)
         correction1, correction2 = 1 - config.momentum**age, 1 - config.second_moment**age
-        share, portion = (1 - config.second_moment) / correction2, (1 / age).clamp(min=1 / DRIFT_STEPS)
-        kept = (1 - portion) * (1 - share).clamp(min=EPSILON).rsqrt()
-        return Clock(started, step, correction1, correction2, mean / correction2, share, portion, kept)
+        return Clock(started, step, correction1, correction2, mean / correction2)
 
 
 def decide(
     network: OptimizerNetwork, layout: Layout, means: Tensor, control: Control, total_steps: Tensor
-) -> tuple[Clock, Tensor, Tensor, Tensor, Control]:
+) -> tuple[Clock, Tensor, Control]:
     """The clock, and what `step_sizes` makes of it; with the tensors that other processes have, where the layout has such.
 
     Args:
@@ -229,9 +204,8 @@ def decide(
     rows, mine = layout.with_others(torch.cat([means, total_steps[None], control.rows()]))
     control = Control.of(rows[5:])
     clock = Clock.after(control.step, rows[3], network.config)
-    *sizes, control = step_sizes(network, clock, rows[:3], control, rows[4])
-    step_size, steady, inertia = (each[..., mine] for each in sizes)
-    return Clock(*(each[..., mine] for each in clock)), step_size, steady, inertia, Control(*(each[..., mine] for each in control))
+    step_size, control = step_sizes(network, clock, rows[:3], control, rows[4])
+    return Clock(*(each[..., mine] for each in clock)), step_size[..., mine], Control(*(each[..., mine] for each in control))
 
 
 def sit_out(layout: Layout) -> None:
@@ -240,41 +214,30 @@ def sit_out(layout: Layout) -> None:
         layout.with_others(torch.empty(5 + CONTROL, 0, device=layout.device))
 
 
-def step_sizes(
-    network: OptimizerNetwork, clock: Clock, products: Tensor, control: Control, total_steps: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Control]:
-    """Step 2 of the method, the steadiness and the inertia of step 3 and the factors of step 5.
+def step_sizes(network: OptimizerNetwork, clock: Clock, products: Tensor, control: Control, total_steps: Tensor) -> tuple[Tensor, Control]:
+    """Step 2 of the method, and the factors of step 5.
 
     Args:
         products: means of the squared gradient, of the squared momentum before it and of their product, (3, ..., K).
         total_steps: (..., K).
 
     Returns:
-        step sizes, steadiness and inertia, (..., K), and the new control but for the path.
+        step sizes, (..., K), and the new control.
     """
-    agreed = agreement(products, clock, network.config)
-    # 1 where gradients agree or are noise, less where they turn back, because of steep directions that the others have to wait for.
-    steady = (agreed / TURNING).clamp(max=1).square()
     age = clock.step.clamp(min=1)
     known = total_steps.isfinite().to(age.dtype)
     progress = ((age - 1) / total_steps).clamp(max=1)
-    weight = (1 / age).clamp(min=1 / TREND_STEPS)
-    turn, size = cosine(products), (products[0] + ABSOLUTE_FLOOR).sqrt()
-    trend = torch.lerp(control.trend, turn, weight)
-    length = torch.lerp(control.length, size, weight)
-    swing = torch.lerp(control.swing, turn, weight * (size / length).clamp(min=1))
-    straight = straightness(control.path, clock)
-    correction, braked, inertia = network.controller(trend, swing, steady, straight, age, progress, known, control.correction)
-    usual = (clock.mean + ABSOLUTE_FLOOR).sqrt()
+    trend = torch.lerp(control.trend, cosine(products), (1 / age).clamp(min=1 / TREND_STEPS))
+    correction = network.controller(trend, age, progress, known, control.correction)
     climbed, warm = network.controller.climb(trend, control.climbed, control.trained, age)
     annealed = ((1 - progress) / COOLDOWN).clamp(max=1) * (total_steps / SHORT_RUN).clamp(min=1).rsqrt().sqrt()
     decayed = (1 + clock.step / DECAY_STEPS).rsqrt()
     schedule = torch.where(known > 0, annealed, decayed)
-    pace = torch.maximum(agreed, (size / usual).clamp(max=1)) ** network.controller.power
-    step_size = (network.log_step_size + correction + braked + warm).exp() * pace * schedule * clock.started
-    trend, swing, length, correction, climbed = (part * clock.started for part in (trend, swing, length, correction, climbed))
-    control = control._replace(step=clock.step, trend=trend, swing=swing, length=length, correction=correction, climbed=climbed)
-    return step_size, steady, inertia, control
+    last = ((products[0] + ABSOLUTE_FLOOR) / (clock.mean + ABSOLUTE_FLOOR)).sqrt().clamp(max=1)
+    pace = torch.maximum(agreement(products, clock, network.config), last) ** network.controller.power
+    step_size = (network.log_step_size + correction + warm).exp() * pace * schedule * clock.started
+    trend, correction, climbed = (part * clock.started for part in (trend, correction, climbed))
+    return step_size, control._replace(step=clock.step, trend=trend, correction=correction, climbed=climbed)
 
 
 def agreement(products: Tensor, clock: Clock, config: NetworkConfig) -> Tensor:
@@ -293,40 +256,6 @@ def agreement(products: Tensor, clock: Clock, config: NetworkConfig) -> Tensor:
     everyone = (own * clock.started).sum(-1, keepdim=True) / clock.started.sum(-1, keepdim=True).clamp(min=1)
     agreed: Tensor = (own * everyone.clamp(min=LEAST_AGREEMENT)).sqrt()
     return agreed
-
-
-def straightness(path: Tensor, clock: Clock) -> Tensor:
-    """Logarithm of the straightness of each tensor's path, (..., K): half of it the tensor's own, half the mean of all."""
-    moved = clock.step > 1
-    own = torch.where(moved, (path.square().sum(0) + LEAST_STRAIGHTNESS**2).log() / 2, 0)
-    everyone = own.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(moved, (own + everyone) / 2, 0)
-
-
-def drifted(drift: Tensor, gradient: Tensor, portion: Tensor, share: Tensor, kept: Tensor) -> Tensor:
-    """The mean of gradients, in units of the root of the second moment as it is now; all (..., n).
-
-    The second moment is a mean as well, so what it was before, in units of what it is now, follows from this gradient's share of it. Old
-    gradients therefore need not be kept in units of their own. Means of numbers that were normalised one by one would count a single large
-    gradient for less than what is left of the small ones before it.
-
-    Args:
-        drift: in units of the root of the second moment before.
-        gradient: in units of the root of the second moment now.
-        portion, share, kept: see `Clock`.
-    """
-    return kept * (1 - share * gradient.square()).clamp(min=LEAST_SHRINKAGE**2).sqrt() * drift + portion * gradient
-
-
-def follow(control: Control, clock: Clock, sketch: Tensor, mean_square: Tensor) -> Control:
-    """Goes on with the sketch of the path by one more update, which counts with a length of 1.
-
-    Args:
-        sketch: of the update, (BUCKETS, ..., K).
-        mean_square: of the update, (..., K).
-    """
-    weight = (1 / (WINDOW * clock.step.clamp(min=1))).clamp(max=1) * clock.started
-    return control._replace(path=torch.lerp(control.path, sketch * (mean_square + EPSILON).rsqrt(), weight))
 
 
 def blockwise(function: Callable[..., tuple[Tensor, ...]], layout: Layout, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -2,12 +2,12 @@
 
 A DTensor (FSDP2, tensor parallelism, both) is one tensor of which each process holds a part. All that belongs to coordinates is computed
 where they are. What a tensor has once is computed from sums over the whole of it, which one small all-reduce gives to all processes for all
-tensors together; so `control` is the same everywhere. Random bits and sketches go by a coordinate's place in the whole tensor. A step is
+tensors together; so `control` is the same everywhere. Random bits go by a coordinate's place in the whole tensor. A step is
 therefore that of one process, up to the order of sums, however the tensor is cut, and a checkpoint may be cut in another way.
 
 A matrix is orthogonalised as a whole, by one of the processes that share it, so that each of `R` processes does about one `R`-th of the
 work. With `N` weights in such matrices, a process sends the 4 N / R bytes of its own parts and gets as many of others, and the same again
-on the way back; each as often as there are dimensions of the mesh that the matrices are cut along. State is 18 bytes for each weight that a
+on the way back; each as often as there are dimensions of the mesh that the matrices are cut along. State is 16 bytes for each weight that a
 process holds. For the step it needs some 24 N / R bytes beside that (directions, what goes out and comes in, matrices before and after) and
 what Newton-Schulz multiplies, at most three times the matrices of one shape. Matrices are not cut: where one is larger than all others, the
 process that has it holds all of it, and the others wait.
@@ -32,8 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .features import BUCKETS, Layout
-from .storage import scatter_bits
+from .features import Layout
 
 if TYPE_CHECKING:  # importing these takes as long as the whole package, and who shards a model has done so
     from torch.distributed.device_mesh import DeviceMesh
@@ -423,14 +422,6 @@ class ShardedLayout(Layout):
     @functools.cached_property
     def divisors(self) -> Tensor:
         return torch.tensor(self.counts, dtype=torch.float64, device=self.device)
-
-    def sketch(self, values: Tensor) -> Tensor:
-        sums = []
-        for k, part in enumerate(values.split(self.sizes, -1)):
-            places = self.places(k)
-            signs = (scatter_bits(places // BUCKETS * 0x9E3779B1) & 1).to(part.dtype) * 2 - 1
-            sums.append(part.new_zeros(BUCKETS).index_add_(0, places % BUCKETS, signs * part))
-        return (self.total(torch.stack(sums, -1).double()) / self.divisors.sqrt()).to(values.dtype)
 
     def places(self, k: int) -> Tensor:
         shard = self.shards[k]

@@ -55,7 +55,7 @@ def stored(config: NetworkConfig) -> dict[str, Stored]:
     units = (config.hidden_units,)
     return {
         "moments": Stored({"momentum": (), "second_moment": ()}, config.moment_format),
-        "lstm": Stored({"hidden": units, "cell": units, "drift": ()}, config.lstm_format),
+        "lstm": Stored({"hidden": units, "cell": units}, config.lstm_format),
     }
 
 

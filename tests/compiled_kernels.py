@@ -26,7 +26,6 @@ from triton.compiler import ASTSource
 
 from learned_optim import storage
 from learned_optim.config import FORMATS
-from learned_optim.features import BUCKETS
 from learned_optim.kernels import gpu, gpu_passes, gpu_replay
 
 TARGETS = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100, 120)}
@@ -46,15 +45,16 @@ NOTHING = {"NOP", "BRA"}  # after the last instruction
 def kernels() -> dict[str, tuple[Any, dict[str, Any], float]]:
     """Each kernel as it is compiled, by a name: its function, constants, and bytes that it moves for a weight; 0 where it has none."""
     found: dict[str, tuple[Any, dict[str, Any], float]] = {}
-    for columns in (1, 4, 2 * BUCKETS):
+    for columns in (1, gpu_passes.SUMS):
         found |= {f"{name} {columns}": (getattr(gpu_passes, name), {"COLUMNS": columns}, 0) for name in ("add_up", "means")}
     found |= {name: (getattr(gpu_passes, name), {}, 0) for name in ("gather", "scatter", "judge")}
     found["replay"] = gpu_replay._replay, {}, 0
-    for align, cut in itertools.product((gpu_passes.ALIGNMENT, 1), range(len(gpu_passes.CUTS))):
-        suffix = ("" if align > 1 else " unaligned") + ("" if cut == 0 else f" {gpu_passes.CUTS[cut]}")
+    for align, cut in itertools.product((gpu_passes.ALIGNMENT, 1), (False, True)):
+        suffix = ("" if align > 1 else " unaligned") + (" stretches" if cut else "")
         for dtype in ("float32", "bfloat16", "float16") if align > 1 else ("float32", "bfloat16"):
             width, kind = WIDTHS[dtype], getattr(tl, dtype)
-            found[f"apply {dtype}{suffix}"] = gpu_passes.apply, {"PARAM": kind, "ALIGN": align, "CUT": cut}, 4 + 2 * width
+            if not cut:
+                found[f"apply {dtype}{suffix}"] = gpu_passes.apply, {"PARAM": kind, "ALIGN": align}, 4 + 2 * width
             for fmt in FORMATS[: 0 if cut else 2]:
                 constants = {"FORMAT": FORMATS.index(fmt), "GRAD": kind, "ALIGN": align}
                 found[f"moments {dtype} {fmt}{suffix}"] = gpu_passes.moments, constants, width + 2 * WIDTHS[fmt]
@@ -69,7 +69,6 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], float]]:
                     {"UNITS": UNITS, **formats, "GRAD": kind, "ALIGN": align, "CUT": cut},
                     moved,
                 )
-        found[f"apply none{suffix}"] = gpu_passes.apply, {"PARAM": None, "ALIGN": align, "CUT": cut}, 4
     return found
 
 

@@ -161,7 +161,7 @@ def test_speed_is_the_ratio_of_steps_to_the_same_loss(quality: Any, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("constant", "value"),
-    [("PROOF", 0.0), ("BRAKE", 0.3), ("RETREAT", 0.8), ("HASTE", 0.15), ("CREEP", 0.2), ("SHORT_RUN", 1000.0)],
+    [("PROOF", 0.0), ("RETREAT", 0.8), ("HASTE", 0.15), ("CREEP", 0.2), ("SHORT_RUN", 1000.0)],
 )
 def test_runs_of_a_rule_that_was_changed_are_not_kept(quality: Any, monkeypatch: pytest.MonkeyPatch, constant: str, value: float) -> None:
     behaviour = sys.modules["behaviour"]

@@ -24,9 +24,8 @@ from learned_optim.kernels import gpu, reference
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 SIMULATION = load("sharded_simulation")
 
-# Shapes, the mesh, this process's place on it, and how the tensor is cut: rows that begin with a row of the sketch, and those that do not;
-# columns, in stretches that are shorter than a block, of whole rows of the sketch and of parts; rows and columns; a vector; and a tensor of
-# which nothing is here.
+# Shapes, the mesh, this process's place on it, and how the tensor is cut: rows that begin at an even place, and at an odd one; columns, in
+# stretches that are shorter than a block, and the same; rows and columns; a vector; and a tensor of which nothing is here.
 CUTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[Shard, ...]]] = {
     "rows": ((34, 48), (2,), (1,), (Shard(0),)),
     "uneven rows": ((35, 41), (2,), (1,), (Shard(0),)),
@@ -71,7 +70,6 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     "cuts", [("rows", "uneven rows"), ("even columns", "columns", "a vector", "nothing"), ("rows and columns",), ("nothing",)]
 )
 def test_parts_equal_the_rule(cuts: tuple[str, ...]) -> None:
-    """The sketch of the path too, which depends on where in the whole tensor a coordinate lies."""
     network, layout = acting_network(hidden_units=1, lstm_format="float32", orthogonalize_steps=0), layout_of(*cuts)
     (mine, states), (theirs, expected) = (ends(step, network, layout, spoiled=False) for step in (gpu.step, reference.step))
     for one, other in zip([*mine, *states], [*theirs, *expected], strict=True):

@@ -64,7 +64,7 @@ def test_step_is_the_rule(network: OptimizerNetwork) -> None:
             assert_same(own["control"], state["control"][:, k])
             rows = {key: value.split(layout.sizes, -1)[k] for key, value in state.items() if key != "control"}
             assert_same(own["moments"].view(2, -1), torch.stack([rows["momentum"], rows["second_moment"]]))
-            assert_same(own["lstm"].view(-1, param.numel()), torch.cat([rows["hidden"], rows["cell"], rows["drift"][None]]))
+            assert_same(own["lstm"].view(-1, param.numel()), torch.cat([rows["hidden"], rows["cell"]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

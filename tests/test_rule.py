@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from learned_optim.config import NetworkConfig
 from learned_optim.network import OptimizerNetwork
-from learned_optim.rule import CONTROL, DRIFT_STEPS, SHORT_RUN, TREND_STEPS, Control, init_state, update
+from learned_optim.rule import CONTROL, SHORT_RUN, Control, init_state, update
 
 MATRICES = [(16, 16), (32, 8), (8, 32), (12, 3, 3, 3)]
 VECTORS = [(9,), (1, 9), (9, 1)]
@@ -51,7 +51,6 @@ def test_init_state() -> None:
         "second_moment": (6, 12),
         "hidden": (3, 6, 12),
         "cell": (3, 6, 12),
-        "drift": (6, 12),
     }
     assert all(value.dtype == torch.float64 for value in state.values())
     assert Control.of(state["control"]).trained.eq(torch.tensor([-1, -1, 0])).all()
@@ -154,9 +153,7 @@ def test_order_of_tensors_does_not_matter(network: OptimizerNetwork, generator: 
 
 @pytest.mark.parametrize("shape", [(11,), (6, 5), (5, 9)], ids=str)
 def test_order_of_coordinates_does_not_matter(network: OptimizerNetwork, generator: torch.Generator, shape: tuple[int, ...]) -> None:
-    """A vector's coordinates, and a matrix's rows and columns, may be numbered in any order. (A sketch's signs have places, so that
-    how straight the path looks differs by chance.)"""
-    network.controller.bend.zero_()
+    """A vector's coordinates, and a matrix's rows and columns, may be numbered in any order."""
     params, gradients = draw([shape], generator), [draw([shape], generator) for _ in range(6)]
     orders = [torch.randperm(size, generator=generator) for size in shape]
 
@@ -207,40 +204,12 @@ def test_size_of_vector_updates(untrained: OptimizerNetwork, generator: torch.Ge
 
 @pytest.mark.parametrize("shape", [*VECTORS, *MATRICES], ids=str)
 def test_length_of_the_direction_does_not_matter(network: OptimizerNetwork, generator: torch.Generator, shape: tuple[int, ...]) -> None:
-    """The LSTM and the drift choose where to go, never how far."""
+    """The LSTM chooses where to go, never how far."""
     params, gradients = draw([shape], generator), [draw([shape], generator) for _ in range(4)]
     louder = copy.deepcopy(network)
     louder.coordinate.out.mul_(8)
     louder.coordinate.skip.mul_(8)
-    louder.controller.inertia.mul_(8)
     assert_updates_close(run(louder, params, gradients)[0], run(network, params, gradients)[0], rtol=1e-4)
-
-
-@pytest.mark.parametrize("sign", [1, -1], ids=["agreeing", "turning"])
-def test_drift_counts_where_gradients_agree(untrained: OptimizerNetwork, generator: torch.Generator, sign: int) -> None:
-    """The mean of all gradients so far and then of some fifty, over the root of the second moment, times the positive part of the trend."""
-    untrained.controller.bend.zero_()  # paths differ
-    inertia, grad = untrained.controller.inertia.item(), torch.randn(30, generator=generator)
-    decay1, decay2 = untrained.config.momentum, untrained.config.second_moment
-    gradients = [[sign**t * (5 if t == 60 else 1) * (grad + 0.3 * torch.randn(30, generator=generator))] for t in range(80)]
-    moved, state = run(untrained, gradients[0], gradients)
-    untrained.controller.inertia.zero_()
-    plain, _ = run(untrained, gradients[0], gradients)
-    # By hand, in float64; without the drift the untrained direction is the normalised momentum.
-    momentum, second, mean, trend = (torch.zeros(30, dtype=torch.float64) for _ in range(4))
-    for age, ((one,), (change,), (without,)) in enumerate(zip(gradients, moved, plain, strict=True), 1):
-        new = one.double()
-        cosine = torch.nn.functional.cosine_similarity(new, momentum, 0) if age > 1 else 0
-        trend = trend + (cosine - trend) / min(age, TREND_STEPS)
-        momentum, second = decay1 * momentum + (1 - decay1) * new, decay2 * second + (1 - decay2) * new**2
-        root = (second / (1 - decay2**age)).sqrt()
-        mean = mean + (new - mean) / min(age, DRIFT_STEPS)
-        direction, drift = momentum / (1 - decay1**age) / root, mean / root
-        for moved_by, along in ((without, direction), (change, direction + inertia * trend.clamp(min=0) * drift)):
-            assert torch.nn.functional.cosine_similarity(-moved_by.double(), along, 0) == pytest.approx(1, abs=1e-5)
-        assert rms(change) == pytest.approx(rms(without), rel=1e-4)  # where to go, not how far
-    torch.testing.assert_close(state["drift"].double(), drift, rtol=1e-4, atol=1e-3)  # but for the floor of its shrinkage
-    assert (trend.mean() > 0.5) == (sign > 0)
 
 
 def test_matrices_without_orthogonalisation_are_sized_as_vectors(generator: torch.Generator) -> None:
@@ -264,7 +233,7 @@ def test_coordinates_without_gradient_never_move(network: OptimizerNetwork, gene
     for updates in history:
         for change, mask in zip(updates, masks, strict=True):
             assert torch.equal(change != 0, mask != 0)
-    for key in ("momentum", "second_moment", "hidden", "cell", "drift"):
+    for key in ("momentum", "second_moment", "hidden", "cell"):
         assert not (state[key] * (1 - flat(masks))).any()
 
 

@@ -217,13 +217,9 @@ LEFT_OUT = {
     "orthogonalisation": "orthogonalisation",
     "warm-up": "the warm-up",
     "pace": "the pace: steps that follow how far gradients agree",
-    "controller": "the controller but for these two",
+    "controller": "both of what follows: no correction adds up",
     "lengthening": "steps that lengthen while gradients agree",
     "bouncing": "steps that shorten where they bounce",
-    "path": "and where the path is not straight",
-    "brake": "the brake",
-    "steadiness": "less of the last gradient where gradients turn back",
-    "drift": "the drift: the mean of some fifty gradients",
     "proof": "full steps that have to prove themselves",
     "care": "slow climbing of what looks trained",
     "creep": "its climbing without evidence",
@@ -309,8 +305,8 @@ def quality_state(files: Files) -> str:
     formats = files(QUALITY)["formats"]
     rows = [["state", "bytes a weight", "no settings", "`total_steps`"]]
     for what, size, suffix in (
-        ("default: LSTM and drift in bfloat16", "18", ""),
-        ("small: moments in bfloat16, LSTM and drift in int8", "9.1", " small-state"),
+        ("default: LSTM in bfloat16", "16", ""),
+        ("small: moments in bfloat16, LSTM in int8", "8.1", " small-state"),
     ):
         ones = [formats[name + suffix] for name in (PLAIN, HORIZON)]
         rows.append([what, size, *(f"{one['ratio']:.3f} ± {one['error']:.3f}" for one in ones)])

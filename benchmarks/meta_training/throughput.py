@@ -162,9 +162,6 @@ def main(argv: list[str] | None = None) -> None:
     network = load_network("default").requires_grad_(True)
     nn.init.constant_(network.controller.log_rate, -math.inf)
     nn.init.zeros_(network.controller.shrink)
-    nn.init.zeros_(network.controller.bend)
-    nn.init.zeros_(network.controller.brake)
-    nn.init.zeros_(network.controller.inertia)
     nn.init.zeros_(network.controller.power)
     nn.init.zeros_(network.controller.log_start)
     weights: Gradient = {name: weight for name, weight in network.named_parameters() if not name.startswith("controller")}

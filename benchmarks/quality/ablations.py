@@ -72,8 +72,7 @@ def without_lengthening(net: OptimizerNetwork) -> None:
 
 def without_controller(net: OptimizerNetwork) -> None:
     without_lengthening(net)
-    for name in ("shrink", "bend", "brake", "inertia"):
-        without(name)(net)
+    without("shrink")(net)
 
 
 PARTS: dict[str, Change] = {
@@ -83,10 +82,6 @@ PARTS: dict[str, Change] = {
     "controller": without_controller,
     "lengthening": without_lengthening,
     "bouncing": without("shrink"),
-    "path": without("bend"),
-    "brake": without("brake"),
-    "steadiness": constant(rule, "TURNING", 1e-9),
-    "drift": without("inertia"),
     "pace": without("power"),
     "warm-up": without("log_start"),
     "proof": constant(network, "PROOF", 0.0),

@@ -17,7 +17,7 @@ SHAPES = ((12, 8), (8, 12), (6, 4, 3, 3), (8,))
 STEPS, LOOKS = 40, (3, 6, 12, 40)
 HORIZONS = None, STEPS, 50 * STEPS
 # By how much of one direction a step's gradient is; the rest is noise. Gradients that agree; that are noise; that agree at first, then turn
-# back, then leap forth and back; that turn back while they get shorter. Warm-up, hypergradient, brake and drift each have their say here.
+# back, then leap forth and back; that turn back while they get shorter. Warm-up and hypergradient have their say here.
 SCENES: dict[str, Callable[[int], float]] = {
     "agree": lambda step: 1.0,
     "noise": lambda step: 0.0,

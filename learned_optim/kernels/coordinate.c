@@ -18,13 +18,13 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* CHUNK: coordinates whose intermediate results fit into the L1 cache, and that share a scale in int8. */
-enum { CHUNK = 256, MAX_UNITS = 8, ODD = 2, EVEN = 3, BUCKETS = 16, ROWS = CHUNK / BUCKETS };
+enum { CHUNK = 256, MAX_UNITS = 8, ODD = 2, EVEN = 3 };
 
 /* What the second pass needs to know of each tensor: see `scalars` in `learned_optim/kernels/__init__.py`. */
-enum { INVERSE1, INVERSE2, MEAN, SHARE, PORTION, KEPT, STEADY, INERTIA, SCALARS };
+enum { INVERSE1, INVERSE2, MEAN, SCALARS };
 
 /* What a tensor has once, as in `Control` of `learned_optim/rule.py`. */
-enum { STEP, CONTROL = 8 + BUCKETS };
+enum { STEP, CONTROL = 6 };
 
 /* The bits of 2^64, the least number whose square is none. */
 static const uint32_t TOO_LARGE = 0x5f800000u;
@@ -33,7 +33,7 @@ static const uint32_t TOO_LARGE = 0x5f800000u;
 enum { FLOAT32, BFLOAT16, INT8 };
 
 /* Constants of `learned_optim/features.py` and `learned_optim/rule.py`. */
-static const float RELATIVE_FLOOR = 1e-8f, ABSOLUTE_FLOOR = 1e-20f, GRADIENT_BOUND = 3.0f, LEAST_SHRINKAGE = 0.03f;
+static const float RELATIVE_FLOOR = 1e-8f, ABSOLUTE_FLOOR = 1e-20f, GRADIENT_BOUND = 3.0f;
 
 /* Every field has 8 bytes, so that the caller may fill the table with integers. */
 typedef struct {
@@ -46,8 +46,8 @@ typedef struct {
     float *direction;
     float *control; /* (CONTROL,) */
     void *moments;     /* (2, size): momentum and second moment */
-    void *lstm;        /* (2 * units + 1, size): hidden units, then cells, then the drift */
-    float *lstm_scale; /* (2 * units + 1, chunks of size), of int8 */
+    void *lstm;        /* (2 * units, size): hidden units, then cells */
+    float *lstm_scale; /* (2 * units, chunks of size), of int8 */
 } Tensor;
 
 typedef struct {
@@ -174,7 +174,7 @@ INLINE Ratio tanh_ratio(float x) {
 
 /* The number of this file's interface, for the caller to check that it was written for it. Raise it with each change of a struct,
  * or of what a pass is given. */
-int64_t interface(void) { return 14; }
+int64_t interface(void) { return 15; }
 
 /* What each of `count` tensors has once, into rows for torch to compute with, and back. */
 void gather(const Tensor *tensors, int64_t count, float *rows) {
@@ -331,7 +331,7 @@ static void scale_gates(GateWeights weights, const Network *network) {
 typedef struct {
     float odd[ODD + MAX_UNITS][CHUNK], even[EVEN + MAX_UNITS][CHUNK]; /* features, then hidden units and their sizes */
     float gates[3 * MAX_UNITS][CHUNK];                                /* 1 / sigmoid */
-    float moments[2][CHUNK], cell[CHUNK], drift[CHUNK];
+    float moments[2][CHUNK], cell[CHUNK];
     uint32_t bits[CHUNK];
 } Scratch;
 
@@ -343,8 +343,7 @@ typedef struct {
  * worst: becomes the bits of the largest number in the LSTM's state, if that is more. Bounds would hide most of what is not finite. */
 INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t begin, int64_t n, const Network *network,
                   const GateWeights gate_weights, float decay1, float decay2, const float *scalars, Next next, Scratch *restrict s, uint32_t *worst) {
-    const float inverse1 = scalars[INVERSE1], inverse2 = scalars[INVERSE2], mean = scalars[MEAN], share = scalars[SHARE];
-    const float portion = scalars[PORTION], kept = scalars[KEPT], steady = scalars[STEADY], inertia = scalars[INERTIA];
+    const float inverse1 = scalars[INVERSE1], inverse2 = scalars[INVERSE2], mean = scalars[MEAN];
     const float floor = RELATIVE_FLOOR * mean + ABSOLUTE_FLOOR, inverse_mean = 1.0f / (mean + ABSOLUTE_FLOOR);
     const float skip_slow = network->skip[0], skip_fast = network->skip[1];
     const int64_t moment_format = job->moment_format, format = job->lstm_format;
@@ -356,7 +355,6 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
     float *second_moment = place(moment_format, tensor->moments, size + begin, s->moments[1]);
     load(moment_format, tensor->moments, 0, begin, n, momentum);
     load(moment_format, tensor->moments, 0, size + begin, n, second_moment);
-    load(format, tensor->lstm, tensor->lstm_scale + 2 * UNITS * chunks + chunk, 2 * UNITS * size + begin, n, s->drift);
     __builtin_prefetch(next.tensor->control + STEP);
     if (format != FLOAT32 || moment_format != FLOAT32) random_bits(s->bits, tensor, begin, n, tensor->control[STEP]);
 #pragma omp simd
@@ -377,20 +375,14 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
         float scale = 1.0f / __builtin_sqrtf(variance);
         float slow = momentum[j] * inverse1 * scale;
         float fast = grad[j] * scale;
-        float square = fast * fast;
-        float shrinkage = __builtin_sqrtf(at_least(1.0f - share * square, LEAST_SHRINKAGE * LEAST_SHRINKAGE));
-        s->drift[j] = kept * shrinkage * s->drift[j] + portion * fast;
-        fast = steady * fast / __builtin_sqrtf(1.0f + square * (1.0f / (GRADIENT_BOUND * GRADIENT_BOUND)));
+        fast = fast / __builtin_sqrtf(1.0f + fast * fast * (1.0f / (GRADIENT_BOUND * GRADIENT_BOUND)));
         s->odd[0][j] = slow;
         s->odd[1][j] = fast;
         s->even[0][j] = __builtin_fabsf(slow);
         s->even[1][j] = __builtin_fabsf(fast);
         s->even[2][j] = log_normal(variance * inverse_mean) * 0.125f;
-        direction[j] = skip_slow * slow + skip_fast * fast + inertia * s->drift[j];
+        direction[j] = skip_slow * slow + skip_fast * fast;
     }
-#pragma omp simd reduction(max : largest)
-    for (int64_t j = 0; j < n; j++) largest = larger(largest, s->drift[j]);
-    store(format, tensor->lstm, tensor->lstm_scale + 2 * UNITS * chunks + chunk, 2 * UNITS * size + begin, n, s->drift, s->bits, 0);
     for (int h = 0; h < UNITS; h++) {
         load(format, tensor->lstm, tensor->lstm_scale + h * chunks + chunk, h * size + begin, n, s->odd[ODD + h]);
 #pragma omp simd reduction(max : largest)
@@ -401,7 +393,7 @@ INLINE float lstm(const int UNITS, const Job *job, const Tensor *tensor, int64_t
     }
     for (int row = 0; row < 3 * UNITS; row++) {
         const float *weights = gate_weights[row];
-        if (row <= 2 * UNITS) prefetch(format, next.tensor->lstm, row, next); /* little by little, since few requests can wait at once */
+        if (row < 2 * UNITS) prefetch(format, next.tensor->lstm, row, next); /* little by little, since few requests can wait at once */
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) {
             float x = weights[0];
@@ -462,7 +454,7 @@ INLINE int is_untouched(const int UNITS, const Job *job, const Tensor *tensor, i
     if (tensor->grad[begin] != 0 || !are_zero(FLOAT32, tensor->grad, begin, n)) return 0;
     for (int piece = 0; piece < 2; piece++)
         if (!are_zero(job->moment_format, tensor->moments, piece * tensor->size + begin, n)) return 0;
-    for (int piece = 0; piece < 2 * UNITS + 1; piece++)
+    for (int piece = 0; piece < 2 * UNITS; piece++)
         if (!are_zero(job->lstm_format, tensor->lstm, piece * tensor->size + begin, n)) return 0;
     return 1;
 }
@@ -516,8 +508,7 @@ void directions(Job *job, const Network *network, float decay1, float decay2, co
     of_units[network->units - 1](job, network, decay1, decay2, scalars);
 }
 
-/* The rest of steps 4 and 5, and weight decay: parameters lose the share `shrink` and get `scale` times the direction. Its sums are the
- * direction's sketch, see `Layout.sketch` in `learned_optim/features.py`, and its square.
+/* The rest of steps 4 and 5, and weight decay: parameters lose the share `shrink` and get `scale` times the direction.
  *
  * factors: of each tensor shrink and scale. */
 EACH_CPU void apply(Job *job, const float *factors) {
@@ -527,44 +518,14 @@ EACH_CPU void apply(Job *job, const float *factors) {
         const float shrink = factors[2 * block->tensor], scale = factors[2 * block->tensor + 1];
         float *restrict param = tensor->param;
         const float *restrict direction = tensor->direction;
-        double *sums = job->sums + (BUCKETS + 1) * b;
-        float buckets[BUCKETS] = {0}, squares[BUCKETS] = {0}, signs[ROWS];
-        for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) { /* multiples of BUCKETS */
+        if (!param) continue;
+        for (int64_t begin = block->begin; begin < block->end; begin += CHUNK) {
             const int64_t end = begin + CHUNK < block->end ? begin + CHUNK : block->end;
             const Next next = after(job, block, begin);
             prefetch(FLOAT32, next.tensor->direction, 0, next);
             if (next.tensor->param) prefetch(FLOAT32, next.tensor->param, 0, next);
-            if (tensor->width < tensor->size || tensor->first % BUCKETS) { /* a part that does not begin with the first bucket */
-                for (int64_t j = begin; j < end; j++) {
-                    const int64_t place = place_of(tensor, j), bucket = place % BUCKETS;
-                    const float sign = scatter_bits((uint32_t)(place / BUCKETS) * 0x9e3779b1u) & 1 ? 1.0f : -1.0f;
-                    buckets[bucket] += sign * direction[j];
-                    squares[bucket] += direction[j] * direction[j];
-                }
-            } else {
-                const int64_t offset = tensor->first / BUCKETS;
-#pragma omp simd
-                for (uint32_t row = 0; row < ROWS; row++)
-                    signs[row] = scatter_bits((uint32_t)(offset + begin / BUCKETS + row) * 0x9e3779b1u) & 1 ? 1.0f : -1.0f;
-                int64_t row = 0, first = begin;
-                for (; first + BUCKETS <= end; row++, first += BUCKETS) {
-#pragma omp simd
-                    for (int64_t j = 0; j < BUCKETS; j++) {
-                        buckets[j] += signs[row] * direction[first + j];
-                        squares[j] += direction[first + j] * direction[first + j];
-                    }
-                }
-                for (int64_t j = 0; first + j < end; j++) {
-                    buckets[j] += signs[row] * direction[first + j];
-                    squares[j] += direction[first + j] * direction[first + j];
-                }
-            }
-            if (!param) continue;
 #pragma omp simd
             for (int64_t j = begin; j < end; j++) param[j] += scale * direction[j] - shrink * param[j];
         }
-        double square = 0;
-        for (int64_t j = 0; j < BUCKETS; j++) sums[j] = buckets[j], square += squares[j];
-        sums[BUCKETS] = square;
     }
 }

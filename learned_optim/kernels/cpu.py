@@ -30,11 +30,11 @@ from torch import Tensor
 from ..checks.parameters import check_weights
 from ..checks.state import DTYPE, Ledger, Places, addresses
 from ..config import FORMATS
-from ..features import BUCKETS, LAYOUTS, Layout
+from ..features import LAYOUTS, Layout
 from ..network import OptimizerNetwork
 from ..rule import CONTROL, Control, State, orthogonalize_all, sit_out
 from ..sharding import Run, ShardedLayout
-from . import after_update, before_directions, before_update, read_once, replay
+from . import before_directions, before_update, read_once, replay
 from .matrices import Matrices
 from .matrices import library as matrix_library
 from .native import load, together
@@ -42,8 +42,9 @@ from .replay import Replay, run_once
 
 BLOCK = 2**14  # coordinates that a thread takes at once
 KEPT = 2**20  # coordinates at most whose directions keep their memory between steps
+SUMS = 4  # of a pass, at most
 CORRECTION = Control._fields.index("correction")
-INTERFACE, MAX_UNITS = 14, 8  # as in the C file
+INTERFACE, MAX_UNITS = 15, 8  # as in the C file
 
 # A row of the table of tensors has the size, three numbers of where its coordinates lie in the whole tensor, the parameter, the gradient,
 # the direction and these pieces of state, the last one of int8.
@@ -105,7 +106,6 @@ class Blocks:
         runs = layout.runs or [] if isinstance(layout, ShardedLayout) else [Run(0, size, size) for size in layout.sizes]
         self.places = list(zip(*runs, strict=True))  # where the tensors' coordinates lie in whole ones
         self.counts = torch.tensor(layout.counts, device="cpu")  # sizes of the whole tensors, (K,)
-        self.roots = self.counts.float().sqrt()  # (K,)
         starts = itertools.accumulate(layout.sizes, initial=0)
         self.starts = [4 * start for start in starts][:-1]  # of the tensors among the directions, in bytes
 
@@ -133,8 +133,8 @@ class Passes:
         columns += [[0] * self.count] * (COLUMNS - len(columns))
         self.table = array("q", itertools.chain.from_iterable(zip(*columns, strict=True)))
         rows = len(self.blocks.table) + self.count  # of blocks, then of tensors
-        self.sums = torch.empty(rows, BUCKETS + 1, dtype=torch.float64, device="cpu")
-        self.totals = self.sums.view(-1)[(BUCKETS + 1) * len(self.blocks.table) :]
+        self.sums = torch.empty(rows, SUMS, dtype=torch.float64, device="cpu")
+        self.totals = self.sums.view(-1)[SUMS * len(self.blocks.table) :]
         tables = self.table.buffer_info()[0], self.blocks.table.data_ptr()
         self.job = Job(*tables, len(self.blocks.table), 0, self.sums.data_ptr(), *(FORMATS.index(fmt) for fmt in formats))
         # A thread needs some 30 microseconds to wake up, in which another has done four blocks.
@@ -153,10 +153,14 @@ class Passes:
         memory["passes"] = (key, passes) if sum(layout.sizes) <= KEPT else (None,)
         return passes
 
-    def run(self, name: str, columns: int, *arguments: object) -> Tensor:
-        """Runs a pass. Returns means of its sums over each tensor, (columns, K)."""
+    def run(self, name: str, *arguments: object) -> None:
+        """Runs a pass."""
         self.job.next = 0
         together(getattr(library(), name), [(ctypes.byref(self.job), *arguments)] * self.threads)
+
+    def means(self, name: str, columns: int, *arguments: object) -> Tensor:
+        """Runs a pass. Returns means of its sums over each tensor, (columns, K)."""
+        self.run(name, *arguments)
         means, blocks = torch.empty(columns, self.count, dtype=torch.float32, device="cpu"), self.job.count
         of_blocks = self.job.sums, self.job.blocks, blocks, columns
         numbers = self.blocks.counts.data_ptr(), self.count, self.totals.data_ptr(), means.data_ptr()
@@ -215,7 +219,7 @@ def step(
 
     rows = torch.empty(CONTROL, len(params), dtype=torch.float32, device="cpu")
     passes.control("gather", rows)
-    means = passes.run("moments", 4, config.second_moment)
+    means = passes.means("moments", SUMS, config.second_moment)
     if not passes.finite:
         finite = means.isfinite().all(0)
         if not finite.all():
@@ -232,9 +236,9 @@ def step(
 
     # What tensors have once is computed by way of a recording, where there is somewhere to keep it.
     once = run_once if ledger is None else ledger.memory.setdefault("replay", Replay()).of([network, network.config, *once_read])
-    step_size, constants, *numbers = once("before directions", partial(before_directions, network, layout), rows, means, total_steps)
+    step_size, constants, rows = once("before directions", partial(before_directions, network, layout), rows, means, total_steps)
     decays = config.momentum, config.second_moment
-    mean_square = passes.run("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), *decays, constants.data_ptr())[0]
+    mean_square = passes.means("directions", 1, ctypes.byref(Network(config.hidden_units, *weights)), *decays, constants.data_ptr())[0]
     broken: list[int] = []
     if not passes.finite:
         broken = mean_square.isfinite().logical_not().nonzero().flatten().tolist()
@@ -244,6 +248,8 @@ def step(
             fused[k], mean_square[k] = False, 0  # these passes are known by `fused`, too, and so are not found again
             directions.split(layout.sizes)[k].zero_()
             passes.forget(k)
+        rows[CORRECTION, broken] = math.nan
+    passes.control("scatter", rows)
 
     if any(matrices.orthogonal):
         parts = directions.split(layout.sizes)
@@ -255,12 +261,8 @@ def step(
             mean_square[decayed] = torch.cat(layout.mean_squares(parts, decayed))
     rates, decays_of = layout.per_tensor(lr), layout.per_tensor(weight_decay)
     kinds = matrices.is_orthogonal, layout.is_plain
-    gain, factors = once("before update", partial(before_update, network), mean_square, *kinds, step_size, rates, decays_of)
-    sums = passes.run("apply", BUCKETS + 1, factors.data_ptr())
-    (rows,) = once("after update", after_update, sums, gain, passes.blocks.roots, *numbers)
-    if broken:
-        rows[CORRECTION, broken] = math.nan
-    passes.control("scatter", rows)
+    (factors,) = once("before update", partial(before_update, network), mean_square, *kinds, step_size, rates, decays_of)
+    passes.run("apply", factors.data_ptr())
     if not all(fused):
         parts = directions.split(layout.sizes)
         for k, (param, fuse, part, (share, factor)) in enumerate(zip(params, fused, parts, factors.tolist(), strict=True)):

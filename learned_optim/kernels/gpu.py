@@ -32,13 +32,13 @@ from torch import Tensor
 
 from ..checks.state import Ledger
 from ..config import FORMATS
-from ..features import BUCKETS, Layout
+from ..features import Layout
 from ..network import OptimizerNetwork
 from ..rule import CONTROL, State, is_orthogonal, orthogonalize_all
 from ..sharding import Run, ShardedLayout
-from . import after_update, before_directions, before_update, read_once
+from . import before_directions, before_update, read_once
 from . import gpu_passes as passes
-from .gpu_passes import ALIGNMENT, BLOCK, CHUNK, FIELDS, LOG2E
+from .gpu_passes import ALIGNMENT, BLOCK, CHUNK, FIELDS, LOG2E, SUMS
 from .gpu_replay import Program, upload
 from .replay import Replay, run_once
 
@@ -72,7 +72,6 @@ class Tables(NamedTuple):
     chunks: Tensor  # (C, 2): the same of chunks
     counts: Tensor  # coordinates of the whole tensors, (K,)
     orthogonal: Tensor  # 1 of those that are, else 0, (K,)
-    roots: Tensor  # of the counts, (K,)
 
     @staticmethod
     def of(layout: Layout, numbers: tuple[int, ...], kept: dict[Any, Any]) -> Tables:
@@ -103,7 +102,7 @@ class Tables(NamedTuple):
 
         blocks, chunks = parts(of["first_block"], BLOCK), parts(of["first_chunk"], BLOCK * CHUNK)
         counts = of["count"].float()
-        return Tables(tensors, blocks, chunks, counts, of["orthogonal"].float(), counts.sqrt())
+        return Tables(tensors, blocks, chunks, counts, of["orthogonal"].float())
 
 
 class Launch(NamedTuple):
@@ -114,7 +113,7 @@ class Launch(NamedTuple):
     grad: Any  # the gradients' dtype in Triton
     param: Any  # the parameters' too; None where they are left to torch
     align: int  # how many bytes all addresses and sizes are multiples of
-    cut: int  # how they lie in whole tensors, an index of CUTS
+    cut: bool  # whether some of them lie in several stretches of a whole tensor
 
 
 def upload_by_kernels(numbers: Sequence[int], device: torch.device) -> Tensor:
@@ -167,15 +166,15 @@ def step(
         once = replaying(network, ledger.memory, directions.device)
         every, chunks = (count,), (len(tables.chunks),)
         rows = directions.new_empty(CONTROL, count)
-        means, sums = directions.new_empty(2 * BUCKETS, count), directions.new_empty(len(tables.blocks), 2 * BUCKETS)
-        totals = directions.new_empty(len(tables.chunks), 2 * BUCKETS, dtype=torch.float64)
+        means, sums = directions.new_empty(SUMS, count), directions.new_empty(len(tables.blocks), SUMS)
+        totals = directions.new_empty(len(tables.chunks), SUMS, dtype=torch.float64)
         finite = directions.new_empty(count)
 
-        def mean(columns: int, used: int) -> Tensor:
-            """Means over whole tensors of what the last pass added up, (used, K); the number of columns is a power of two."""
+        def mean(columns: int) -> Tensor:
+            """Means over whole tensors of what the last pass added up, (columns, K)."""
             passes.add_up[chunks](tables.tensors, tables.chunks, sums, totals, columns)
             passes.means[every](tables.tensors, totals, means, count, columns)
-            return total(means[:used])
+            return total(means[:columns])
 
         def total(values: Tensor) -> Tensor:
             return layout.total(values) if isinstance(layout, ShardedLayout) else values
@@ -184,21 +183,21 @@ def step(
         for begin, blocks, grad, _, align, _ in launches:
             of_pass = sums, config.second_moment, moment_format, grad, align
             passes.moments[blocks,](tables.tensors, tables.blocks, begin, *of_pass, num_warps=WARPS[align])
-        found_means = mean(4, 4)
+        found_means = mean(SUMS)
         passes.judge[every](rows, found_means, finite, ledger.skipped, count)
 
         def before(*arguments: Tensor) -> Sequence[Tensor]:
             gates = -LOG2E * torch.cat([lstm.gate_bias[:, None], lstm.gate_weight], 1)
             return gates, 2 * LOG2E * lstm.candidate_weight, *before_directions(network, layout, *arguments)
 
-        gates, candidates, step_size, constants, *clock_and_control = once("before directions", before, rows, found_means, total_steps)
+        gates, candidates, step_size, constants, new_rows = once("before directions", before, rows, found_means, total_steps)
         weights = gates, candidates, lstm.skip, lstm.out
         of_network = *weights, config.momentum, config.second_moment, config.hidden_units, moment_format, lstm_format
         of_tensors = rows, finite, constants  # the first row is the clocks
         for begin, blocks, grad, _, align, cut in launches:
             of_launch = *of_tensors, directions, sums, *of_network, grad, align, cut
             passes.directions[blocks,](tables.tensors, tables.blocks, begin, *of_launch, num_warps=WARPS[align])
-        (mean_square,) = mean(1, 1)
+        (mean_square,) = mean(1)
         passes.judge_again[every](mean_square, finite, ledger.skipped)
 
         parts = [part[:size] for part, size in zip(directions.split(padded), layout.sizes, strict=True)]
@@ -208,13 +207,12 @@ def step(
             mean_square = total(torch.stack(torch._foreach_norm(parts)).square()) / tables.counts
         kinds = tables.orthogonal, layout.is_plain
         rates = layout.per_tensor(lr), layout.per_tensor(weight_decay)
-        gain, factors = once("before update", partial(before_update, network), mean_square, *kinds, step_size, *rates)
-        for begin, blocks, _, param, align, cut in launches:
-            what = finite, directions, factors, sums, param, align, cut
-            passes.apply[blocks,](tables.tensors, tables.blocks, begin, *what, num_warps=WARPS[align])
-        moved = mean(2 * BUCKETS, BUCKETS + 1)
-        (rows,) = once("after update", after_update, moved, gain, tables.roots, *clock_and_control)
-        passes.scatter[every](tables.tensors, finite, rows, count)
+        (factors,) = once("before update", partial(before_update, network), mean_square, *kinds, step_size, *rates)
+        for begin, blocks, _, param, align, _ in launches:
+            if param is not None:
+                what = finite, directions, factors, param, align
+                passes.apply[blocks,](tables.tensors, tables.blocks, begin, *what, num_warps=WARPS[align])
+        passes.scatter[every](tables.tensors, finite, new_rows, count)
     for k in itertools.compress(range(count), (not fuse for fuse in fused)):
         change = factors[k, 1] * parts[k].view(params[k].shape) - factors[k, 0] * params[k]
         params[k].add_(torch.where(finite[k] > 0, change, 0))
@@ -231,7 +229,7 @@ def table(
 ) -> tuple[list[int], list[Launch]]:
     """The tensors' entries, one after the other, and the launches of a pass; a parameter that the kernels leave to torch is at 0."""
     entries: list[list[int]] = []
-    kinds: list[tuple[int, int, int, int]] = []  # of one kind tensors have neighbouring blocks
+    kinds: list[tuple[int, int, int, bool]] = []  # of one kind tensors have neighbouring blocks
     types, direction = list(DTYPES), 0
     runs = layout.runs or [] if isinstance(layout, ShardedLayout) else [Run(0, size, size) for size in layout.sizes]
     for k, (param, grad, state, run) in enumerate(zip(params, grads, states, runs, strict=True)):
@@ -244,9 +242,8 @@ def table(
         entry = {"size": size, "count": layout.counts[k], **where._asdict(), "orthogonal": orthogonal[k]}
         addresses = [state["control"].data_ptr(), *pointers, *stored, scales, direction]
         entries.append([*entry.values(), 0, 0, 0, *addresses])
-        several = run.width < size
-        cut = 2 if run.first % BUCKETS or (several and (run.width % BUCKETS or run.pitch % BUCKETS)) else int(several)
-        kinds.append((ALIGNMENT if aligned else 1, types.index(grad.dtype), types.index(param.dtype) if fused[k] else len(types), cut))
+        of_types = types.index(grad.dtype), types.index(param.dtype) if fused[k] else len(types)
+        kinds.append((ALIGNMENT if aligned else 1, *of_types, run.width < size))
         direction += padded[k]
     launches: list[Launch] = []
     begin, chunk = 0, 0

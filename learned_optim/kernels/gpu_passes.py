@@ -15,8 +15,8 @@ import triton.language as tl
 
 from .. import features, storage
 from ..config import FORMATS
-from ..features import BUCKETS, EVEN, ODD
-from ..rule import CONTROL, LEAST_SHRINKAGE, Control
+from ..features import EVEN, ODD
+from ..rule import CONTROL, Control
 from ..sharding import Run
 from . import SCALARS
 
@@ -24,15 +24,14 @@ BLOCK = 1024  # coordinates of a program
 CHUNK, CHUNKS = 256, 64  # blocks whose sums a program adds up at once, and chunks of them
 LOG2E = math.log2(math.e)
 ALIGNMENT = 16  # bytes that a thread loads at once
-# How a part lies in its tensor: in one stretch, or several, of whole rows of a sketch; or in stretches that begin or end within such a row.
-CUTS = ("stretch", "stretches", "odd stretches")
+SUMS = 4  # of a pass, at most
 
 # Columns of the table of tensors; the nth `order` is the tensor whose blocks come nth. Names in capitals with an underscore are constants
 # that kernels see.
 PLACES = ("moments", "lstm", "lstm_scale", "direction")
 FIELDS = ("size", "count", *Run._fields, "orthogonal", "order", "first_block", "first_chunk", "control", "param", "grad", *PLACES)
 _COLUMNS = tl.constexpr(len(FIELDS))
-_CONTROLS, _BUCKETS = tl.constexpr(CONTROL), tl.constexpr(BUCKETS)
+_CONTROLS, _ROWS_OF_CONTROL = tl.constexpr(CONTROL), tl.constexpr(triton.next_power_of_2(CONTROL))
 _CORRECTION = tl.constexpr(Control._fields.index("correction"))
 _TOO_LARGE = tl.constexpr(2.0**64)  # the least number whose square is none
 _SIZE, _COUNT, _FIRST, _WIDTH, _PITCH, _FIRST_BLOCK, _FIRST_CHUNK, _CONTROL, _PARAM, _GRAD = (
@@ -41,13 +40,12 @@ _SIZE, _COUNT, _FIRST, _WIDTH, _PITCH, _FIRST_BLOCK, _FIRST_CHUNK, _CONTROL, _PA
 _MOMENTS, _LSTM, _LSTM_SCALE, _DIRECTION = (tl.constexpr(FIELDS.index(name)) for name in PLACES)
 
 _FLOAT32, _BFLOAT16, _INT8 = map(tl.constexpr, range(len(FORMATS)))
-_STRETCH, _STRETCHES, _ODD_STRETCHES = map(tl.constexpr, range(len(CUTS)))
 _ALIGNMENT, _BLOCK, _GROUP, _ROWS = (tl.constexpr(n) for n in (ALIGNMENT, BLOCK, storage.BLOCK, BLOCK // storage.BLOCK))
 _CHUNK, _CHUNKS, _TWO_LOG2E = map(tl.constexpr, (CHUNK, CHUNKS, 2 * LOG2E))
 _BELOW_LEVELS = tl.constexpr(storage.LEVELS * (1 - 2**-20))  # by more than what an inverse is off by
 _LEVELS, _ODD, _EVEN = tl.constexpr(storage.LEVELS), tl.constexpr(ODD), tl.constexpr(EVEN)
 _RELATIVE_FLOOR, _ABSOLUTE_FLOOR = tl.constexpr(features.RELATIVE_FLOOR), tl.constexpr(features.ABSOLUTE_FLOOR)
-_GRADIENT_BOUND, _LEAST_SHRINKAGE, _SCALARS = tl.constexpr(features.GRADIENT_BOUND), tl.constexpr(LEAST_SHRINKAGE), tl.constexpr(SCALARS)
+_GRADIENT_BOUND, _SCALARS = tl.constexpr(features.GRADIENT_BOUND), tl.constexpr(SCALARS)
 
 
 @triton.jit
@@ -59,7 +57,7 @@ def _at(address, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
 @triton.jit
 def gather(tensors, rows, count):
     """What each tensor has once into rows, (CONTROL, K)."""
-    k, i = tl.program_id(0), tl.arange(0, 2 * _BUCKETS)  # a power of two, and enough
+    k, i = tl.program_id(0), tl.arange(0, _ROWS_OF_CONTROL)
     control = _at(tl.load(tensors + k * _COLUMNS + _CONTROL), tl.float32, 4)
     tl.store(rows + i * count + k, tl.load(control + i, mask=i < _CONTROLS), mask=i < _CONTROLS)
 
@@ -67,7 +65,7 @@ def gather(tensors, rows, count):
 @triton.jit
 def scatter(tensors, finite, rows, count):
     """The way back, of tensors that are not left out; those that `judge_again` did not know before are marked."""
-    k, i = tl.program_id(0), tl.arange(0, 2 * _BUCKETS)
+    k, i = tl.program_id(0), tl.arange(0, _ROWS_OF_CONTROL)
     control = _at(tl.load(tensors + k * _COLUMNS + _CONTROL), tl.float32, 4)
     fine = tl.load(finite + k)
     if fine > 0:
@@ -80,7 +78,7 @@ def scatter(tensors, finite, rows, count):
 def judge(rows, means, finite, skipped, count):
     """Whether each tensor's means of the first pass are finite, and what it has once is sound, 1 or 0; what is not becomes zero, and the
     tensor is counted. A second moment that is negative shows in its mean, or in the direction of the second pass."""
-    k, column, i = tl.program_id(0), tl.arange(0, 4), tl.arange(0, 2 * _BUCKETS)
+    k, column, i = tl.program_id(0), tl.arange(0, 4), tl.arange(0, _ROWS_OF_CONTROL)
     found = tl.load(means + column * count + k)
     control = tl.load(rows + i * count + k, mask=i < _CONTROLS, other=0.0)
     sound = tl.min(tl.where((tl.abs(control) < _TOO_LARGE) & ((control >= 0) | (i > 0)), 1, 0), 0)
@@ -149,7 +147,7 @@ def _places(row, first, ALIGN: tl.constexpr):
 def _whole(row, first, places, CUT: tl.constexpr):
     """Where a block's coordinates lie in the whole tensor, see `learned_optim.sharding.Run`."""
     begin = tl.load(row + _FIRST)
-    if CUT != _STRETCH:
+    if CUT:
         width, pitch = tl.load(row + _WIDTH), tl.load(row + _PITCH)
         column, short = (first % width).to(tl.uint32) + places.to(tl.uint32), width.to(tl.uint32)
         found = begin + (first // width + column // short) * pitch + column % short
@@ -334,8 +332,8 @@ def directions(
         grad = tl.load(_at(tl.load(row + _GRAD), GRAD, ALIGN) + first + places, mask=mask, other=0.0).to(tl.float32)
         momentum = _load(moments, 0, 0, where, MOMENTS, ALIGN)
         second_moment = _load(moments, 0, 1, where, MOMENTS, ALIGN)
-        before = (_load(lstm, scales, 0, where, LSTM, ALIGN),)  # hidden units, cells, drift
-        for h in tl.static_range(1, 2 * UNITS + 1):
+        before = (_load(lstm, scales, 0, where, LSTM, ALIGN),)  # hidden units, then cells
+        for h in tl.static_range(1, 2 * UNITS):
             before = before + (_load(lstm, scales, h, where, LSTM, ALIGN),)  # type: ignore[assignment]  # noqa: RUF005  Triton knows no unpacking
 
         bits = _random_bits(_whole(row, first, places, CUT), tl.load(clocks + k))
@@ -346,14 +344,12 @@ def directions(
         _store(moments, 0, 1, where, second_moment, high, MOMENTS, ALIGN)
         momentum = _rounded(momentum, low, MOMENTS) * tl.load(scalars)
         second_moment = _rounded(second_moment, high, MOMENTS) * tl.load(scalars + 1)
-        mean, share, portion, kept = tl.load(scalars + 2), tl.load(scalars + 3), tl.load(scalars + 4), tl.load(scalars + 5)
-        steady, inertia = tl.load(scalars + 6), tl.load(scalars + 7)
+        mean = tl.load(scalars + 2)
 
         variance = second_moment + (_RELATIVE_FLOOR * mean + _ABSOLUTE_FLOOR)
         scale = tl.rsqrt(variance)
         slow, gradient = momentum * scale, grad * scale
-        square = gradient * gradient
-        fast = steady * gradient * tl.rsqrt(1.0 + square * (1.0 / (_GRADIENT_BOUND * _GRADIENT_BOUND)))
+        fast = gradient * tl.rsqrt(1.0 + gradient * gradient * (1.0 / (_GRADIENT_BOUND * _GRADIENT_BOUND)))
         of_tensor = _log(variance * (1.0 / (mean + _ABSOLUTE_FLOOR)))
         odd, even = (slow, fast), (tl.abs(slow), tl.abs(fast), of_tensor)
         for h in tl.static_range(UNITS):
@@ -372,51 +368,22 @@ def directions(
             direction += 0.0 * (before[h] + cell)  # NaN of infinity, which the unit's bounds would hide
             _store(lstm, scales, h, where, hidden, low, LSTM, ALIGN)
             _store(lstm, scales, UNITS + h, where, cell, high, LSTM, ALIGN)
-        left = tl.maximum(kept * kept - kept * kept * share * square, kept * kept * (_LEAST_SHRINKAGE * _LEAST_SHRINKAGE))
-        drift = tl.sqrt(left) * before[2 * UNITS] + portion * gradient
-        direction += inertia * drift
-        _store(lstm, scales, 2 * UNITS, where, drift, low, LSTM, ALIGN)
         tl.store(directions + places, direction, mask=mask)
         tl.store(sums, tl.sum(direction * direction))  # what is masked is zero, since all that it comes from is, and the network odd
 
 
 @triton.jit(do_not_specialize=["begin"])
-def apply(tensors, blocks, begin, finite, directions, factors, sums, PARAM: tl.constexpr, ALIGN: tl.constexpr, CUT: tl.constexpr):
-    """The rest of steps 4 and 5, and weight decay: parameters lose the share `shrink` and get `scale` times the direction. Its sums are the
-    direction's sketch, see `learned_optim.features.Layout.sketch`, and its square.
+def apply(tensors, blocks, begin, finite, directions, factors, PARAM: tl.constexpr, ALIGN: tl.constexpr):
+    """The rest of steps 4 and 5, and weight decay: parameters lose the share `shrink` and get `scale` times the direction.
 
     factors: each tensor's shrink and scale.
-    PARAM: the parameters' dtype; None where they are left to torch.
     """
-    block, k, row, first = _block(tensors, blocks, begin)
-    _, _, mask, places = _places(row, first, ALIGN)
-    directions += tl.multiple_of(tl.load(row + _DIRECTION), _ALIGNMENT) + first
-    direction = tl.load(directions + places, mask=mask, other=0.0)
-    _sketch(direction, row, first, places, sums + 2 * _BUCKETS * block, CUT)
-    if PARAM is not None:  # noqa: SIM102  this is what a kernel is compiled for, and that what it looks at
-        if tl.load(finite + k) > 0:
-            param = _at(tl.load(row + _PARAM), PARAM, ALIGN) + first + places
-            value = tl.load(param, mask=mask, other=0.0).to(tl.float32)
-            change = tl.load(factors + 2 * k + 1) * direction - tl.load(factors + 2 * k) * value
-            tl.store(param, (value + change).to(PARAM), mask=mask)
-
-
-@triton.jit
-def _sketch(direction, row, first, places, sums, CUT: tl.constexpr):
-    bucket = tl.arange(0, _BUCKETS)
-    if CUT == _ODD_STRETCHES:
-        whole = _whole(row, first, places, CUT)
-        signed = _sign(whole // _BUCKETS) * direction
-        for each in tl.static_range(_BUCKETS):
-            tl.store(sums + each, tl.sum(tl.where(whole % _BUCKETS == each, signed, 0.0)))
-    else:
-        rows = _whole(row, first, tl.arange(0, _BLOCK // _BUCKETS)[:, None] * _BUCKETS, CUT) // _BUCKETS
-        tl.store(sums + bucket, tl.sum(_sign(rows) * tl.reshape(direction, (_BLOCK // _BUCKETS, _BUCKETS)), 0))
-    # The square has a row of zeros beside it.
-    tl.store(sums + _BUCKETS + bucket, tl.where(bucket == 0, tl.sum(direction * direction), 0.0))
-
-
-@triton.jit
-def _sign(rows):
-    """-1 or 1 for each row of a sketch, see `learned_optim.features.Layout.signs`."""
-    return (_scatter_bits(rows.to(tl.uint32) * 0x9E3779B1) & 1).to(tl.float32) * 2.0 - 1.0
+    _, k, row, first = _block(tensors, blocks, begin)
+    if tl.load(finite + k) > 0:
+        _, _, mask, places = _places(row, first, ALIGN)
+        directions += tl.multiple_of(tl.load(row + _DIRECTION), _ALIGNMENT) + first
+        param = _at(tl.load(row + _PARAM), PARAM, ALIGN) + first + places
+        direction = tl.load(directions + places, mask=mask, other=0.0)
+        value = tl.load(param, mask=mask, other=0.0).to(tl.float32)
+        change = tl.load(factors + 2 * k + 1) * direction - tl.load(factors + 2 * k) * value
+        tl.store(param, (value + change).to(PARAM), mask=mask)

@@ -102,7 +102,7 @@ def _are_finite(layout: Layout, grad: Tensor, state: State, config: NetworkConfi
         state: by its parts, see `storage.Stored`.
     """
     second_moment = torch.lerp(state["second_moment"], grad.square(), 1 - config.second_moment)
-    of_lstm = torch.cat([state["hidden"], state["cell"], state["drift"][None]])
+    of_lstm = torch.cat([state["hidden"], state["cell"]])
     sound = state["control"].square().isfinite().all(0) & (state["control"][0] >= 0)
     second_moment = torch.where(layout.spread(sound) & (second_moment >= 0), second_moment, torch.nan)
     lstm = torch.where(of_lstm.square().isfinite().all(0), 0.0, torch.nan)

@@ -35,7 +35,7 @@ class MetaTrainConfig:
 
     Args:
         network: shape of the network and constants of the rule.
-        families: names of the families to train on; none means all that are handed over.
+        families: names of the families to train on; none means all that are handed over. One that is named twice has twice the unrolls.
         seed: seed of everything random: the network's initialisation, the tasks, their batches, perturbations.
         meta_steps: updates of the meta-parameters.
 

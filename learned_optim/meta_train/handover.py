@@ -49,7 +49,7 @@ def hand_over(
     part = max(1, len(finite) // 10)
     tenths = f"{sum(finite[:part]) / part:.3f} in the first tenth, {sum(finite[-part:]) / part:.3f} in the last" if finite else "none"
     facts = {
-        "families": ", ".join(families),
+        "families": ", ".join(dict.fromkeys(families)),
         "meta-parameters trained": ", ".join(f"`{prefix or 'all'}`: {name}" for prefix, name in config.estimators.items()),
         "meta-steps": f"{len(history)}, of {config.unrolls_per_step} unrolls of {config.replicas} replicas; {progress.dropped} dropped",
         "horizons, truncation": f"{config.horizon_min} to {config.horizon_max} steps, {config.truncation}",

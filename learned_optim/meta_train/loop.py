@@ -135,10 +135,9 @@ def meta_train(
     own = hold(meta_parameters, config)
     weights = by_estimator(meta_parameters, config)
     meta_optimizer, rates = make_meta_optimizer({name: weight for group in weights.values() for name, weight in group.items()}, config)
-    slots = {
-        estimator: [Slot(families, config, estimator, name, index) for index in range(config.unrolls_per_family) for name in names]
-        for estimator in weights
-    }
+    kept = names * config.unrolls_per_family
+    numbered = [(name, kept[:place].count(name)) for place, name in enumerate(kept)]
+    slots = {estimator: [Slot(families, config, estimator, *each) for each in numbered] for estimator in weights}
     with contextlib.ExitStack() as stack:
         stack.enter_context(claimed(folder))
         so_far = Progress()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ..tasks import Family
 from .dense import convex, ill_conditioned, mlp, regression
+from .drawn import drawn_task
 from .fine_tuning import fine_tuning
 from .hub import hub_text
 from .images import autoencoder, cnn, vision_transformer
@@ -25,6 +26,7 @@ FAMILIES: dict[str, Family] = {
     "transformer": transformer,
     "recurrent": recurrent,
     "fine_tuning": fine_tuning,
+    "drawn": drawn_task,
     "tabular": tabular,
     "digits": digits,
 }

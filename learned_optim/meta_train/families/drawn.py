@@ -24,6 +24,7 @@ from .sampling import ACTIVATIONS, VALIDATION, choose, mlp_module, sampler
 from .text import Block, Recurrence, TextModel, source_text, token_loss, windows
 
 COST = 4e9  # floating-point operations of a problem's training, at most
+LARGEST = 40_000  # weights of a problem to meta-train on, whose unrolls keep a state for each weight and step
 EXAMPLES = 2048
 PRETRAINING_STEPS = 1500
 
@@ -75,6 +76,14 @@ def drawn(generator: Generator, horizon_max: int = 5000, folder: Path | None = N
     steps = max(50, min(steps, int(COST / (used * batch))))
     train, validation = problem.sample(batch)
     return Drawn(ModuleTask(build, train, problem.criterion, validation), steps, problem.kind, start, batch)
+
+
+def drawn_task(generator: Generator) -> ModuleTask:
+    """A family for meta-training: the distribution without its large problems. How long runs are says the meta-training."""
+    while True:
+        task = drawn(generator, 1000).task
+        if sum(shape.numel() for shape in task.shapes.values()) <= LARGEST:
+            return task
 
 
 def log_uniform(generator: Generator, low: int, high: int) -> int:
