@@ -39,7 +39,7 @@ class FastWeights(nn.Module):
         self.network, self.usual = OptimizerNetwork(CONFIG), usual
         self.network.log_step_size.data.fill_(math.log(rate * math.sqrt(AGE / 100)))  # undoes the rule's decay at that age
         controller, self.network.log_vector_gain.data = self.network.controller, torch.zeros(())
-        controller.power.data, controller.inertia.data, controller.log_start.data = torch.zeros(3)
+        controller.power.data, controller.log_start.data = torch.zeros(2)
         self.gain, self.decay = nn.Parameter(torch.zeros(tensors)), nn.Parameter(torch.full((tensors,), -5.0))
         self.epsilon = nn.Parameter((scale - usual).mean().log().repeat(tensors))
 

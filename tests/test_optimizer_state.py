@@ -216,7 +216,7 @@ def test_state_is_placed_like_the_parameter(placement: Any, expected: Any) -> No
     mesh = init_device_mesh("cpu", (1,))
     param = nn.Parameter(distribute_tensor(torch.ones(4, 6, dtype=torch.bfloat16), mesh, [placement]))
     state = init_state(param, NetworkConfig(hidden_units=3))
-    for key, shape, dtype in (("moments", (2, 4, 6), torch.float32), ("lstm", (7, 4, 6), torch.bfloat16)):
+    for key, shape, dtype in (("moments", (2, 4, 6), torch.float32), ("lstm", (6, 4, 6), torch.bfloat16)):
         value = state[key]
         assert isinstance(value, DTensor), key
         assert value.device_mesh == mesh

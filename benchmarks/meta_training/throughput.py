@@ -149,7 +149,7 @@ def difference(a: Gradient, b: Gradient) -> float:
 
 
 # What else is decided by all tensors: which gradients count as turning back, and how many matrices there are.
-@unittest.mock.patch.multiple("learned_optim.rule", TURNING=1e-9, MANY=1)
+@unittest.mock.patch.multiple("learned_optim.rule", MANY=1)
 def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__, "throughput")
     options.add_argument("--families", nargs="*", default=list(DEFAULT_FAMILIES), choices=list(FAMILIES))

@@ -379,8 +379,8 @@ def apply(tensors, blocks, begin, finite, directions, factors, PARAM: tl.constex
     factors: each tensor's shrink and scale.
     """
     _, k, row, first = _block(tensors, blocks, begin)
+    _, first, mask, places = _places(row, first, ALIGN)
     if tl.load(finite + k) > 0:
-        _, _, mask, places = _places(row, first, ALIGN)
         directions += tl.multiple_of(tl.load(row + _DIRECTION), _ALIGNMENT) + first
         param = _at(tl.load(row + _PARAM), PARAM, ALIGN) + first + places
         direction = tl.load(directions + places, mask=mask, other=0.0)
