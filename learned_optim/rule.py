@@ -159,7 +159,8 @@ def update(
         block: Block, grad: Tensor, momentum: Tensor, second_moment: Tensor, hidden: Tensor, cell: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         moments = momentum / block.spread(clock.correction1), second_moment / block.spread(clock.correction2)
-        return network.coordinate(coordinate_features(grad, *moments, block.spread(clock.mean)), hidden, cell)  # type: ignore[no-any-return]
+        direction, hidden, cell = network.coordinate(coordinate_features(grad, *moments, block.spread(clock.mean)), hidden, cell)
+        return direction, hidden, cell
 
     before = grad, momentum, second_moment, state["hidden"], state["cell"]
     direction, hidden, cell = blockwise(direct, layout, before)

@@ -63,7 +63,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], float]]:
                     continue  # which is refused
                 formats = {"MOMENTS": FORMATS.index(moments), "LSTM": FORMATS.index(lstm)}
                 scale = 4 / storage.BLOCK if lstm == "int8" else 0
-                moved = width + 4 * WIDTHS[moments] + 2 * (2 * UNITS + 1) * (WIDTHS[lstm] + scale) + 4
+                moved = width + 4 * WIDTHS[moments] + 2 * 2 * UNITS * (WIDTHS[lstm] + scale) + 4
                 found[f"directions {dtype} {moments} {lstm}{suffix}"] = (
                     gpu_passes.directions,
                     {"UNITS": UNITS, **formats, "GRAD": kind, "ALIGN": align, "CUT": cut},
