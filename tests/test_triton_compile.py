@@ -16,7 +16,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).parents[1]
 RECORD = json.loads((ROOT / "benchmarks" / "results" / "machine_code.json").read_text(encoding="utf-8"))["targets"]
-SAMPLE = ["apply float32", "moments float32 float32", "directions float32 float32 bfloat16", "apply float32 stretches", "judge", "replay"]
+SAMPLE = [
+    "apply float32",
+    "moments float32 float32",
+    "directions float32 float32 bfloat16",
+    "directions float32 float32 bfloat16 stretches",
+]
+SAMPLE += ["judge", "replay"]
 
 
 def compiled(targets: list[str], folder: Path, *options: str) -> dict[str, dict[str, dict[str, Any]]]:
@@ -38,20 +44,21 @@ def accesses(name: str) -> tuple[list[int], list[int]]:
     if kind == "apply":
         return [32, bits[0]], [bits[0]]
     grad, moments, lstm = bits
-    return [grad] + 2 * [moments] + 5 * [lstm], 2 * [moments] + 5 * [lstm] + 2 * [32]
+    return [grad] + 2 * [moments] + 4 * [lstm], 2 * [moments] + 4 * [lstm] + 2 * [32]
 
 
 def check(target: str, found: dict[str, dict[str, Any]]) -> None:
     limits = RECORD.get(target, {})
     for name, one in found.items():
         memory, what = one["memory"], (target, name, one)
-        assert one["spills"] == 0, what
+        # The compiler gives two numbers of such a program away, so that a third one fits into a multiprocessor.
+        assert one["spills"] <= (2 if name.endswith("unaligned stretches") else 0), what
         if name in limits:
             assert one["instructions"] <= limits[name]["instructions"], what
             assert one["registers"] <= limits[name]["registers"], what
-        if not one["bytes"] or "unaligned" in name or " none" in name:
+        if not one["bytes"] or "unaligned" in name:
             continue
-        loaded, stored = accesses(re.sub("( odd)? stretches$", "", name))
+        loaded, stored = accesses(name.removesuffix(" stretches"))
         if target == "gfx942":  # a thread has four coordinates
             assert memory.get("buffer_load_dwordx4", 0) == loaded.count(32), what
         else:  # eight; what is narrower than 8 bytes are numbers that tensors have once
